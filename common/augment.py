@@ -1,0 +1,463 @@
+"""Augmentation: geometry per image in the loader's workers, colour per batch on the device.
+
+A view is a list of steps. Each step turns some uniform numbers in [0, 1) into the parameters of one
+image (`draw`), so a view is a function of the image and of those numbers, and of nothing else: the
+loader makes them from (seed, epoch, data-set index, view). The geometric steps then run on the
+decoded image with Pillow and give a uint8 crop; the colour steps run on the whole batch, with one
+row of parameters per image, wherever the batch is. No value has a default here: the script says it.
+
+    view = View(
+        32,
+        [
+            RandomResizedCrop(scale=(0.08, 1), ratio=(3 / 4, 4 / 3), interpolation="bicubic"),
+            HorizontalFlip(p=0.5),
+            ColorJitter(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, p=0.8),
+            Grayscale(p=0.2),
+            GaussianBlur(sigma=(0.1, 2.0), p=0.5),
+            Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+        ],
+        channels=3,
+    )
+
+Letters: n images, C channels, H x W pixels. Colour steps take and give float images in [0, 1].
+"""
+
+import dataclasses
+import itertools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+INTERPOLATION = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+GRAY_WEIGHTS = (0.2989, 0.587, 0.114)  # ITU-R 601, as torchvision rounds them
+ORDERS = np.array(list(itertools.permutations(range(4))))  # the 24 orders of four colour changes
+
+
+class View:
+    """One view of an image: its size in pixels and its steps, geometry first.
+
+    With a channel count other than 3, the steps (or parts of steps) that are defined on RGB are
+    left out; `left_out` names them.
+    """
+
+    def __init__(self, size: int | tuple[int, int], steps: list, channels: int):
+        self.size = (size, size) if isinstance(size, int) else size  # (H, W)
+        self.channels = channels
+        self.left_out = []
+        if channels != 3:
+            self.left_out = [step.needs_rgb for step in steps if step.needs_rgb]
+            steps = [s for s in (step.without_rgb() for step in steps) if s is not None]
+        self.geometry = [s for s in steps if s.geometric]
+        self.colour = [s for s in steps if not s.geometric]
+        if [s.geometric for s in steps] != sorted([s.geometric for s in steps], reverse=True):
+            raise ValueError("a view's geometric steps come before its colour steps")
+        self.num_uniforms = sum(s.num_uniforms for s in steps)
+
+    def draw(self, uniforms: np.ndarray, sizes: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+        """Turn uniform numbers into parameters.
+
+        Args:
+            uniforms: (n, num_uniforms) in [0, 1).
+            sizes: (n, 2) height and width of each decoded image.
+
+        Returns:
+            The geometric steps' parameters, an array (n, p) each, and one float32 array (n, P) that
+            holds the colour steps' parameters side by side.
+        """
+        drawn, start = [], 0
+        for step in self.geometry + self.colour:
+            own = uniforms[:, start : start + step.num_uniforms]
+            drawn.append(step.draw(own, sizes))
+            start += step.num_uniforms
+        colour = [np.empty((len(sizes), 0)), *drawn[len(self.geometry) :]]
+        return drawn[: len(self.geometry)], np.concatenate(colour, axis=1).astype(np.float32)
+
+    def crop(self, planes: list[Image.Image], parameters: list[np.ndarray]) -> np.ndarray:
+        """Apply the geometric steps to one image, given as Pillow planes; uint8 (C, H, W)."""
+        for step, own in zip(self.geometry, parameters, strict=True):
+            planes = [step.apply(plane, own, self.size) for plane in planes]
+        arrays = [np.asarray(plane) for plane in planes]
+        if arrays[0].ndim == 3:
+            return arrays[0].transpose(2, 0, 1)
+        return np.stack(arrays)
+
+    @torch.no_grad()
+    def finish(self, crops: Tensor, parameters: Tensor, device: torch.device) -> Tensor:
+        """Move uint8 crops (n, C, H, W) to the device and apply the colour steps there.
+
+        Args:
+            crops: uint8 (n, C, H, W), on the CPU.
+            parameters: (n, P) from `draw`, on the CPU.
+
+        Returns:
+            Images (n, C, H, W) of torch's default dtype.
+        """
+        images = crops.to(device, non_blocking=True).to(torch.get_default_dtype()).div_(255)
+        start = 0
+        for step in self.colour:
+            own = parameters[:, start : start + step.num_parameters].to(images.dtype)
+            images = step.apply(images, own)
+            start += step.num_parameters
+        return images
+
+
+class Step:
+    """What all steps share: how many numbers they draw, and whether they are geometry."""
+
+    geometric = False
+    needs_rgb = None  # what is left out where images are not RGB, in words
+    num_uniforms = 0
+    num_parameters = 0
+
+    def without_rgb(self) -> "Step | None":
+        """The step, or what is left of it, for images that are not RGB."""
+        return self
+
+    def draw(self, u: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        return np.empty((len(u), 0))
+
+
+# ---------------------------------------------------------------------------- geometry, with Pillow
+
+
+@dataclass
+class RandomResizedCrop(Step):
+    """Crop a box of random area and aspect, and resize it to the view's size.
+
+    The law is torchvision's: up to ten tries of an area share in `scale` and a log-uniform aspect
+    (width / height) in `ratio`, then the largest central box of an allowed aspect.
+    """
+
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+    interpolation: str
+    geometric = True
+    tries = 10
+    num_uniforms = 2 * tries + 2
+
+    def draw(self, u, sizes):
+        """Boxes (n, 4): left, top, width, height in pixels."""
+        tries = self.tries
+        height, width = sizes[:, :1], sizes[:, 1:]  # (n, 1)
+        area = height * width * (self.scale[0] + (self.scale[1] - self.scale[0]) * u[:, :tries])
+        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        aspect = np.exp(low + (high - low) * u[:, tries : 2 * tries])
+        box_width, box_height = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+        fits = (box_width > 0) & (box_width <= width) & (box_height > 0) & (box_height <= height)
+        rows, first = np.arange(len(u)), fits.argmax(axis=1)
+        w, h = box_width[rows, first], box_height[rows, first]
+        left = np.floor(u[:, -2] * (width[:, 0] - w + 1))
+        top = np.floor(u[:, -1] * (height[:, 0] - h + 1))
+        boxes = np.stack([left, top, w, h], axis=1)
+        for row in np.flatnonzero(~fits.any(axis=1)):
+            boxes[row] = self.central_box(*sizes[row])
+        return boxes.astype(np.int64)
+
+    def central_box(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """The largest central box whose aspect is allowed: left, top, width, height."""
+        w, h = width, height
+        if width / height < self.ratio[0]:
+            h = round(width / self.ratio[0])
+        elif width / height > self.ratio[1]:
+            w = round(height * self.ratio[1])
+        return (width - w) // 2, (height - h) // 2, w, h
+
+    def apply(self, plane, box, size):
+        left, top, width, height = box.tolist()
+        resample = INTERPOLATION[self.interpolation]
+        return plane.resize(size[::-1], resample, box=(left, top, left + width, top + height))
+
+
+@dataclass
+class RandomAffine(Step):
+    """Rotate, shift, scale and shear about the centre, then resize to the view's size.
+
+    Args:
+        degrees: largest rotation to either side. translate: largest shift, as a share of the side.
+        scale: range of the zoom. shear: largest horizontal shear in degrees. fill: 0-255, the value
+        of pixels from outside the image.
+    """
+
+    degrees: float
+    translate: float
+    scale: tuple[float, float]
+    shear: float
+    fill: int
+    interpolation: str
+    geometric = True
+    num_uniforms = 5
+
+    def draw(self, u, sizes):
+        """Coefficients (n, 6) of the map from output pixels to input pixels."""
+        height, width = sizes[:, 0], sizes[:, 1]
+        angle = np.radians(self.degrees) * (2 * u[:, 0] - 1)
+        shift_x = self.translate * (2 * u[:, 1] - 1) * width
+        shift_y = self.translate * (2 * u[:, 2] - 1) * height
+        zoom = self.scale[0] + (self.scale[1] - self.scale[0]) * u[:, 3]
+        shear = np.tan(np.radians(self.shear) * (2 * u[:, 4] - 1))
+        a, b = np.cos(angle) / zoom, np.sin(angle) / zoom
+        d, e = -b + shear * a, a + shear * b  # rows of the inverse map: [a b], [d e]
+        centre_x, centre_y = width / 2, height / 2
+        c = centre_x + shift_x - a * centre_x - b * centre_y
+        f = centre_y + shift_y - d * centre_x - e * centre_y
+        return np.stack([a, b, c, d, e, f], axis=1)
+
+    def apply(self, plane, coefficients, size):
+        resample = INTERPOLATION[self.interpolation]
+        fill = self.fill if plane.mode == "L" else (self.fill,) * len(plane.getbands())
+        plane = plane.transform(
+            plane.size, Image.Transform.AFFINE, coefficients.tolist(), resample, fillcolor=fill
+        )
+        return plane if plane.size == size[::-1] else plane.resize(size[::-1], resample)
+
+
+@dataclass
+class CenterCrop(Step):
+    """Resize the shorter side to `resize` pixels and cut the view's size from the centre.
+
+    The view of the evaluations. `resize` equal to the view's size leaves a square image whole.
+    """
+
+    resize: int
+    interpolation: str
+    geometric = True
+
+    def apply(self, plane, _, size):
+        width, height = plane.size
+        scale = min(width, height) / self.resize
+        w, h = size[1] * scale, size[0] * scale
+        box = ((width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2)
+        box = (max(box[0], 0), max(box[1], 0), min(box[2], width), min(box[3], height))
+        return plane.resize(size[::-1], INTERPOLATION[self.interpolation], box=box)
+
+
+@dataclass
+class HorizontalFlip(Step):
+    """Mirror left and right with probability p."""
+
+    p: float
+    geometric = True
+    num_uniforms = 1
+
+    def draw(self, u, sizes):
+        return u < self.p
+
+    def apply(self, plane, flip, size):
+        return plane.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip[0] else plane
+
+
+# ------------------------------------------------------------------- colour, batched, on the device
+
+
+@dataclass
+class ColorJitter(Step):
+    """Change brightness, contrast, saturation and hue in random order, with probability p.
+
+    A strength s gives factors in [max(0, 1 - s), 1 + s]; hue h turns by a share of the circle in
+    [-h, h]. Brightness, contrast and saturation are one blend each,
+    x <- clamp(a x + b gray(x) + c mean(gray(x))), so that a batch goes through three blends
+    whatever each image's order is; the hue turn comes before, between or after them.
+    """
+
+    brightness: float
+    contrast: float
+    saturation: float
+    hue: float
+    p: float
+    needs_rgb = "saturation and hue"
+    num_uniforms = 6
+    num_parameters = 11  # three blends (a, b, c), hue turn, number of blends before the hue turn
+
+    def draw(self, u, sizes):
+        n = len(u)
+        order = ORDERS[(u[:, 1] * 24).astype(int)]  # (n, 4): which change is made when
+        parameters = np.zeros((n, 11))
+        blends = parameters[:, :9].reshape(n, 3, 3)
+        blends[:, :, 0] = 1
+        hue_at = (order == 3).argmax(axis=1)
+        rows = np.arange(n)
+        for change, strength in enumerate((self.brightness, self.contrast, self.saturation)):
+            low, high = max(0.0, 1 - strength), 1 + strength
+            factor = low + (high - low) * u[:, 2 + change]
+            at = (order == change).argmax(axis=1)
+            at = at - (at > hue_at)
+            blends[rows, at, 0] = factor
+            if change == 1:
+                blends[rows, at, 2] = 1 - factor
+            if change == 2:
+                blends[rows, at, 1] = 1 - factor
+        parameters[:, 9] = self.hue * (2 * u[:, 5] - 1)
+        parameters[:, 10] = hue_at
+        parameters[u[:, 0] >= self.p] = (1, 0, 0, 1, 0, 0, 1, 0, 0, 0, -1)
+        return parameters
+
+    def without_rgb(self):
+        return dataclasses.replace(self, saturation=0, hue=0)
+
+    def apply(self, images, parameters):
+        coefficients = parameters[:, :9].to(images.device, non_blocking=True).view(-1, 9, 1, 1, 1)
+        # Which images turn their hue when is known on the CPU: no wait for the device.
+        turns = [torch.nonzero(parameters[:, 10] == at)[:, 0] for at in range(4)]
+        for at in range(4):
+            if self.hue > 0 and len(turns[at]):
+                chosen = turns[at].to(images.device, non_blocking=True)
+                shift = parameters[turns[at], 9].to(images.device, non_blocking=True)
+                images[chosen] = turn_hue(images[chosen], shift)
+            if at < 3:
+                images = blend(images, *coefficients[:, 3 * at : 3 * at + 3].unbind(1))
+        return images
+
+
+def blend(images: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """clamp(a x + b gray(x) + c mean(gray(x)), 0, 1), one coefficient (n, 1, 1, 1) per image."""
+    gray = to_gray(images)
+    offset = torch.addcmul(c * gray.mean(dim=(2, 3), keepdim=True), b, gray)
+    return torch.addcmul(offset, images, a).clamp_(0, 1)
+
+
+def to_gray(images: Tensor) -> Tensor:
+    """Luminance (n, 1, H, W) of RGB images; the channels' mean for any other channel count."""
+    if images.shape[1] != 3:
+        return images.mean(dim=1, keepdim=True)
+    red, green, blue = images.split(1, dim=1)
+    r, g, b = GRAY_WEIGHTS
+    return (red * r).add_(green, alpha=g).add_(blue, alpha=b)
+
+
+def turn_hue(images: Tensor, shift: Tensor) -> Tensor:
+    """Turn the hue of RGB images (n, 3, H, W) by `shift` (n,), a share of the colour circle.
+
+    Through HSV: with value v, chroma c and hue h in sixths of the circle, each channel is
+    v - c clamp(min(k, 4 - k), 0, 1), k = (n + h) mod 6, n = 5, 3, 1 for red, green, blue.
+    """
+    red, green, blue = images.unbind(1)
+    value, low = images.amax(1), images.amin(1)
+    chroma = value - low
+    per_chroma = chroma.clamp(min=1e-12).reciprocal_()
+    hue = torch.where(
+        value == red,
+        (green - blue) * per_chroma,
+        torch.where(
+            value == green, (blue - red) * per_chroma + 2, (red - green) * per_chroma + 4
+        ),
+    )
+    hue = hue.add_(6 * shift.view(-1, 1, 1))
+    turned = torch.empty_like(images)
+    for channel, n in enumerate((5, 3, 1)):
+        k = torch.remainder(hue + n, 6)
+        k = torch.minimum(k, 4 - k).clamp_(0, 1)
+        torch.addcmul(value, k, chroma, value=-1, out=turned[:, channel])
+    return turned
+
+
+@dataclass
+class Grayscale(Step):
+    """Replace the image by its luminance in all three channels, with probability p."""
+
+    p: float
+    needs_rgb = "grayscale"
+    num_uniforms = 1
+    num_parameters = 1
+
+    def without_rgb(self):
+        return None
+
+    def draw(self, u, sizes):
+        return u < self.p
+
+    def apply(self, images, parameters):
+        chosen = torch.nonzero(parameters[:, 0])[:, 0].to(images.device, non_blocking=True)
+        images[chosen] = to_gray(images[chosen]).expand(-1, 3, -1, -1)
+        return images
+
+
+@dataclass
+class GaussianBlur(Step):
+    """Blur with a standard deviation in `sigma` pixels, with probability p.
+
+    A true Gaussian; pixels beyond the border repeat the border, as in Pillow.
+    """
+
+    sigma: tuple[float, float]
+    p: float
+    num_uniforms = 2
+    num_parameters = 1  # the standard deviation; 0 leaves the image as it is
+
+    def draw(self, u, sizes):
+        sigma = self.sigma[0] + (self.sigma[1] - self.sigma[0]) * u[:, 1:]
+        return np.where(u[:, :1] < self.p, sigma, 0)
+
+    def apply(self, images, parameters):
+        chosen = torch.nonzero(parameters[:, 0])[:, 0]
+        if len(chosen):
+            sigma = parameters[chosen, 0].to(images.device, non_blocking=True)
+            chosen = chosen.to(images.device, non_blocking=True)
+            images[chosen] = gaussian_blur(images[chosen], sigma, math.ceil(4 * self.sigma[1]))
+        return images
+
+
+def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
+    """Blur images (n, C, H, W) with standard deviations sigma (n,), cut off at `radius` pixels.
+
+    As two matrix products per image, K_H x K_W^T: one kernel size for all, fast on every device.
+    """
+    n, channels, height, width = images.shape
+    rows, columns = (blur_matrix(sigma, side, radius) for side in (height, width))
+    images = images.reshape(n, channels * height, width) @ columns.transpose(1, 2)
+    images = images.view(n, channels, height, width)
+    return rows[:, None] @ images
+
+
+def blur_matrix(sigma: Tensor, side: int, radius: int) -> Tensor:
+    """Matrices (n, side, side): row i holds the Gaussian weights of the pixels around pixel i."""
+    source = torch.arange(-radius, side + radius, device=sigma.device, dtype=sigma.dtype)
+    target = torch.arange(side, device=sigma.device, dtype=sigma.dtype)
+    distance = (target[:, None] - source).abs()
+    weights = torch.exp(-0.5 * (distance / sigma.view(-1, 1, 1)).square())
+    weights = weights * (distance <= radius)
+    weights[:, :, radius] += weights[:, :, :radius].sum(2)  # beyond the border: the border's pixel
+    weights[:, :, -radius - 1] += weights[:, :, -radius:].sum(2)
+    weights = weights[:, :, radius:-radius]
+    return weights / weights.sum(2, keepdim=True)
+
+
+@dataclass
+class Solarize(Step):
+    """Invert the pixels at or above `threshold` (in [0, 1]), with probability p."""
+
+    threshold: float
+    p: float
+    num_uniforms = 1
+    num_parameters = 1
+
+    def draw(self, u, sizes):
+        return u < self.p
+
+    def apply(self, images, parameters):
+        chosen = torch.nonzero(parameters[:, 0])[:, 0].to(images.device, non_blocking=True)
+        part = images[chosen]
+        images[chosen] = torch.where(part >= self.threshold, 1 - part, part)
+        return images
+
+
+@dataclass
+class Normalize(Step):
+    """Subtract the mean and divide by the standard deviation of each channel.
+
+    Gives channels_last images on the CPU for a convolution that likes them; values are unchanged.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def apply(self, images, parameters):
+        mean, std = (
+            torch.tensor(v, dtype=images.dtype).view(1, -1, 1, 1).to(images.device)
+            for v in (self.mean, self.std)
+        )
+        out = torch.empty_like(images, memory_format=torch.channels_last)
+        return torch.sub(images, mean, out=out).div_(std)

@@ -1,0 +1,297 @@
+"""The folder of a run: its lock, its checkpoints, and going on after any kind of stop.
+
+A run writes `run.json` (what was asked, with which versions), `log.jsonl` (see `common/log.py`),
+`checkpoint.pt` with `checkpoint.prev.pt` behind it, and `backbone.pth`, the product. Every file is
+written beside its place, synced and renamed, so a kill at any moment leaves a whole one.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import PIL
+import torch
+import torchvision
+from torch import nn
+
+from common import dist
+from common.dist import RunError, World
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class Run:
+    """An output folder held by one run at a time.
+
+    Args:
+        folder: the `--output`; made if missing.
+        settings: every setting that changes the weights, by name (`cli.settings`).
+        images: the training images; their identity is compared instead of their path.
+        resume: go on from the folder's checkpoint, if it has one.
+        save_every_minutes: how long rank 0 waits between saves within an epoch.
+
+    Raises:
+        RunError: another run holds the folder; it cannot be written; its checkpoints do not load or
+            were made with other settings.
+    """
+
+    def __init__(self, folder, settings, images, world: World, *, resume, save_every_minutes):
+        self.folder, self.settings, self.world = folder, settings, world
+        self.identity = images.identity()
+        self.save_every = 60 * save_every_minutes
+        self.last_save = time.monotonic()
+        self.saved_step = None
+        self.stop_requested = False
+        self.lock = None
+        with dist.together(writing=folder):
+            if world.is_main:
+                os.makedirs(folder, exist_ok=True)
+                self.lock = hold(os.path.join(folder, ".lock"))
+        with dist.together():
+            self.checkpoint = self.newest_checkpoint() if resume else None
+            if self.checkpoint:
+                self.compare_settings()
+        for number in STOP_SIGNALS:
+            signal.signal(number, self.request_stop)
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.folder, name)
+
+    def request_stop(self, number, _frame):
+        """Finish the step, save and stop; a second Ctrl-C stops at once."""
+        if self.stop_requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.stop_requested = True
+
+    def close(self):
+        """Let go of the folder and of the signals."""
+        for number in STOP_SIGNALS:
+            default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, default)
+        if self.lock:
+            self.lock.close()
+
+    # ---------------------------------------------------------------------------------- starting
+
+    def newest_checkpoint(self) -> dict | None:
+        failures = []
+        for name in ("checkpoint.pt", "checkpoint.prev.pt"):
+            if not os.path.exists(self.path(name)):
+                continue
+            try:
+                loaded = torch.load(self.path(name), map_location="cpu", weights_only=True)
+            except Exception as error:  # a torn file raises many things
+                failures.append(f"{name} ({type(error).__name__})")
+                continue
+            if name != "checkpoint.pt" and self.world.is_main:
+                missing = failures[0] + " does not load" if failures else "checkpoint.pt is missing"
+                print(f"warning: {missing}; going on from {name}", flush=True)
+            return loaded
+        if failures:
+            raise RunError(
+                f"{self.folder}: {' and '.join(failures)} cannot be read; delete what is broken, "
+                "or start anew with --no-resume"
+            )
+        return None
+
+    def compare_settings(self):
+        """Refuse to go on with other settings than the checkpoint's."""
+        saved = dict(self.checkpoint["settings"], data=self.checkpoint["identity"])
+        now = dict(self.settings, data=self.identity)
+        for name in sorted({*saved, *now}):
+            old, new = saved.get(name), now.get(name)
+            if old != new:
+                flag = "--" + name.replace("_", "-")
+                raise RunError(
+                    f"{flag} is {new} and was {old} in {self.folder}; repeat the old value, or "
+                    "start anew with --no-resume, or choose another --output"
+                )
+
+    def start(self, state: dict) -> int:
+        """Load the checkpoint into `state`, if there is one, and note the start in run.json.
+
+        Args:
+            state: what a run must remember: modules, optimisers, scalers (anything with a
+                state_dict) and tensors, by name. Tensors are filled in place.
+
+        Returns:
+            The number of steps done.
+        """
+        step = 0
+        if self.checkpoint:
+            step = self.saved_step = self.checkpoint["step"]
+            for name, part in state.items():
+                saved = self.checkpoint["state"][name]
+                part.copy_(saved) if isinstance(part, torch.Tensor) else part.load_state_dict(saved)
+            processes = self.checkpoint["processes"]
+            if self.world.is_main:
+                note = f"resuming {self.folder} at step {step}"
+                if processes != self.world.size:
+                    note += f" (saved by {processes} processes, now {self.world.size})"
+                print(note, flush=True)
+            self.checkpoint = None
+        with dist.together(writing=self.folder):
+            if self.world.is_main:
+                self.write_run_json(state)
+                cut_log(self.path("log.jsonl"), step)
+        return step
+
+    def write_run_json(self, state: dict):
+        record = {"starts": []}
+        if os.path.exists(self.path("run.json")):
+            with open(self.path("run.json")) as file, contextlib.suppress(ValueError):
+                record = json.load(file)
+        start = {
+            "argv": sys.argv,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "processes": self.world.size,
+            "threads": torch.get_num_threads(),
+            "device": device_name(self.world.device),
+            "git": git_commit(),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "torchvision": torchvision.__version__,
+                "numpy": np.__version__,
+                "pillow": PIL.__version__,
+            },
+        }
+        modules = [part for part in state.values() if isinstance(part, nn.Module)]
+        record["starts"].append(start)
+        record["settings"] = self.settings
+        record["data"] = self.identity
+        record["parameters"] = sum(p.numel() for m in modules for p in m.parameters())
+        with replacing(self.path("run.json")) as file:
+            file.write(json.dumps(record, indent=1).encode())
+
+    # ------------------------------------------------------------------------------------ saving
+
+    def agree(self, epoch_ends: bool) -> tuple[bool, bool]:
+        """Whether to save now and whether to stop then: the same answer on every process."""
+        due = self.world.is_main and time.monotonic() - self.last_save > self.save_every
+        stop, due = dist.agree(self.stop_requested, due)
+        return stop or due or epoch_ends, stop
+
+    def save(self, step: int, state: dict, backbone: nn.Module):
+        """Write backbone.pth and the checkpoint of `step`; all processes call it.
+
+        Raises:
+            RunError: the disk is full or the like, or a weight is not finite; the last good
+                checkpoint stays.
+        """
+        with dist.together(writing=self.folder):
+            if self.world.is_main:
+                self.check_finite(step, state)
+                self.write(step, state, backbone)
+        self.saved_step, self.last_save = step, time.monotonic()
+
+    def write(self, step: int, state: dict, backbone: nn.Module):
+        kept = {
+            name: part if isinstance(part, torch.Tensor) else part.state_dict()
+            for name, part in state.items()
+        }
+        record = {
+            "step": step,
+            "settings": self.settings,
+            "identity": self.identity,
+            "processes": self.world.size,
+            "state": kept,
+        }
+        with replacing(self.path("backbone.pth")) as file:
+            torch.save({k: v.detach().cpu() for k, v in backbone.state_dict().items()}, file)
+        # A run that starts anew in an old folder does not keep the old checkpoint behind its own.
+        previous = self.path("checkpoint.prev.pt") if self.saved_step is not None else None
+        with replacing(self.path("checkpoint.pt"), previous) as file:
+            torch.save(record, file)
+
+    def check_finite(self, step: int, state: dict):
+        for part in state.values():
+            if isinstance(part, nn.Module):
+                for name, value in part.state_dict().items():
+                    if value.is_floating_point() and not value.isfinite().all():
+                        raise RunError(
+                            f"{name} is not finite after step {step}; {self.last_good()}; "
+                            "lower --lr or raise --warmup-epochs"
+                        )
+
+    def last_good(self) -> str:
+        if self.saved_step is None:
+            return "there is no checkpoint yet"
+        return f"the checkpoint of step {self.saved_step} is untouched"
+
+
+def hold(path: str):
+    """Lock a file until it is closed or this process ends; forked loader workers do not keep it."""
+    file = open(path, "a+")  # noqa: SIM115  held for the whole run
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "unknown"
+        raise RunError(
+            f"{os.path.dirname(path)} is in use by the run with pid {holder}; wait for it or "
+            "choose another --output"
+        ) from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    os.register_at_fork(after_in_child=file.close)
+    return file
+
+
+@contextlib.contextmanager
+def replacing(path: str, previous: str | None = None):
+    """Open a file that takes the place of `path` once it is whole and on the disk.
+
+    What stood at `path` before is kept at `previous`, if that is given.
+    """
+    temporary = path + ".tmp"
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if previous and os.path.exists(path):
+            os.replace(path, previous)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
+
+
+def cut_log(path: str, step: int):
+    """Drop the log lines after `step`: they will be written again."""
+    if not os.path.exists(path):
+        return
+    with open(path, "rb") as file:
+        lines = file.read().splitlines(keepends=True)
+    kept = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+    with replacing(path) as file:
+        file.write(b"".join(kept))
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+
+
+def git_commit() -> str | None:
+    """The commit of this checkout, with + if there are changes; None outside one."""
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    try:
+        describe = ["git", "-C", here, "describe", "--always", "--dirty=+", "--abbrev=12"]
+        done = subprocess.run(describe, capture_output=True, text=True, timeout=10)
+        return done.stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None

@@ -1,0 +1,140 @@
+"""The command line that all scripts share: run flags, recipes, checks.
+
+Flags that change the learned weights are declared in the script. Here are only the flags that say
+where data come from and how a run is carried out, and the parsing that lets a recipe set defaults.
+"""
+
+import argparse
+import math
+import os
+import sys
+
+# Settings that do not change what is computed beyond rounding: they may differ when a run resumes.
+RUN_FLAGS = {
+    "amp", "data_root", "deterministic", "device", "download", "log_every", "output", "recipe",
+    "resume", "save_every_minutes", "workers",
+}
+Switch = argparse.BooleanOptionalAction  # --flag and --no-flag
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, printed by one process."""
+
+    def error(self, message):
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{self.prog}: error: {message} (--help lists the flags)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Keep the docstring as it is written, and show the default in force behind every help text."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=30, width=100)
+
+    def _fill_text(self, text, width, indent):
+        return text
+
+    def _get_help_string(self, action):
+        if action.default in (None, argparse.SUPPRESS, False) or not action.option_strings:
+            return action.help
+        shown = action.default
+        if isinstance(shown, (list, tuple)):
+            shown = " ".join(str(value) for value in shown)
+        return f"{action.help} [{str(shown).replace('%', '%%')}]"
+
+
+def parser(script: str, description: str) -> Parser:
+    """Make a script's parser from its file name and docstring, with the shared flags."""
+    prog = os.path.basename(script)
+    made = Parser(prog, description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+    data = made.add_argument_group("data")
+    data.add_argument("--data", default="digits", metavar="SOURCE", help=(
+        "digits (built in), or a folder of images (flat, nested, or class folders under train/)"
+    ))
+    data.add_argument("--limit", type=count, metavar="N", help="take N evenly spaced images only")
+    run = made.add_argument_group("run (none of these changes what is computed beyond rounding)")
+    run.add_argument("--output", metavar="FOLDER", help="default: runs/<script>-<data>-<arch>")
+    run.add_argument("--resume", action=Switch, default=True,
+                     help="go on from the checkpoint in the output folder, where there is one")
+    run.add_argument("--save-every-minutes", type=positive, default=15.0, metavar="M",
+                     help="save within an epoch as well; every epoch's end saves")
+    run.add_argument("--workers", type=whole, metavar="N",
+                     help="loader processes a training process; default: its share of cores")
+    run.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto",
+                     help="where to train")
+    run.add_argument("--amp", choices=("auto", "bf16", "fp16", "none"), default="auto",
+                     help="autocast precision; auto: bf16 on CUDA, none on CPU")
+    run.add_argument("--deterministic", action=Switch, default=False,
+                     help="deterministic kernels on CUDA (slower)")
+    run.add_argument("--log-every", type=count, default=20, metavar="STEPS",
+                     help="steps between two log lines")
+    return made
+
+
+def parse(made: Parser, recipes: dict, argv=None) -> argparse.Namespace:
+    """Parse in two passes: the recipe's name first, then everything with the recipe's defaults.
+
+    The recipe is `--recipe`, else the one named like a built-in `--data`, else `imagenet`. A flag
+    on the command line always wins. Checks that hold for every script are made here.
+    """
+    made.add_argument_group("recipe").add_argument(
+        "--recipe", choices=sorted(recipes), help="named defaults; default: the one named like "
+        "--data, else imagenet")
+    first = Parser(made.prog, add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe")
+    first.add_argument("--data", default="digits")
+    chosen, _ = first.parse_known_args(argv)
+    name = chosen.recipe or (chosen.data if chosen.data in recipes else "imagenet")
+    made.set_defaults(**recipes.get(name, {}))
+    args = made.parse_args(argv)
+    args.recipe = name
+    if args.output is None:
+        source = os.path.splitext(os.path.basename(os.path.normpath(args.data)))[0]
+        args.output = os.path.join("runs", f"{made.prog.removesuffix('.py')}-{source}-{args.arch}")
+
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % processes:
+        above = math.ceil(args.batch_size / processes) * processes
+        made.error(f"--batch-size {args.batch_size} does not divide among {processes} processes; "
+                   f"try {above}")
+    if args.warmup_epochs >= args.epochs:
+        made.error(f"--warmup-epochs {args.warmup_epochs} leaves nothing of --epochs {args.epochs}")
+    for flag in ("mean", "std"):
+        values = getattr(args, flag)
+        if values is made.get_default(flag) and len(values) != args.in_chans:
+            values = [sum(values) / len(values)]  # an RGB default, for images that are not RGB
+            setattr(args, flag, values)
+        if len(values) not in (1, args.in_chans):
+            made.error(f"--{flag} has {len(values)} values for --in-chans {args.in_chans}; "
+                       "give one, or one a channel")
+    return args
+
+
+def settings(args: argparse.Namespace) -> dict:
+    """The settings that change the learned weights, by name: what a resumed run must repeat."""
+    return {name: value for name, value in sorted(vars(args).items()) if name not in RUN_FLAGS}
+
+
+# ------------------------------------------------------------------ types for argparse, with limits
+
+
+def _number(kind, accept, wanted):
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not accept(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+
+    return convert
+
+
+whole = _number(int, lambda v: v >= 0, "a whole number of at least 0")
+count = _number(int, lambda v: v >= 1, "a whole number of at least 1")
+positive = _number(float, lambda v: 0 < v < math.inf, "a number above 0")
+not_negative = _number(float, lambda v: 0 <= v < math.inf, "a number of at least 0")
+share = _number(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
+number = _number(float, math.isfinite, "a number")

@@ -1,0 +1,289 @@
+"""Processes: joining them, the collectives with and without gradient, SyncBN, failing together.
+
+Plain torchrun and DDP. Without torchrun's environment every function here is the identity of one
+process, so `python simclr.py`, a debugger and a notebook work unchanged.
+
+The gradient contract of the repository: the gradient that DDP averages over processes equals the
+gradient of the same loss on the joined batch in one process. A loss that looks at other processes'
+rows keeps it by gathering or summing them with `all_gather_with_grad` or `all_reduce_with_grad`.
+"""
+
+import contextlib
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class RunError(Exception):
+    """An error that the user can mend: its message is one line with the value and the remedy."""
+
+
+@dataclass(frozen=True)
+class World:
+    """Who this process is: its rank among `size` processes, and the device it trains on."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def setup(device: str = "auto", deterministic: bool = False) -> World:
+    """Join the process group that torchrun describes, if any, and choose the device.
+
+    Args:
+        device: "auto" (CUDA where there is one), "cuda" or "cpu".
+        deterministic: ask torch for deterministic kernels (slower on CUDA).
+
+    Raises:
+        RunError: "cuda" was asked for and there is none, or fewer GPUs than processes.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    target = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            raise RunError("--device cuda: torch sees no CUDA device; use --device cpu or auto")
+        if local_size > torch.cuda.device_count():
+            raise RunError(
+                f"{local_size} processes need a GPU each and there are "
+                f"{torch.cuda.device_count()}; lower --nproc_per_node or pass --device cpu"
+            )
+        torch.cuda.set_device(target)
+        torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        # gloo beside NCCL, in one group: flags on the CPU are exchanged without touching the GPU.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+    return World(rank(), size(), target)
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def launch(main, args) -> int:
+    """Run `main(args)` as a program: exit status 0, or 2 after one line that names the error."""
+    try:
+        main(args)
+        status = 0
+    except RunError as error:  # raised on every process: see `together`
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        status = 2
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()  # leaving it to the interpreter's exit can abort
+    return status
+
+
+@contextlib.contextmanager
+def together(writing: str | None = None):
+    """Make an error on any process the same `RunError` on every process.
+
+    The body holds no collective, so that a process that fails in it is not waited for by others.
+
+    Args:
+        writing: the folder that the body writes to; a failure then names path and free bytes.
+    """
+    message = None
+    try:
+        yield
+    except RunError as error:
+        message = str(error)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        if writing is None and isinstance(error, RuntimeError):
+            raise
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        where = getattr(error, "filename", None) or writing or ""
+        message = f"{where}: {reason}"
+        if writing is not None:
+            message = f"cannot write {message} ({free_bytes(writing):,} bytes free)"
+    messages = [m for m in all_gather_objects(message) if m is not None]
+    if messages:
+        raise RunError(messages[0])
+
+
+def free_bytes(folder: str) -> int:
+    """Free space where a folder is, or will be."""
+    while folder and not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    return shutil.disk_usage(folder or ".").free
+
+
+# -------------------------------------------------------------------------------------- collectives
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.rows = len(x)
+        parts = [torch.empty_like(x) for _ in range(size())]
+        dist.all_gather(parts, x)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad)  # every process's loss depends on our rows
+        return grad[rank() * ctx.rows : (rank() + 1) * ctx.rows]
+
+
+class _AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad)
+        return grad
+
+
+def all_gather_with_grad(x: Tensor) -> Tensor:
+    """Concatenate the rows (N, ...) of all processes in rank order to (W*N, ...).
+
+    The gradient of a row is the sum over processes of the gradients of their losses.
+    """
+    return _AllGather.apply(x.contiguous()) if size() > 1 else x
+
+
+def all_reduce_with_grad(x: Tensor) -> Tensor:
+    """Sum a tensor over processes; its gradient is summed over processes as well."""
+    return _AllReduce.apply(x.contiguous()) if size() > 1 else x
+
+
+@torch.no_grad()
+def all_gather_no_grad(x: Tensor) -> Tensor:
+    """Concatenate the rows (N, ...) of all processes in rank order to (W*N, ...), detached."""
+    if size() == 1:
+        return x.detach()
+    parts = [torch.empty_like(x) for _ in range(size())]
+    dist.all_gather(parts, x.detach().contiguous())
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def mean_over_processes(x: Tensor) -> Tensor:
+    """Average a tensor over processes, detached."""
+    if size() == 1:
+        return x.detach()
+    total = x.detach().clone()
+    dist.all_reduce(total)
+    return total / size()
+
+
+def all_gather_objects(value) -> list:
+    """Collect one picklable value from every process, in rank order."""
+    if size() == 1:
+        return [value]
+    values = [None] * size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def agree(*flags: bool) -> tuple[bool, ...]:
+    """Each flag is true on every process as soon as it is true on one (one small all-reduce)."""
+    if size() == 1:
+        return flags
+    votes = torch.tensor(flags, dtype=torch.int32)
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return tuple(bool(v) for v in votes.tolist())
+
+
+# -------------------------------------------------------------------------- synchronised batch norm
+
+
+class _SyncBatchNormFunction(torch.autograd.Function):
+    """Normalise by given global statistics; the backward averages over the global batch."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, mean, var, eps):
+        ctx.save_for_backward(x, weight, mean, var)
+        ctx.eps = eps
+        return torch.nn.functional.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, mean, var = ctx.saved_tensors
+        axes = [0, *range(2, x.dim())]
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        inv_std = (var + ctx.eps).rsqrt()
+        grad_wide = grad.to(mean.dtype)
+        x_hat = (x.to(mean.dtype) - mean.view(shape)) * inv_std.view(shape)
+        grad_bias = grad_wide.sum(axes)
+        grad_weight = (grad_wide * x_hat).sum(axes)
+        sums = torch.stack([grad_bias, grad_weight])
+        dist.all_reduce(sums)
+        mean_grad, mean_grad_x = (sums / (size() * x.numel() / x.shape[1])).unsqueeze(-1)
+        grad_x = grad_wide - mean_grad.view(shape) - x_hat * mean_grad_x.view(shape)
+        scale = inv_std if weight is None else inv_std * weight
+        grad_x = (grad_x * scale.view(shape)).to(x.dtype)
+        affine = (None, None) if weight is None else (grad_weight, grad_bias)
+        return grad_x, *affine, None, None, None
+
+
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm over the joined batch of all processes, on any device (torch's is CUDA only).
+
+    Every process passes the same number of rows. Statistics are float32 or wider.
+    """
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.dim() < 2:
+            raise ValueError(f"batch norm needs (N, C, ...), got {tuple(x.shape)}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and size() > 1):
+            return super().forward(x)
+        with torch.no_grad():
+            axes = [0, *range(2, x.dim())]
+            wide = x.to(self.running_mean.dtype if self.running_mean is not None else torch.float32)
+            own_var, own_mean = torch.var_mean(wide, axes, correction=0)
+            means, variances = all_gather_no_grad(torch.stack([own_mean, own_var])[None]).unbind(1)
+            mean = means.mean(0)
+            var = variances.mean(0) + (means - mean).square().mean(0)
+            if self.track_running_stats:
+                count = size() * x.numel() / x.shape[1]
+                self.num_batches_tracked += 1
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
+        return _SyncBatchNormFunction.apply(x, self.weight, self.bias, mean, var, self.eps)
+
+
+def convert_sync_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
+    """Replace every batch norm by one that shares its statistics among all processes."""
+    if size() == 1:
+        return module
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    for name, child in module.named_children():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            synced = SyncBatchNorm(child.num_features, child.eps, child.momentum, child.affine)
+            synced.load_state_dict(child.state_dict())
+            if child.affine:  # keep the parameters themselves, and what is frozen among them
+                synced.weight, synced.bias = child.weight, child.bias
+            setattr(module, name, synced.to(child.running_mean.device))
+        else:
+            convert_sync_batchnorm(child, device)
+    return module

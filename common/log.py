@@ -1,0 +1,133 @@
+"""The log of a run: a JSON line every few steps, a progress line, and the watch for bad losses."""
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+
+import torch
+from torch import Tensor
+
+from common import dist
+from common.dist import RunError, World
+
+
+class Log:
+    """Writes log.jsonl and the progress line; rank 0 only, nothing leaves the device in between.
+
+    Args:
+        folder: the run's folder.
+        batch_size: images over all processes.
+        total_steps: steps of the whole run.
+        first_step: steps done before this start.
+        every: steps between two lines.
+        chance_loss: the loss of a model that knows nothing, shown beside the first one.
+    """
+
+    def __init__(
+        self, folder: str, world: World, *, batch_size, total_steps, first_step, every, chance_loss
+    ):
+        self.path, self.world = os.path.join(folder, "log.jsonl"), world
+        self.batch_size, self.total_steps, self.every = batch_size, total_steps, every
+        self.chance_loss = chance_loss
+        self.first_step = self.last_step = first_step
+        self.last_time, self.last_waited = time.perf_counter(), 0.0
+        self.bad_step = torch.full((), -1.0, device=world.device)
+        self.warned = set()
+        self.terminal = world.is_main and sys.stdout.isatty()
+
+    def due(self, step: int) -> bool:
+        """Whether this step gets a line: the first, every few, and the last."""
+        return step == self.first_step + 1 or step % self.every == 0 or step == self.total_steps
+
+    def write(self, step: int, *, epoch: int, loss: Tensor, lr: float, waited: float, **indicators):
+        """Note a step; a line is written when one is due. All processes call it.
+
+        Args:
+            step: steps done, this one included.
+            loss: scalar on the device; its mean over processes is the joined loss.
+            waited: seconds spent waiting for images since the start.
+            indicators: scalar tensors, averaged over processes.
+
+        Raises:
+            RunError: a loss since the last line was not finite.
+        """
+        bad = ~torch.isfinite(loss.detach()) & (self.bad_step < 0)
+        self.bad_step = torch.where(bad, float(step), self.bad_step)
+        if not self.due(step):
+            return
+        tensors = {"loss": loss, **indicators}
+        stacked = torch.stack([value.detach().to(loss.dtype) for value in tensors.values()])
+        values = dict(zip(tensors, dist.mean_over_processes(stacked).tolist(), strict=True))
+        self.check()
+        now = time.perf_counter()
+        seconds = max(now - self.last_time, 1e-9)
+        line = {
+            "step": step,
+            "epoch": epoch,
+            "loss": values.pop("loss"),
+            "lr": float(lr),
+            "images_per_second": round((step - self.last_step) * self.batch_size / seconds, 1),
+            "data_wait": round((waited - self.last_waited) / seconds, 3),
+            "memory_gb": round(memory_gb(self.world.device), 3),
+            **values,
+        }
+        with dist.together(writing=self.path):
+            if self.world.is_main:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(line) + "\n")
+        self.show(line)
+        self.last_step, self.last_time, self.last_waited = step, now, waited
+
+    def check(self):
+        """Stop on every process if a loss was not finite on any; called before each save too."""
+        bad_steps = dist.all_gather_no_grad(self.bad_step[None]).tolist()
+        bad_steps = [step for step in bad_steps if step >= 0]
+        if bad_steps:
+            raise RunError(
+                f"the loss of step {min(bad_steps):.0f} is not finite; the last checkpoint is from "
+                "before it; lower --lr, raise --warmup-epochs, or try --amp none"
+            )
+
+    def warn(self, name: str, tripped: bool, advice: str):
+        """Say once that a collapse indicator has tripped."""
+        if tripped and name not in self.warned and self.world.is_main:
+            self.warned.add(name)
+            self.end()
+            print(f"warning: {name}: {advice}", flush=True)
+
+    def show(self, line: dict):
+        if not self.world.is_main:
+            return
+        step = line["step"]
+        if step == self.first_step + 1 == 1:
+            print(f"first loss {line['loss']:.4f} (chance: {self.chance_loss:.4f})", flush=True)
+        left = (self.total_steps - step) * self.batch_size / max(line["images_per_second"], 1e-9)
+        text = (
+            f"epoch {line['epoch'] + 1}  step {step}/{self.total_steps}  loss {line['loss']:.4f}  "
+            f"lr {line['lr']:.4g}  {line['images_per_second']:.0f} img/s  eta {clock(left)}"
+        )
+        if self.terminal:
+            print(f"\r\x1b[K{text}", end="", flush=True)
+        else:
+            print(text, flush=True)
+
+    def end(self):
+        """Finish the progress line."""
+        if self.terminal:
+            print(flush=True)
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak memory of this process: allocated on the GPU, or resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def clock(seconds: float) -> str:
+    minutes, seconds = divmod(math.ceil(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

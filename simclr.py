@@ -1,0 +1,242 @@
+"""SimCLR: A Simple Framework for Contrastive Learning of Visual Representations, arXiv 2002.05709.
+
+1. Make two views of every image: strong crops, colour and blur.
+2. Embed both: backbone h, projector z.
+3. For every embedding, the other view of the same image is the positive, and both views of all
+   other images, of all processes, are the negatives. NT-Xent is the cross-entropy of finding the
+   positive.
+
+Letters: N images per process, W processes, D embedding size, H backbone width.
+
+Differs from the official code (google-research/simclr, TensorFlow): the loss is the paper's mean
+over the 2N rows where the code adds the two directions, which is twice that (LARS does not see the
+factor); the learning rate is outside the momentum buffer; weight decay on weights only, as there.
+Left out: the square-root rule for the learning rate, .075 sqrt(batch size), which the paper prefers
+for short runs of small batches (pass its value times 256 / batch size as --lr).
+
+    python simclr.py
+    torchrun --nproc_per_node=8 simclr.py --data /path/to/imagenet --output runs/simclr
+"""
+
+import math
+import sys
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common import augment, backbones, cli, data, dist, optim
+from common.checkpoint import Run
+from common.log import Log
+
+RECIPES = {
+    # Paper, section 2 and appendix B.9; no normalisation of the input, as in the official code.
+    "imagenet": dict(
+        arch="resnet50", stem="imagenet", image_size=224, in_chans=3, mean=[0.0, 0.0, 0.0],
+        std=[1.0, 1.0, 1.0], views="photo", crop_scale=[0.08, 1.0], jitter_strength=1.0, blur=True,
+        projector_dim=2048, embedding_dim=128, temperature=0.1, epochs=100, batch_size=4096, lr=0.3,
+        weight_decay=1e-6, warmup_epochs=10, sync_bn=True,
+    ),
+    # README of the official code: ResNet-18, small stem, about 91 % linear after 1,000 epochs.
+    "cifar10": dict(
+        arch="resnet18", stem="small", image_size=32, in_chans=3, mean=[0.0, 0.0, 0.0],
+        std=[1.0, 1.0, 1.0], views="photo", crop_scale=[0.08, 1.0], jitter_strength=0.5, blur=False,
+        projector_dim=512, embedding_dim=128, temperature=0.5, epochs=1000, batch_size=512, lr=1.0,
+        weight_decay=1e-6, warmup_epochs=10, sync_bn=True,
+    ),
+    # Ours, chosen on the built-in digits: a minute on two cores.
+    "digits": dict(
+        arch="resnet_tiny", stem="small", image_size=16, in_chans=3, mean=[0.5, 0.5, 0.5],
+        std=[0.5, 0.5, 0.5], views="digits", crop_scale=[0.6, 1.0], jitter_strength=0.5, blur=False,
+        projector_dim=128, embedding_dim=64, temperature=0.2, epochs=60, batch_size=256, lr=1.0,
+        weight_decay=1e-6, warmup_epochs=5, sync_bn=True,
+    ),
+}
+
+
+def parse_args(argv=None):
+    parser = cli.parser(__file__, __doc__)
+    group = parser.add_argument_group("images")
+    group.add_argument("--image-size", type=cli.count, help="side of a view in pixels")
+    group.add_argument("--in-chans", type=cli.count, help="channels of the images")
+    group.add_argument("--mean", type=cli.number, nargs="+", help="subtracted from each channel")
+    group.add_argument("--std", type=cli.positive, nargs="+", help="each channel is divided by it")
+    group = parser.add_argument_group("method")
+    group.add_argument("--arch", choices=backbones.NAMES, help="backbone")
+    group.add_argument("--stem", choices=("imagenet", "small"), help="small: 3x3 stride 1, no pool")
+    group.add_argument("--views", choices=("photo", "digits"), help="what views are made of")
+    group.add_argument("--crop-scale", type=cli.share, nargs=2, help="smallest, largest area share")
+    group.add_argument("--jitter-strength", type=cli.not_negative, help="of the colour changes")
+    group.add_argument("--blur", action=cli.Switch, help="Gaussian blur of half of the views")
+    group.add_argument("--projector-dim", type=cli.count, help="hidden width of the projector")
+    group.add_argument("--embedding-dim", type=cli.count, help="D, size of an embedding")
+    group.add_argument("--temperature", type=cli.positive, help="lower: hard negatives count more")
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--epochs", type=cli.count, help="passes over the images")
+    group.add_argument("--batch-size", type=cli.count, help="images over all processes")
+    group.add_argument("--lr", type=cli.positive, help="learning rate per 256 images")
+    group.add_argument("--weight-decay", type=cli.not_negative, help="of weights, not of norms")
+    group.add_argument("--warmup-epochs", type=cli.whole, help="linear from 0")
+    group.add_argument("--sync-bn", action=cli.Switch, help="batch norm over all processes")
+    group.add_argument("--seed", type=cli.whole, default=0, help="of every random choice")
+    return cli.parse(parser, RECIPES, argv)
+
+
+# -------------------------------------------------------------------------------------------- views
+
+
+def photo_views(image_size, channels, crop_scale, jitter_strength, blur, mean, std):
+    """Two views of the same kind (paper, appendix A)."""
+    s = jitter_strength
+    steps = [
+        augment.RandomResizedCrop(scale=crop_scale, ratio=(3 / 4, 4 / 3), interpolation="bicubic"),
+        augment.HorizontalFlip(p=0.5),
+        augment.ColorJitter(0.8 * s, 0.8 * s, saturation=0.8 * s, hue=0.2 * s, p=0.8),
+        augment.Grayscale(p=0.2),
+        augment.GaussianBlur(sigma=(0.1, 2.0), p=0.5 if blur else 0.0),
+        augment.Normalize(mean, std),
+    ]
+    return [augment.View(image_size, steps, channels)] * 2
+
+
+def digit_views(image_size, channels, crop_scale, jitter_strength, blur, mean, std):
+    """Two views that leave a digit what it is: it is moved and shaded, never mirrored."""
+    s = jitter_strength
+    steps = [
+        augment.RandomAffine(degrees=15, translate=0.1, scale=(0.8, 1.2), shear=10, fill=0,
+                             interpolation="bilinear"),
+        augment.RandomResizedCrop(scale=crop_scale, ratio=(3 / 4, 4 / 3), interpolation="bilinear"),
+        augment.ColorJitter(brightness=s, contrast=s, saturation=0.0, hue=0.0, p=0.8),
+        augment.GaussianBlur(sigma=(0.1, 1.0), p=0.5 if blur else 0.0),
+        augment.Normalize(mean, std),
+    ]
+    return [augment.View(image_size, steps, channels)] * 2
+
+
+# -------------------------------------------------------------------------------------------- model
+
+
+class SimCLR(nn.Module):
+    """Backbone and projector H -> hidden -> D, batch norm after both (the last without shift)."""
+
+    def __init__(self, backbone: nn.Module, projector_dim: int, embedding_dim: int):
+        super().__init__()
+        self.backbone = backbone
+        self.projector = nn.Sequential(
+            nn.Linear(backbone.num_features, projector_dim, bias=False),
+            nn.BatchNorm1d(projector_dim),
+            nn.ReLU(inplace=True),
+            nn.Linear(projector_dim, embedding_dim, bias=False),
+            nn.BatchNorm1d(embedding_dim),
+        )
+        self.projector[4].bias.requires_grad_(False)  # stays 0
+        for layer in (self.projector[0], self.projector[3]):
+            nn.init.normal_(layer.weight, std=0.01)
+
+    def forward(self, views: list[Tensor]) -> Tensor:
+        """Embed a list of V views (N, C, H, W) in one pass; embeddings (V, N, D)."""
+        z = self.projector(self.backbone(torch.cat(views)))
+        return z.view(len(views), -1, z.shape[1])
+
+
+# --------------------------------------------------------------------------------------------- loss
+
+
+def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
+    """Compute the normalised temperature-scaled cross-entropy of two views.
+
+    The mean over processes of the result is the loss of the joined batch, and so is the gradient
+    that DDP averages.
+
+    Args:
+        z1, z2: embeddings (N, D) of the two views; normalised here.
+        temperature: divides the cosines.
+
+    Returns:
+        Scalar: mean over this process's 2N rows of -log softmax at the positive, among the 2WN - 1
+        other rows of all processes.
+
+    Reference: section 2.1 and algorithm 1.
+    """
+    z = torch.stack([z1, z2], dim=1)
+    z = nn.functional.normalize(z if z.dtype == torch.float64 else z.float(), dim=-1)  # (N, 2, D)
+    everyone = dist.all_gather_with_grad(z).flatten(0, 1)  # (W*N*2, D): views of an image adjacent
+    own = z.flatten(0, 1)  # (N*2, D)
+    logits = own @ everyone.T / temperature  # (2N, 2WN)
+    itself = torch.arange(len(own), device=own.device) + dist.rank() * len(own)
+    logits = logits.scatter(1, itself[:, None], -math.inf)
+    return nn.functional.cross_entropy(logits, itself ^ 1)  # the neighbour: row 2i and row 2i + 1
+
+
+# --------------------------------------------------------------------------------------------- main
+
+
+def main(args):
+    world = dist.setup(args.device, args.deterministic)
+    torch.manual_seed(args.seed)
+
+    # Data
+    images = data.open_images(args.data, "train", args.in_chans, args.limit)
+    make_views = {"photo": photo_views, "digits": digit_views}[args.views]
+    views = make_views(args.image_size, args.in_chans, args.crop_scale, args.jitter_strength,
+                       args.blur, args.mean, args.std)
+
+    # Model
+    backbone = backbones.build_backbone(args.arch, stem=args.stem, in_chans=args.in_chans,
+                                        zero_init_residual=True)
+    model = SimCLR(backbone, args.projector_dim, args.embedding_dim).to(world.device)
+    model = model.to(memory_format=torch.channels_last)
+    if args.sync_bn:
+        model = dist.convert_sync_batchnorm(model, world.device)
+
+    # Optimiser
+    lr = args.lr * args.batch_size / 256
+    weights, others = optim.split_by_dimension(model)
+    groups = [{"params": weights}, {"params": others, "decay": False, "adapt": False}]
+    optimizer = optim.LARS(groups, lr=lr, momentum=0.9, weight_decay=args.weight_decay,
+                           trust_coefficient=0.001)
+    autocast, scaler = optim.precision(args.amp, world.device)
+
+    # Resume
+    run = Run(args.output, cli.settings(args), images, world, resume=args.resume,
+              save_every_minutes=args.save_every_minutes)
+    state = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    step = run.start(state)
+    loader = data.Loader(images, views, batch_size=args.batch_size, epochs=args.epochs,
+                         seed=args.seed, world=world, workers=args.workers, start_step=step)
+    lr_of_step = optim.warmup_cosine(
+        start=0.0, base=lr, final=0.0, warmup_steps=args.warmup_epochs * loader.steps_per_epoch,
+        total_steps=args.epochs * loader.steps_per_epoch, warmup_endpoint=False,
+    )
+    log = Log(args.output, world, batch_size=args.batch_size, total_steps=len(lr_of_step),
+              first_step=step, every=args.log_every,
+              chance_loss=math.log(2 * args.batch_size - 1))
+    ddp_model = DistributedDataParallel(model) if world.size > 1 else model
+
+    # Train
+    for epoch in range(step // loader.steps_per_epoch, args.epochs):
+        for batch in loader.epoch(epoch):  # 1. two views
+            for group in optimizer.param_groups:
+                group["lr"] = lr_of_step[step]
+            with autocast():
+                z1, z2 = ddp_model(batch.views)  # 2. embeddings
+            loss = nt_xent(z1, z2, args.temperature)  # 3. find the other view
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+            log.write(step + 1, epoch=epoch, loss=loss, lr=lr_of_step[step], waited=loader.waited)
+            step += 1
+            save, stop = run.agree(step % loader.steps_per_epoch == 0)
+            if save:
+                log.check()
+                run.save(step, state, model.backbone)
+            if stop:
+                break
+    log.end()
+    run.close()
+
+
+if __name__ == "__main__":
+    sys.exit(dist.launch(main, parse_args()))
