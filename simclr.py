@@ -168,6 +168,19 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     return nn.functional.cross_entropy(logits, itself ^ 1)  # the neighbour: row 2i and row 2i + 1
 
 
+@torch.no_grad()
+def indicators(z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
+    """What tells learning from collapse, on this process's embeddings (N, D) of the two views."""
+    z1, z2 = (nn.functional.normalize(z.float(), dim=1) for z in (z1, z2))
+    cosines = z1 @ z2.T
+    found = cosines.argmax(1) == torch.arange(len(z1), device=z1.device)
+    return {
+        "contrast_accuracy": found.float().mean(),  # the other view is the nearest in this batch
+        "positive_similarity": cosines.diagonal().mean(),
+        "z_std": z1.std(0).mean(),  # about 1 / sqrt(D) where embeddings spread, 0 in collapse
+    }
+
+
 # --------------------------------------------------------------------------------------------- main
 
 
@@ -197,45 +210,46 @@ def main(args):
                            trust_coefficient=0.001)
     autocast, scaler = optim.precision(args.amp, world.device)
 
-    # Resume
-    run = Run(args.output, cli.settings(args), images, world, resume=args.resume,
-              save_every_minutes=args.save_every_minutes)
-    state = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    step = run.start(state)
-    loader = data.Loader(images, views, batch_size=args.batch_size, epochs=args.epochs,
-                         seed=args.seed, world=world, workers=args.workers, start_step=step)
-    lr_of_step = optim.warmup_cosine(
-        start=0.0, base=lr, final=0.0, warmup_steps=args.warmup_epochs * loader.steps_per_epoch,
-        total_steps=args.epochs * loader.steps_per_epoch, warmup_endpoint=False,
-    )
-    log = Log(args.output, world, batch_size=args.batch_size, total_steps=len(lr_of_step),
-              first_step=step, every=args.log_every,
-              chance_loss=math.log(2 * args.batch_size - 1))
-    ddp_model = DistributedDataParallel(model) if world.size > 1 else model
+    with Run(args.output, cli.settings(args), images, world, resume=args.resume,
+             save_every_minutes=args.save_every_minutes) as run:
+        # Resume
+        state = {"model": model, "optimizer": optimizer, "scaler": scaler}
+        step = run.start(state)
+        loader = data.Loader(images, views, batch_size=args.batch_size, epochs=args.epochs,
+                             seed=args.seed, world=world, workers=args.workers, start_step=step)
+        lr_of_step = optim.warmup_cosine(
+            start=0.0, base=lr, final=0.0, warmup_steps=args.warmup_epochs * loader.steps_per_epoch,
+            total_steps=args.epochs * loader.steps_per_epoch, warmup_endpoint=False,
+        )
+        log = Log(args.output, world, batch_size=args.batch_size, total_steps=len(lr_of_step),
+                  first_step=step, every=args.log_every,
+                  chance_loss=math.log(2 * args.batch_size - 1),
+                  floors={"z_std": 0.1 / math.sqrt(args.embedding_dim)})
+        ddp_model = DistributedDataParallel(model) if world.size > 1 else model
 
-    # Train
-    for epoch in range(step // loader.steps_per_epoch, args.epochs):
-        for batch in loader.epoch(epoch):  # 1. two views
-            for group in optimizer.param_groups:
-                group["lr"] = lr_of_step[step]
-            with autocast():
-                z1, z2 = ddp_model(batch.views)  # 2. embeddings
-            loss = nt_xent(z1, z2, args.temperature)  # 3. find the other view
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
+        # Train
+        for epoch in range(step // loader.steps_per_epoch, args.epochs):
+            for batch in loader.epoch(epoch):  # 1. two views
+                for group in optimizer.param_groups:
+                    group["lr"] = lr_of_step[step]
+                with autocast():
+                    z1, z2 = ddp_model(batch.views)  # 2. embeddings
+                loss = nt_xent(z1, z2, args.temperature)  # 3. find the other view
+                optimizer.zero_grad(set_to_none=True)
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
 
-            log.write(step + 1, epoch=epoch, loss=loss, lr=lr_of_step[step], waited=loader.waited)
-            step += 1
-            save, stop = run.agree(step % loader.steps_per_epoch == 0)
-            if save:
-                log.check()
-                run.save(step, state, model.backbone)
-            if stop:
-                break
-    log.end()
-    run.close()
+                step += 1
+                seen = indicators(z1, z2) if log.due(step) else {}
+                log.write(step, epoch=epoch, loss=loss, lr=lr_of_step[step - 1],
+                          waited=loader.waited, **seen)
+                save, stop = run.agree(step % loader.steps_per_epoch == 0)
+                if save:
+                    log.check()
+                    run.save(step, state, model.backbone)
+                if stop:
+                    return
 
 
 if __name__ == "__main__":

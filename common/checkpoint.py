@@ -28,7 +28,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Run:
-    """An output folder held by one run at a time.
+    """An output folder held by one run at a time, and the signals that ask the run to stop.
+
+    Use it as a context: at its end, however it comes, the folder and the signals are let go.
 
     Args:
         folder: the `--output`; made if missing.
@@ -48,18 +50,37 @@ class Run:
         self.save_every = 60 * save_every_minutes
         self.last_save = time.monotonic()
         self.saved_step = None
-        self.stop_requested = False
+        self.stop_requested = self.stopping = False
         self.lock = None
-        with dist.together(writing=folder):
-            if world.is_main:
-                os.makedirs(folder, exist_ok=True)
-                self.lock = hold(os.path.join(folder, ".lock"))
-        with dist.together():
-            self.checkpoint = self.newest_checkpoint() if resume else None
-            if self.checkpoint:
-                self.compare_settings()
+        self.resume, self.checkpoint = resume, None
+
+    def __enter__(self):
+        try:
+            with dist.together(writing=self.folder):
+                if self.world.is_main:
+                    os.makedirs(self.folder, exist_ok=True)
+                    self.lock = hold(self.path(".lock"))
+            with dist.together():
+                if self.resume:
+                    self.checkpoint = self.newest_checkpoint()
+                    self.compare_settings()
+        except RunError:
+            self.__exit__(RunError)
+            raise
         for number in STOP_SIGNALS:
             signal.signal(number, self.request_stop)
+        return self
+
+    def __exit__(self, kind=None, *_):
+        for number in STOP_SIGNALS:
+            default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, default)
+        if self.lock:
+            self.lock.close()
+        if kind is None and self.stopping:
+            dist.say(f"stopped at step {self.saved_step} and saved; the same command goes on")
+        elif kind is None:
+            dist.say(f"finished: {self.path('backbone.pth')}")
 
     def path(self, name: str) -> str:
         return os.path.join(self.folder, name)
@@ -69,14 +90,6 @@ class Run:
         if self.stop_requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.stop_requested = True
-
-    def close(self):
-        """Let go of the folder and of the signals."""
-        for number in STOP_SIGNALS:
-            default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-            signal.signal(number, default)
-        if self.lock:
-            self.lock.close()
 
     # ---------------------------------------------------------------------------------- starting
 
@@ -90,9 +103,9 @@ class Run:
             except Exception as error:  # a torn file raises many things
                 failures.append(f"{name} ({type(error).__name__})")
                 continue
-            if name != "checkpoint.pt" and self.world.is_main:
+            if name != "checkpoint.pt":
                 missing = failures[0] + " does not load" if failures else "checkpoint.pt is missing"
-                print(f"warning: {missing}; going on from {name}", flush=True)
+                dist.say(f"warning: {missing}; going on from {name}")
             return loaded
         if failures:
             raise RunError(
@@ -103,6 +116,8 @@ class Run:
 
     def compare_settings(self):
         """Refuse to go on with other settings than the checkpoint's."""
+        if self.checkpoint is None:
+            return
         saved = dict(self.checkpoint["settings"], data=self.checkpoint["identity"])
         now = dict(self.settings, data=self.identity)
         for name in sorted({*saved, *now}):
@@ -131,11 +146,10 @@ class Run:
                 saved = self.checkpoint["state"][name]
                 part.copy_(saved) if isinstance(part, torch.Tensor) else part.load_state_dict(saved)
             processes = self.checkpoint["processes"]
-            if self.world.is_main:
-                note = f"resuming {self.folder} at step {step}"
-                if processes != self.world.size:
-                    note += f" (saved by {processes} processes, now {self.world.size})"
-                print(note, flush=True)
+            note = f"resuming {self.folder} at step {step}"
+            if processes != self.world.size:
+                note += f" (saved by {processes} processes, now {self.world.size})"
+            dist.say(note)
             self.checkpoint = None
         with dist.together(writing=self.folder):
             if self.world.is_main:
@@ -176,8 +190,8 @@ class Run:
     def agree(self, epoch_ends: bool) -> tuple[bool, bool]:
         """Whether to save now and whether to stop then: the same answer on every process."""
         due = self.world.is_main and time.monotonic() - self.last_save > self.save_every
-        stop, due = dist.agree(self.stop_requested, due)
-        return stop or due or epoch_ends, stop
+        self.stopping, due = dist.agree(self.stop_requested, due)
+        return self.stopping or due or epoch_ends, self.stopping
 
     def save(self, step: int, state: dict, backbone: nn.Module):
         """Write backbone.pth and the checkpoint of `step`; all processes call it.

@@ -307,9 +307,8 @@ class Loader:
             return
         joined = {i: r for part in dist.all_gather_objects(new) for i, r in part.items()}
         hopeless = joined.pop(-1, None)
-        if self.world.is_main:
-            for i in sorted(set(joined) - set(self.bad_files)):
-                print(f"unreadable, replaced: {self.images.name(i)}: {joined[i]}", flush=True)
+        for i in sorted(joined):
+            dist.say(f"unreadable, replaced: {self.images.name(i)}: {joined[i]}")
         self.bad_files.update(joined)
         allowed = max(1, len(self.images) // 100)
         if hopeless or len(self.bad_files) > allowed:

@@ -85,13 +85,23 @@ def launch(main, args) -> int:
         main(args)
         status = 0
     except RunError as error:  # raised on every process: see `together`
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        say(f"error: {error}", sys.stderr)
         status = 2
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()  # leaving it to the interpreter's exit can abort
     return status
+
+
+def say(message: str, stream=None, stays: bool = True):
+    """Print a line on one process. On a terminal, one that does not stay gives way to the next."""
+    stream = stream or sys.stdout
+    if int(os.environ.get("RANK", 0)) != 0:
+        return
+    if stream.isatty():
+        print(f"\r\x1b[K{message}", end="\n" if stays else "", file=stream, flush=True)
+    else:
+        print(message, file=stream, flush=True)
 
 
 @contextlib.contextmanager

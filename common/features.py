@@ -94,8 +94,8 @@ def load_backbone(backbone: nn.Module, path: str) -> None:
             shapes = f"{tuple(loaded[key].shape)}, not {tuple(wanted[key].shape)}"
             raise RunError(f"{path}: {key} has the shape {shapes}; are --arch and --stem right?")
     backbone.load_state_dict(loaded)
-    if heads and dist.rank() == 0:
-        print(f"{path}: {len(loaded)} tensors loaded, left out: {' '.join(heads)}", flush=True)
+    if heads:
+        dist.say(f"{path}: {len(loaded)} tensors loaded, left out: {' '.join(heads)}")
 
 
 class Chunks(torch.utils.data.Dataset):

@@ -24,19 +24,20 @@ class Log:
         first_step: steps done before this start.
         every: steps between two lines.
         chance_loss: the loss of a model that knows nothing, shown beside the first one.
+        floors: collapse indicators by name, and the value below which to warn.
     """
 
     def __init__(
-        self, folder: str, world: World, *, batch_size, total_steps, first_step, every, chance_loss
+        self, folder: str, world: World, *, batch_size, total_steps, first_step, every,
+        chance_loss, floors,
     ):
         self.path, self.world = os.path.join(folder, "log.jsonl"), world
         self.batch_size, self.total_steps, self.every = batch_size, total_steps, every
-        self.chance_loss = chance_loss
+        self.chance_loss, self.floors = chance_loss, floors
         self.first_step = self.last_step = first_step
         self.last_time, self.last_waited = time.perf_counter(), 0.0
         self.bad_step = torch.full((), -1.0, device=world.device)
         self.warned = set()
-        self.terminal = world.is_main and sys.stdout.isatty()
 
     def due(self, step: int) -> bool:
         """Whether this step gets a line: the first, every few, and the last."""
@@ -49,7 +50,7 @@ class Log:
             step: steps done, this one included.
             loss: scalar on the device; its mean over processes is the joined loss.
             waited: seconds spent waiting for images since the start.
-            indicators: scalar tensors, averaged over processes.
+            indicators: scalar tensors, averaged over processes; needed where a line is `due`.
 
         Raises:
             RunError: a loss since the last line was not finite.
@@ -79,6 +80,7 @@ class Log:
                 with open(self.path, "a") as file:
                     file.write(json.dumps(line) + "\n")
         self.show(line)
+        self.warn(line)
         self.last_step, self.last_time, self.last_waited = step, now, waited
 
     def check(self):
@@ -91,33 +93,25 @@ class Log:
                 "before it; lower --lr, raise --warmup-epochs, or try --amp none"
             )
 
-    def warn(self, name: str, tripped: bool, advice: str):
-        """Say once that a collapse indicator has tripped."""
-        if tripped and name not in self.warned and self.world.is_main:
-            self.warned.add(name)
-            self.end()
-            print(f"warning: {name}: {advice}", flush=True)
+    def warn(self, line: dict):
+        """Name, once each, the collapse indicators that have fallen below their floors."""
+        for name, floor in self.floors.items():
+            if line[name] < floor and name not in self.warned:
+                self.warned.add(name)
+                dist.say(f"warning: {name} is {line[name]:.3g}, below {floor:.3g}: the embeddings "
+                         "collapse (README, symptoms)")
 
     def show(self, line: dict):
-        if not self.world.is_main:
-            return
+        """Update the progress line on a terminal; print a line elsewhere."""
         step = line["step"]
-        if step == self.first_step + 1 == 1:
-            print(f"first loss {line['loss']:.4f} (chance: {self.chance_loss:.4f})", flush=True)
+        if step == 1:
+            dist.say(f"first loss {line['loss']:.4f} (chance: {self.chance_loss:.4f})")
         left = (self.total_steps - step) * self.batch_size / max(line["images_per_second"], 1e-9)
-        text = (
+        dist.say(
             f"epoch {line['epoch'] + 1}  step {step}/{self.total_steps}  loss {line['loss']:.4f}  "
-            f"lr {line['lr']:.4g}  {line['images_per_second']:.0f} img/s  eta {clock(left)}"
+            f"lr {line['lr']:.4g}  {line['images_per_second']:.0f} img/s  eta {clock(left)}",
+            stays=step == self.total_steps,
         )
-        if self.terminal:
-            print(f"\r\x1b[K{text}", end="", flush=True)
-        else:
-            print(text, flush=True)
-
-    def end(self):
-        """Finish the progress line."""
-        if self.terminal:
-            print(flush=True)
 
 
 def memory_gb(device: torch.device) -> float:

@@ -107,7 +107,7 @@ def split_by_dimension(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.P
 def warmup_cosine(
     *, start: float, base: float, final: float, warmup_steps: int, total_steps: int,
     warmup_endpoint: bool,
-) -> np.ndarray:
+) -> list[float]:
     """A value for every step: linear from start to base, then a cosine to final.
 
     The cosine begins at `base` right after the warm-up and would reach `final` at step total_steps,
@@ -116,7 +116,8 @@ def warmup_cosine(
     """
     warmup = np.linspace(start, base, warmup_steps, endpoint=warmup_endpoint)
     t = np.arange(total_steps - warmup_steps) / max(1, total_steps - warmup_steps)
-    return np.concatenate([warmup, final + (base - final) * (1 + np.cos(np.pi * t)) / 2])
+    cosine = final + (base - final) * (1 + np.cos(np.pi * t)) / 2
+    return [*warmup.tolist(), *cosine.tolist()]
 
 
 def precision(amp: str, device: torch.device):

@@ -1,0 +1,312 @@
+"""The contract that every method script keeps. A script joins by standing in the repository root.
+
+What it needs beside `RECIPES` with `digits`, `parse_args` and `main`: an entry in `EXTRA` if it
+cannot train with `TINY`, one in `STILL` if some trainable parameters rightly stay where they are.
+"""
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import runs
+import torch
+
+from common import cli
+from common.checkpoint import Run
+from common.dist import RunError
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py") if "\nRECIPES = " in p.read_text())
+TINY = ["--limit", "32", "--batch-size", "16", "--epochs", "1", "--warmup-epochs", "0",
+        "--workers", "0", "--log-every", "1"]
+EXTRA: dict[str, list[str]] = {}  # flags that a script needs for a tiny run
+STILL: dict[str, set[str]] = {}  # trainable parameters that two steps need not move
+SHARED = {
+    "data", "limit", "recipe", "arch", "image_size", "in_chans", "mean", "std", "epochs",
+    "batch_size", "lr", "weight_decay", "warmup_epochs", "sync_bn", "output", "resume",
+    "save_every_minutes", "workers", "device", "amp", "seed", "deterministic", "log_every",
+}
+
+every_script = pytest.mark.parametrize("script", SCRIPTS)
+
+
+def parsed(script, *flags):
+    module = importlib.import_module(script)
+    return module, module.parse_args([*TINY, *EXTRA.get(script, []), *map(str, flags)])
+
+
+def lines(folder):
+    return [json.loads(line) for line in (Path(folder) / "log.jsonl").open()]
+
+
+def same_tensors(one, other):
+    one, other = (torch.load(path, weights_only=True) for path in (one, other))
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+# -------------------------------------------------------------------------- importing, command line
+
+
+def test_importing_does_nothing():
+    code = (
+        f"import sys, {', '.join(SCRIPTS)}, torch.distributed;"
+        "assert not torch.distributed.is_initialized() and 'faiss' not in sys.modules;"
+        "assert not torch.cuda.is_initialized()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@every_script
+def test_help_shows_the_values_in_force(script, capsys):
+    module = importlib.import_module(script)
+    for recipe, values in module.RECIPES.items():
+        with pytest.raises(SystemExit) as ended:
+            module.parse_args(["--recipe", recipe, "--help"])
+        assert ended.value.code == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        assert f"[{values['lr']}]" in shown and f"[{values['batch_size']}]" in shown
+
+
+@every_script
+def test_the_recipe_follows_the_data_and_a_flag_wins(script):
+    module = importlib.import_module(script)
+    assert module.parse_args([]).recipe == "digits"
+    assert module.parse_args(["--data", "/some/folder"]).recipe == "imagenet"
+    assert module.parse_args(["--recipe", "cifar10"]).epochs == module.RECIPES["cifar10"]["epochs"]
+    assert module.parse_args(["--recipe", "cifar10", "--epochs", "77"]).epochs == 77
+
+
+def flags_of(script, monkeypatch):
+    """Every flag of a script by name: its spelling, type, choices and number of values."""
+    caught = []
+    monkeypatch.setattr(cli, "parse", lambda parser, recipes, argv=None: caught.append(parser))
+    importlib.import_module(script).parse_args([])
+    actions = [a for a in caught[0]._actions if not isinstance(a, argparse._HelpAction)]
+    kinds = {a.dest: (a.option_strings, a.type, a.choices, a.nargs, type(a)) for a in actions}
+    return kinds | {"recipe": None}
+
+
+@every_script
+def test_shared_flags_are_the_same_everywhere(script, monkeypatch):
+    flags, reference = flags_of(script, monkeypatch), flags_of("simclr", monkeypatch)
+    assert flags.keys() >= SHARED
+    for name in SHARED - {"arch"}:
+        assert flags[name] == reference[name], name
+
+
+@every_script
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--epochs", "-3"], "-3"),
+        (["--arch", "resnet51"], "resnet51"),
+        (["--batch-size", "0"], "'0'"),
+        (["--lr", "nan"], "nan"),
+        (["--epochs", "5", "--warmup-epochs", "9"], "9"),
+        (["--mean", "1", "2"], "2 values"),
+        (["--no-such-flag"], "--no-such-flag"),
+    ],
+)
+def test_a_bad_argument_is_one_line_with_its_value(script, flags, named, capsys):
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(script).parse_args(flags)
+    printed = capsys.readouterr().err
+    assert ended.value.code == 2 and named in printed and printed.count("\n") == 1
+
+
+@every_script
+def test_a_batch_that_does_not_divide_among_processes_is_refused(script, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        importlib.import_module(script).parse_args(["--batch-size", "7"])
+    assert "--batch-size 7" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------- a tiny run
+
+
+def watched_run(script, folder, *flags):
+    """Train in this process; parameters that did not move, and those with a gradient they lack."""
+    module, args = parsed(script, "--output", folder, *flags)
+    seen, start = {}, Run.start
+
+    def remember(self, state):
+        step = start(self, state)
+        modules = {n: m for n, m in state.items() if isinstance(m, torch.nn.Module)}
+        seen.update({(n, k): (p, p.detach().clone()) for n, m in modules.items()
+                     for k, p in m.named_parameters()})
+        return step
+
+    Run.start = remember
+    try:
+        module.main(args)
+    finally:
+        Run.start = start
+    unmoved = [k for (_, k), (p, old) in seen.items() if p.requires_grad and torch.equal(p, old)]
+    reached = [k for (_, k), (p, _) in seen.items() if not p.requires_grad and p.grad is not None]
+    return unmoved, reached, [line["loss"] for line in lines(folder)]
+
+
+@every_script
+@pytest.mark.parametrize("size", [1, 2])
+def test_two_steps_move_every_trainable_parameter(script, size, pool, tmp_path):
+    for unmoved, reached, losses in pool.run(size, watched_run, script, str(tmp_path)):
+        assert set(unmoved) <= STILL.get(script, set())
+        assert reached == []  # teachers and frozen parts are never reached
+        assert len(losses) == 2 and np.isfinite(losses).all()
+
+
+@every_script
+@pytest.mark.parametrize("channels", [1, 4, 10])
+def test_any_channel_count_trains(script, channels, tmp_path, capsys):
+    module, args = parsed(script, "--in-chans", channels, "--output", tmp_path)
+    module.main(args)
+    assert len(lines(tmp_path)) == 2
+    weights = torch.load(tmp_path / "backbone.pth", weights_only=True)
+    assert any(value.ndim == 4 and value.shape[1] == channels for value in weights.values())
+
+
+@every_script
+def test_the_export_loads_in_every_evaluation(script, tmp_path, capsys):
+    module, args = parsed(script, "--output", tmp_path)
+    module.main(args)
+    for evaluation in sorted(p.stem for p in ROOT.glob("eval_*.py")):
+        capsys.readouterr()
+        evaluator = importlib.import_module(evaluation)
+        evaluator.main(evaluator.parse_args(["--checkpoint", str(tmp_path)]))
+        result = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert 0 < result["top1"] <= 1 and result["num_test"] == 355
+
+
+@every_script
+def test_run_json_says_what_was_run(script, tmp_path):
+    module, args = parsed(script, "--output", tmp_path)
+    module.main(args)
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["settings"]["batch_size"] == 16 and record["parameters"] > 1000
+    assert record["starts"][0]["versions"]["torch"] == torch.__version__
+
+
+@every_script
+def test_amp_bf16_stays_near_float32(script, tmp_path):
+    losses = []
+    for amp in ("none", "bf16"):
+        module, args = parsed(script, "--amp", amp, "--output", tmp_path / amp)
+        module.main(args)
+        losses.append([line["loss"] for line in lines(tmp_path / amp)])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0.05)
+
+
+# -------------------------------------------------------------------- what is refused when resuming
+
+
+@every_script
+def test_a_changed_setting_is_refused_with_both_values(script, tmp_path):
+    module, args = parsed(script, "--output", tmp_path)
+    module.main(args)
+    module, args = parsed(script, "--output", tmp_path, "--lr", "0.12345")
+    recipe_lr = module.RECIPES["digits"]["lr"]
+    with pytest.raises(RunError, match=rf"--lr is 0\.12345 and was {recipe_lr}.*--no-resume"):
+        module.main(args)
+    module, args = parsed(script, "--output", tmp_path, "--lr", "0.12345", "--no-resume")
+    module.main(args)  # starts anew
+    assert len(lines(tmp_path)) == 2
+
+
+@every_script
+def test_a_broken_checkpoint_gives_way_to_the_one_before(script, tmp_path, capsys):
+    module, args = parsed(script, "--output", tmp_path, "--epochs", "2")
+    module.main(args)
+    whole = (tmp_path / "backbone.pth").read_bytes(), lines(tmp_path)[-1]["loss"]
+    for name in ("checkpoint.pt", "checkpoint.prev.pt"):
+        broken = (tmp_path / name).read_bytes()[:1000]
+        (tmp_path / name).write_bytes(broken)
+        if name == "checkpoint.pt":
+            capsys.readouterr()
+            module.main(args)  # the second epoch once more
+            assert "going on from checkpoint.prev.pt" in capsys.readouterr().out
+            assert lines(tmp_path)[-1]["loss"] == whole[1]
+            (tmp_path / "checkpoint.pt").write_bytes(broken)
+    with pytest.raises(RunError, match=r"checkpoint\.pt.*prev.*cannot be read"):
+        module.main(args)
+
+
+# --------------------------------------------------------------------- real processes, real signals
+
+
+@every_script
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_three_times_it_ends_with_the_same_weights(script, processes, tmp_path):
+    if script != "simclr" and processes == 1:
+        pytest.skip("simclr stands for all on one process")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    flags = [*runs.SMALL, "--epochs", 10, *EXTRA.get(script, [])]
+    status, printed = runs.run(f"{script}.py", *flags, "--output", whole, processes=processes)
+    assert status == 0, printed
+
+    saving = cut / "checkpoint.pt.tmp"
+
+    def step():
+        return max((line["step"] for line in runs.log_of(cut)), default=0)
+
+    for number, moment in enumerate(
+        [lambda: step() >= 20, lambda: step() >= 60 and saving.exists(), lambda: step() >= 100]
+    ):
+        process = runs.start(f"{script}.py", *flags, "--output", cut, processes=processes)
+        runs.wait_for(moment, process)
+        runs.kill(process)
+        assert list(cut.glob("checkpoint*.pt")) and step() < 160, number
+    status, printed = runs.run(f"{script}.py", *flags, "--output", cut, processes=processes)
+    assert status == 0 and "resuming" in printed, printed
+    assert same_tensors(whole / "backbone.pth", cut / "backbone.pth")
+    assert [line["step"] for line in lines(cut)] == list(range(1, 161))
+    assert [line["loss"] for line in lines(cut)] == [line["loss"] for line in lines(whole)]
+
+
+@every_script
+def test_a_stop_signal_saves_and_another_world_size_goes_on(script, tmp_path):
+    flags = [*runs.SMALL, "--epochs", 20, *EXTRA.get(script, []), "--output", tmp_path]
+    process = runs.start(f"{script}.py", *flags, processes=2)
+    runs.wait_for(lambda: len(runs.log_of(tmp_path)) >= 20, process)
+    status, printed = runs.run(f"{script}.py", *flags)  # a second run in the same folder
+    assert status == 2 and "is in use by the run with pid" in printed, printed
+    process.send_signal(signal.SIGTERM)  # torchrun passes it on
+    runs.finish(process)
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert saved["processes"] == 2 and 20 <= saved["step"] < 320
+
+    process = runs.start(f"{script}.py", *flags)
+    runs.wait_for(lambda: max(line["step"] for line in runs.log_of(tmp_path)) >= saved["step"] + 3,
+                  process)
+    process.send_signal(signal.SIGUSR1)
+    status, printed = runs.finish(process)
+    assert status == 0, printed
+    assert f"at step {saved['step']} (saved by 2 processes, now 1)" in printed
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] > saved["step"]
+
+
+@every_script
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_loss_that_is_not_finite_stops_all_and_spoils_nothing(script, processes, tmp_path):
+    flags = [*runs.SMALL, *EXTRA.get(script, []), "--output", tmp_path, "--lr", "1e30",
+             "--warmup-epochs", 1, "--epochs", 3]
+    status, printed = runs.run(f"{script}.py", *flags, processes=processes, timeout=60)
+    assert status != 0 and "error: " in printed and "not finite" in printed, printed
+    assert "simclr.py\", line" not in printed and printed.count("error: ") == 1
+    with contextlib.suppress(FileNotFoundError):
+        saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["state"]["model"]
+        assert all(v.isfinite().all() for v in saved.values() if v.is_floating_point())
+
+
+def test_the_contract_sees_the_scripts():
+    assert "simclr" in SCRIPTS
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
