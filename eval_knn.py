@@ -44,6 +44,8 @@ def parse_args(argv=None):
     group.add_argument("--seed", type=cli.whole, default=0, help="of the draws and of random")
     group = parser.add_argument_group("images (default: as the first run among the checkpoints)")
     group.add_argument("--data", help="labelled images, with a train and a test split")
+    group.add_argument("--data-root", default="data", metavar="FOLDER",
+                       help="where torchvision's data sets are")
     group.add_argument("--image-size", type=cli.count, help="side in pixels")
     group.add_argument("--resize", type=cli.count,
                        help="shorter side before the central crop; default: the image size up to "
@@ -172,7 +174,8 @@ def main(args):
     # Images: one view without random numbers
     splits = {}
     for split in ("train", "test"):
-        splits[split] = data.open_images(settings["data"], split, settings["in_chans"], args.limit)
+        splits[split] = data.open_images(settings["data"], split, settings["in_chans"],
+                                         root=args.data_root, limit=args.limit)
         if splits[split].labels is None:
             raise dist.RunError(f"--data {settings['data']}: no class folders, so no labels")
     size = settings["image_size"]

@@ -48,7 +48,7 @@ RECIPES = {
     "digits": dict(
         arch="resnet_tiny", stem="small", image_size=16, in_chans=3, mean=[0.5, 0.5, 0.5],
         std=[0.5, 0.5, 0.5], views="digits", crop_scale=[0.6, 1.0], jitter_strength=0.5, blur=False,
-        projector_dim=128, embedding_dim=64, temperature=0.2, epochs=60, batch_size=256, lr=1.0,
+        projector_dim=128, embedding_dim=64, temperature=0.5, epochs=60, batch_size=256, lr=1.0,
         weight_decay=1e-6, warmup_epochs=5, sync_bn=True,
     ),
 }
@@ -189,7 +189,8 @@ def main(args):
     torch.manual_seed(args.seed)
 
     # Data
-    images = data.open_images(args.data, "train", args.in_chans, args.limit)
+    images = data.open_images(args.data, "pretrain", args.in_chans, root=args.data_root,
+                              download=args.download, limit=args.limit)
     make_views = {"photo": photo_views, "digits": digit_views}[args.views]
     views = make_views(args.image_size, args.in_chans, args.crop_scale, args.jitter_strength,
                        args.blur, args.mean, args.std)

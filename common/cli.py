@@ -49,9 +49,13 @@ def parser(script: str, description: str) -> Parser:
     prog = os.path.basename(script)
     made = Parser(prog, description=description, formatter_class=HelpFormatter, allow_abbrev=False)
     data = made.add_argument_group("data")
-    data.add_argument("--data", default="digits", metavar="SOURCE", help=(
-        "digits (built in), or a folder of images (flat, nested, or class folders under train/)"
-    ))
+    data.add_argument("--data", default="digits", metavar="SOURCE",
+                      help="digits (built in), cifar10 cifar100 stl10 svhn mnist (torchvision), "
+                      "fake (noise), a folder of images, a text list, or a .npy (README)")
+    data.add_argument("--data-root", default="data", metavar="FOLDER",
+                      help="where torchvision's data sets are")
+    data.add_argument("--download", action=Switch, default=False,
+                      help="fetch a torchvision data set that is not there")
     data.add_argument("--limit", type=count, metavar="N", help="take N evenly spaced images only")
     run = made.add_argument_group("run (none of these changes what is computed beyond rounding)")
     run.add_argument("--output", metavar="FOLDER", help="default: runs/<script>-<data>-<arch>")

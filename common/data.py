@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torchvision
 from PIL import Image
 from torch import Tensor
 
@@ -23,7 +24,13 @@ from common.dist import RunError, World
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-SAMPLE, ORDER = 1, 2  # streams of random numbers that never meet
+TORCHVISION = {
+    "cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "svhn": "SVHN",
+    "mnist": "MNIST",
+}
+FATAL = -1  # in a worker's report: stop the run
+BUILT_IN = ("digits", *TORCHVISION, "fake")
+SAMPLE, ORDER, FAKE = 1, 2, 3  # streams of random numbers that never meet
 
 
 def philox(seed: int, stream: int, *key: int) -> np.random.Generator:
@@ -41,42 +48,89 @@ def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
 # ------------------------------------------------------------------------------------ image sources
 
 
+class RefusedImage(RunError):
+    """An image that must not be replaced by another one, but stop the run."""
+
+
 class ArrayImages:
-    """Images held in one uint8 array (N, H, W, C), in memory or memory-mapped."""
+    """Images held in one uint8 array (M, H, W, C), in memory or memory-mapped.
+
+    Args:
+        images: the array.
+        labels: (N,) integers, or None.
+        channels: channel count wanted: the array's, or any if the array is gray.
+        rows: (N,) the row of each image, if not all in order.
+
+    Raises:
+        RunError: the array's channels cannot become the wanted ones.
+    """
 
     reads_files = False
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray | None):
-        self.images, self.labels = images, labels
+    def __init__(self, images, labels: np.ndarray | None, channels: int, rows=None):
+        if images.shape[-1] not in (1, channels) and not (images.shape[-1] == 3 and channels == 1):
+            raise RunError(f"--in-chans {channels}: the images have {images.shape[-1]} channels")
+        self.images, self.labels, self.channels = images, labels, channels
+        self.rows = np.arange(len(images)) if rows is None else rows
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.rows)
+
+    def __getstate__(self):
+        """A memory-mapped array goes to another process by its path, not by its contents."""
+        state = dict(self.__dict__)
+        if isinstance(self.images, np.memmap):
+            state["images"] = self.images.filename
+        return state
+
+    def __setstate__(self, state):
+        if not isinstance(state["images"], np.ndarray):
+            state["images"] = np.load(state["images"], mmap_mode="r", allow_pickle=False)
+        self.__dict__.update(state)
 
     def name(self, index: int) -> str:
         return f"image {index}"
 
     def identity(self) -> str:
         """What the images are, whatever path they were opened by."""
-        some = self.images[:: max(1, len(self) // 1000)]
-        return f"{self.images.shape} uint8, crc32 {zlib.crc32(np.ascontiguousarray(some)):08x}"
+        some = self.images[self.rows[:: max(1, len(self) // 1000)]]
+        crc = zlib.crc32(np.ascontiguousarray(some))
+        return f"{len(self)} images {self.images.shape[1:]}, crc32 {crc:08x}"
 
     def read(self, index: int) -> list[Image.Image]:
         """The image as Pillow planes: one RGB or L image, or one L image per channel."""
-        image = np.ascontiguousarray(self.images[index])
+        image = np.ascontiguousarray(self.images[self.rows[index]])
         if image.shape[-1] == 3:
-            return [Image.fromarray(image)]
-        return [Image.fromarray(image[..., c]) for c in range(image.shape[-1])]
+            whole = Image.fromarray(image)
+            return [whole if self.channels == 3 else whole.convert("L")]
+        planes = [Image.fromarray(image[..., c]) for c in range(image.shape[-1])]
+        if len(planes) == self.channels:
+            return planes
+        return [planes[0].convert("RGB")] if self.channels == 3 else planes * self.channels
 
     def subset(self, indices: np.ndarray) -> "ArrayImages":
-        return ArrayImages(self.images[indices], take(self.labels, indices))
+        labels = None if self.labels is None else self.labels[indices]
+        return ArrayImages(self.images, labels, self.channels, self.rows[indices])
 
 
 class FileImages:
-    """Image files, decoded by Pillow when they are read."""
+    """Image files, decoded by Pillow when they are read.
+
+    Args:
+        paths: of the files.
+        labels: (N,) integers, or None.
+        channels: 1 (L), 3 (RGB) or 4 (RGBA): what files are converted to.
+        root: what the paths are relative to in `identity`.
+
+    Raises:
+        RunError: files cannot give that many channels.
+    """
 
     reads_files = True
 
     def __init__(self, paths, labels: np.ndarray | None, channels: int, root: str):
+        if channels not in MODES:
+            raise RunError(f"--in-chans {channels}: files give 1 (L), 3 (RGB) or 4 (RGBA) channels")
         self.paths, self.labels, self.channels, self.root = np.array(paths), labels, channels, root
 
     def __len__(self) -> int:
@@ -94,41 +148,60 @@ class FileImages:
         """The image as Pillow planes: one RGB or L image, or one L image per channel.
 
         Raises:
+            RefusedImage: more than 8 bits a channel: to cut them down is the user's choice.
             Exception: whatever Pillow raises for a file that it cannot decode.
         """
         with Image.open(self.paths[index]) as image:
             if image.mode.startswith("I") or image.mode == "F":
-                raise ValueError(f"more than 8 bits a channel (Pillow mode {image.mode})")
+                raise RefusedImage(f"{self.name(index)} has more than 8 bits a channel "
+                                   f"(Pillow mode {image.mode}); convert it to 8 bits")
             image = image.convert(MODES[self.channels])
-        return [image] if self.channels != 4 else list(image.split())
+        return list(image.split()) if self.channels == 4 else [image]
 
     def subset(self, indices: np.ndarray) -> "FileImages":
-        return FileImages(self.paths[indices], take(self.labels, indices), self.channels, self.root)
+        labels = None if self.labels is None else self.labels[indices]
+        return FileImages(self.paths[indices], labels, self.channels, self.root)
 
 
-def take(labels: np.ndarray | None, indices: np.ndarray) -> np.ndarray | None:
-    return None if labels is None else labels[indices]
-
-
-def open_images(data: str, split: str, channels: int, limit: int | None = None):
+def open_images(
+    data: str, split: str, channels: int, *, root: str = "data", download: bool = False,
+    limit: int | None = None,
+):
     """Open the images of one split of a data source.
 
     Args:
-        data: "digits" or a folder.
-        split: "train" or "test".
-        channels: channel count wanted; built-in gray images are repeated to it.
+        data: a name of `BUILT_IN`, a folder, a text list, or a `.npy` file (README, own data).
+        split: "pretrain" (all that may be learned from without labels), "train" or "test".
+        channels: channel count wanted.
+        root: the folder of torchvision's data sets.
+        download: fetch a torchvision data set that is not there.
         limit: number of evenly spaced images to take, if not all.
 
     Raises:
         RunError: there is no such source, or it holds no image.
     """
+    if data in TORCHVISION and download:
+        with dist.together(writing=root):  # one process a machine fetches, the others wait for it
+            if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+                torchvision_images(data, split, channels, root, download=True)
     with dist.together():
         if data == "digits":
             images = digits(split, channels)
+        elif data == "fake":
+            images = fake(split, channels)
+        elif data in TORCHVISION:
+            images = torchvision_images(data, split, channels, root, download=False)
         elif os.path.isdir(data):
             images = folder(data, split, channels)
+        elif os.path.isfile(data) and split == "pretrain":
+            read = array_file if data.endswith(".npy") else text_list
+            images = read(data, channels)
+        elif os.path.isfile(data):
+            raise RunError(f"--data {data}: one file has no {split} split; give a folder with "
+                           "train/ and val/ or test/, and class folders in them")
         else:
-            raise RunError(f"--data {data}: neither a built-in name (digits) nor a folder")
+            raise RunError(f"--data {data}: no such file or folder, and no built-in name "
+                           f"({' '.join(BUILT_IN)})")
     if limit is not None and limit < len(images):
         images = images.subset(np.arange(limit) * len(images) // limit)
     return images
@@ -150,7 +223,34 @@ def digits(split: str, channels: int) -> ArrayImages:
     small = (loaded.images[chosen] * (255 / 16)).round().astype(np.uint8)
     large = [Image.fromarray(i).resize((16, 16), Image.Resampling.BICUBIC) for i in small]
     images = np.stack([np.asarray(i) for i in large])[..., None]
-    return ArrayImages(images.repeat(channels, axis=-1), labels[chosen])
+    return ArrayImages(images, labels[chosen], channels)
+
+
+def fake(split: str, channels: int) -> ArrayImages:
+    """Noise of 256 px, for timing: 10,000 images (1,000 in the test split), 64 different ones."""
+    count = 1000 if split == "test" else 10_000
+    noise = philox(0, FAKE).integers(0, 256, (64, 256, 256, channels), dtype=np.uint8)
+    return ArrayImages(noise, np.arange(count) % 10, channels, rows=np.arange(count) % 64)
+
+
+def torchvision_images(name: str, split: str, channels: int, root: str, download: bool):
+    """A data set of torchvision, held in memory. STL-10's unlabelled images are pre-trained on."""
+    if name == "stl10":
+        which = dict(split={"pretrain": "train+unlabeled"}.get(split, split))
+    elif name == "svhn":
+        which = dict(split="test" if split == "test" else "train")
+    else:
+        which = dict(train=split != "test")
+    try:
+        loaded = getattr(torchvision.datasets, TORCHVISION[name])(root, download=download, **which)
+    except RuntimeError as error:  # torchvision's word for files that are missing or damaged
+        raise RunError(f"--data {name}: not (whole) under --data-root {root}; pass --download to "
+                       "fetch it, or name the folder that has it") from error
+    images = np.asarray(loaded.data)
+    if name in ("stl10", "svhn"):
+        images = images.transpose(0, 2, 3, 1)
+    labels = np.asarray(loaded.labels if name in ("stl10", "svhn") else loaded.targets)
+    return ArrayImages(images if images.ndim == 4 else images[..., None], labels, channels)
 
 
 def folder(root: str, split: str, channels: int) -> FileImages:
@@ -158,9 +258,7 @@ def folder(root: str, split: str, channels: int) -> FileImages:
 
     Labels are the class folders, if every file lies in one; pre-training never looks at them.
     """
-    if channels not in MODES:
-        raise RunError(f"--in-chans {channels}: files give 1 (L), 3 (RGB) or 4 (RGBA) channels")
-    names = ("train",) if split == "train" else ("val", "test")
+    names = ("val", "test") if split == "test" else ("train",)
     found = [os.path.join(root, n) for n in names if os.path.isdir(os.path.join(root, n))]
     if split == "test" and not found:
         raise RunError(f"--data {root}: no val or test folder in it to evaluate on")
@@ -178,6 +276,38 @@ def folder(root: str, split: str, channels: int) -> FileImages:
         return FileImages(paths, None, channels, top)
     _, labels = np.unique([c[0] for c in classes], return_inverse=True)
     return FileImages(paths, labels, channels, top)
+
+
+def text_list(path: str, channels: int) -> FileImages:
+    """Image files listed in a text file, `path` or `path label` a line, relative to its folder."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = [line.strip() for line in file if line.strip()]
+    except UnicodeDecodeError as error:
+        raise RunError(f"--data {path}: neither a text list nor a .npy file") from error
+    if not lines:
+        raise RunError(f"--data {path}: no line in it")
+    labels = None
+    split = [line.rsplit(maxsplit=1) for line in lines]
+    if all(len(parts) == 2 and parts[1].lstrip("-").isdecimal() for parts in split):
+        lines, labels = [parts[0] for parts in split], np.array([int(parts[1]) for parts in split])
+    here = os.path.dirname(path)
+    return FileImages([os.path.join(here, line) for line in lines], labels, channels, here or ".")
+
+
+def array_file(path: str, channels: int) -> ArrayImages | FileImages:
+    """A `.npy` file: uint8 images (N, H, W[, C]), memory-mapped; or strings, as paths."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError as error:
+        raise RunError(f"--data {path}: {error}; save a plain uint8 array or strings") from error
+    if array.dtype.kind == "U" and array.ndim == 1 and len(array):
+        here = os.path.dirname(path)
+        return FileImages([os.path.join(here, str(p)) for p in array], None, channels, here or ".")
+    if array.dtype != np.uint8 or array.ndim not in (3, 4) or not array.size:
+        raise RunError(f"--data {path}: {array.dtype} of shape {array.shape}; wanted uint8 images "
+                       "(N, H, W, C), or strings (N,) with their paths")
+    return ArrayImages(array if array.ndim == 4 else array[..., None], None, channels)
 
 
 # ------------------------------------------------------------------------------------------ loading
@@ -234,12 +364,22 @@ class StepShares(torch.utils.data.Dataset):
             index = int(order[at * self.batch_size + slot])
             try:
                 return index, self.images.read(index)
+            except RefusedImage as error:
+                problems[FATAL] = str(error)
+                return index, self.blank()
             except Exception as error:  # Pillow's decoders raise what they like
                 reason = str(error).replace("\n", " ") or type(error).__name__
                 problems[index] = reason
-        problems[-1] = f"none of the {self.steps_per_epoch} images of slot {slot} could be read"
-        blank = [Image.new("L", (8, 8)) for _ in range(self.views[0].channels)]
-        return index, blank if len(blank) != 3 else [Image.merge("RGB", blank)]
+        problems[FATAL] = (
+            f"none of the {self.steps_per_epoch} images that could stand in slot {slot} of a batch "
+            f"can be read, such as {self.images.name(index)}: {problems[index]}"
+        )
+        return index, self.blank()
+
+    def blank(self) -> list[Image.Image]:
+        """What stands for an image in a batch that will not be trained on."""
+        planes = [Image.new("L", (8, 8))] * self.views[0].channels
+        return [Image.merge("RGB", planes)] if len(planes) == 3 else planes
 
 
 class Loader:
@@ -306,16 +446,18 @@ class Loader:
         if not any(dist.agree(bool(new))):
             return
         joined = {i: r for part in dist.all_gather_objects(new) for i, r in part.items()}
-        hopeless = joined.pop(-1, None)
+        hopeless = joined.pop(FATAL, None)
         for i in sorted(joined):
             dist.say(f"unreadable, replaced: {self.images.name(i)}: {joined[i]}")
         self.bad_files.update(joined)
+        if hopeless:
+            raise RunError(hopeless)
         allowed = max(1, len(self.images) // 100)
-        if hopeless or len(self.bad_files) > allowed:
-            worst = min(self.bad_files)
+        if len(self.bad_files) > allowed:
+            first = min(self.bad_files)
             raise RunError(
-                hopeless or f"{len(self.bad_files)} of {len(self.images)} files cannot be read (at "
-                f"most {allowed} may), such as {self.images.name(worst)}: {self.bad_files[worst]}"
+                f"{len(self.bad_files)} of {len(self.images)} files cannot be read (at most "
+                f"{allowed} may), such as {self.images.name(first)}: {self.bad_files[first]}"
             )
 
 

@@ -1,0 +1,386 @@
+import os
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common import augment, data
+from common.dist import RunError, World
+
+WORLD = World(0, 1, torch.device("cpu"))
+
+
+def small_views(channels=3, size=8):
+    steps = [
+        augment.RandomResizedCrop(scale=(0.2, 1), ratio=(3 / 4, 4 / 3), interpolation="bilinear"),
+        augment.HorizontalFlip(p=0.5),
+        augment.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, p=0.8),
+    ]
+    return [augment.View(size, steps, channels), augment.View(size + 3, steps, channels)]
+
+
+def loader(images, batch_size=4, epochs=2, seed=0, **options):
+    options = {"world": WORLD, "workers": 0, **options}
+    views = small_views(images.channels)
+    return data.Loader(images, views, batch_size=batch_size, epochs=epochs, seed=seed, **options)
+
+
+def batches(loader, epochs=2):
+    return [batch for epoch in range(epochs) for batch in loader.epoch(epoch)]
+
+
+def random_images(n=20, channels=3, size=12):
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256, (n, size, size, channels), dtype=np.uint8)
+
+
+# ------------------------------------------------------------------------------------ image sources
+
+
+def test_digits_are_all_there_balanced_and_split_without_overlap():
+    train, test = (data.open_images("digits", split, 3) for split in ("train", "test"))
+    assert len(train) + len(test) == 1797 and (len(train), len(test)) == (1442, 355)
+    share = np.bincount(test.labels) / (np.bincount(test.labels) + np.bincount(train.labels))
+    assert np.allclose(share, 0.2, atol=0.01)
+    seen = {train.images[row].tobytes() for row in train.rows}
+    assert not any(test.images[row].tobytes() in seen for row in test.rows)
+    assert train.read(0)[0].size == (16, 16) and train.read(0)[0].mode == "RGB"
+
+
+@pytest.fixture
+def fifty(tmp_path):
+    """The same fifty images in every form of `--data`."""
+    rng = np.random.default_rng(0)
+    names = [f"{number:02d} x.png" for number in range(50)]
+    flat, nested, classes = tmp_path / "flat", tmp_path / "nested", tmp_path / "classes"
+    for number, name in enumerate(names):
+        pixels = rng.integers(0, 256, (9, 11, 3), dtype=np.uint8)
+        nests = [nested / str(number % 3) / str(number % 2), classes / "train" / "ab"[number % 2]]
+        for place in (flat, *nests):
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(place / name)
+    (classes / "val").mkdir()
+    (flat / "notes.md").write_text("not an image")
+    (tmp_path / "list.txt").write_text("".join(f"flat/{name}\n" for name in names))
+    labelled = "".join(f"flat/{name} {number % 2}\n" for number, name in enumerate(names))
+    (tmp_path / "labelled.txt").write_text(labelled)
+    np.save(tmp_path / "paths.npy", np.array([f"flat/{name}" for name in names]))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "form", ["flat", "nested", "classes", "list.txt", "labelled.txt", "paths.npy"]
+)
+def test_the_same_images_in_any_form_are_the_same_set(fifty, form):
+    images = data.open_images(str(fifty / form), "pretrain", 3)
+    pixels = {images.read(i)[0].tobytes() for i in range(len(images))}
+    expected = {Image.open(p).tobytes() for p in (fifty / "flat").glob("*.png")}
+    assert len(images) == 50 and pixels == expected
+    assert all(images.paths[i].endswith("x.png") for i in range(50))
+
+
+def test_labels_come_from_class_folders_and_lists(fifty):
+    classes = data.open_images(str(fifty / "classes"), "train", 3)
+    assert ["ab"[y] for y in classes.labels] == [p.split(os.sep)[-2] for p in classes.paths]
+    listed = data.open_images(str(fifty / "labelled.txt"), "pretrain", 3)
+    assert listed.labels.tolist() == [number % 2 for number in range(50)]
+    assert data.open_images(str(fifty / "flat"), "pretrain", 3).labels is None
+
+
+def test_limit_takes_evenly_spaced_images_of_the_sorted_list(fifty):
+    images = data.open_images(str(fifty / "flat"), "pretrain", 3, limit=5)
+    assert [os.path.basename(p)[:2] for p in images.paths] == ["00", "10", "20", "30", "40"]
+
+
+def test_an_array_of_any_channel_count_is_memory_mapped_also_in_other_processes(tmp_path):
+    pixels = random_images(20, channels=10)
+    np.save(tmp_path / "ten.npy", pixels)
+    images = data.open_images(str(tmp_path / "ten.npy"), "pretrain", 10, limit=10)
+    assert isinstance(images.images, np.memmap) and len(images) == 10
+    sent = pickle.dumps(images)
+    assert len(sent) < 2000
+    again = pickle.loads(sent)
+    for source in (images, again):
+        read = np.stack([np.asarray(plane) for plane in source.read(3)], axis=-1)
+        assert np.array_equal(read, pixels[6])
+
+
+@pytest.mark.parametrize("channels, mode", [(1, "L"), (3, "RGB"), (4, "RGBA")])
+def test_files_give_one_three_or_four_channels(fifty, channels, mode):
+    images = data.open_images(str(fifty / "flat"), "pretrain", channels)
+    planes = images.read(0)
+    joined = np.concatenate([np.asarray(p).reshape(9, 11, -1) for p in planes], axis=-1)
+    expected = np.asarray(Image.open(images.paths[0]).convert(mode)).reshape(9, 11, -1)
+    assert np.array_equal(joined, expected)
+
+
+def test_identity_is_that_of_the_images_not_of_their_place(fifty, tmp_path):
+    here = data.open_images(str(fifty / "flat"), "pretrain", 3).identity()
+    shutil.copytree(fifty / "flat", tmp_path / "moved")
+    assert data.open_images(str(tmp_path / "moved"), "pretrain", 3).identity() == here
+    os.remove(tmp_path / "moved" / "07 x.png")
+    assert data.open_images(str(tmp_path / "moved"), "pretrain", 3).identity() != here
+
+
+def test_torchvision_sets_are_read_and_their_absence_is_told(tmp_path, monkeypatch):
+    with pytest.raises(RunError, match=r"cifar10.*--data-root .*--download"):
+        data.open_images("cifar10", "pretrain", 3, root=str(tmp_path))
+
+    class Stl10:
+        def __init__(self, root, download, split):
+            self.data = np.arange(2 * 3 * 4 * 5, dtype=np.uint8).reshape(2, 3, 4, 5)
+            self.labels, self.split = np.array([1, 2]), split
+
+    monkeypatch.setattr(data.torchvision.datasets, "STL10", Stl10)
+    images = data.open_images("stl10", "pretrain", 3)
+    expected = Stl10("", False, "").data[1].transpose(1, 2, 0)
+    assert np.array_equal(np.asarray(images.read(1)[0]), expected)
+
+
+@pytest.mark.parametrize(
+    "name, split, which",
+    [
+        ("cifar10", "pretrain", {"train": True}),
+        ("cifar100", "test", {"train": False}),
+        ("stl10", "pretrain", {"split": "train+unlabeled"}),
+        ("stl10", "train", {"split": "train"}),
+        ("svhn", "pretrain", {"split": "train"}),
+        ("svhn", "test", {"split": "test"}),
+        ("mnist", "train", {"train": True}),
+    ],
+)
+def test_each_split_of_a_torchvision_set_is_the_right_one(name, split, which, monkeypatch):
+    asked = []
+
+    def fake_set(root, download, **options):
+        asked.append(options)
+        raise RuntimeError("not there")
+
+    monkeypatch.setattr(data.torchvision.datasets, data.TORCHVISION[name], fake_set)
+    with pytest.raises(RunError):
+        data.open_images(name, split, 3)
+    assert asked == [which]
+
+
+def test_fake_images_cost_little_memory():
+    images = data.open_images("fake", "pretrain", 3)
+    assert len(images) == 10_000 and images.images.nbytes < 2e7
+    assert images.read(0)[0].size == (256, 256)
+
+
+@pytest.mark.parametrize(
+    "make, said",
+    [
+        (lambda p: p / "nothing", "no such file or folder"),
+        (lambda p: (p / "empty").mkdir() or p / "empty", "no image file"),
+        (lambda p: np.save(p / "f.npy", np.zeros((3, 4, 4, 3))) or p / "f.npy", "float64"),
+        (lambda p: np.save(p / "f.npy", np.array([{}])) or p / "f.npy", "Python objects"),
+        (lambda p: np.save(p / "f.npy", random_images(3, channels=5)) or p / "f.npy", "5 channels"),
+        (lambda p: (p / "f.bin").write_bytes(b"\xff\xfe\x80") and p / "f.bin", "neither a text"),
+        (lambda p: (p / "f.txt").write_text("\n") and p / "f.txt", "no line"),
+    ],
+)
+def test_a_source_that_cannot_be_used_is_one_line(make, said, tmp_path):
+    with pytest.raises(RunError, match=said) as error:
+        data.open_images(str(make(tmp_path)), "pretrain", 3)
+    assert "\n" not in str(error.value)
+
+
+def test_ten_channels_cannot_come_from_files(fifty):
+    with pytest.raises(RunError, match=r"--in-chans 10.*1 \(L\), 3 \(RGB\) or 4 \(RGBA\)"):
+        data.open_images(str(fifty / "flat"), "pretrain", 10)
+
+
+# -------------------------------------------------------------------------------------------- order
+
+
+def test_an_epoch_is_a_permutation_drawn_from_seed_and_epoch():
+    orders = [data.epoch_order(seed, epoch, 50) for seed in (0, 1) for epoch in (0, 1)]
+    assert all(sorted(order) == list(range(50)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 4
+
+
+def test_an_epoch_drops_the_last_short_batch_and_repeats_no_image():
+    images = data.ArrayImages(random_images(21), None, 3)
+    seen = torch.cat([batch.index for batch in loader(images).epoch(0)]).tolist()
+    assert len(seen) == 20 == len(set(seen))
+
+
+def drawn(rank, size, workers, context=None):
+    """What a process gets in two epochs before the colour work, and after it."""
+    images = data.ArrayImages(random_images(), None, 3)
+    world = World(rank, size, torch.device("cpu"))
+    made = loader(images, world=world, workers=workers, multiprocessing_context=context)
+    raw, finished = [], []
+    finish = augment.View.finish
+    try:
+        augment.View.finish = lambda view, c, p, d: raw.append((c, p)) or finish(view, c, p, d)
+        finished = batches(made)
+    finally:
+        augment.View.finish = finish
+    return raw, finished
+
+
+@pytest.mark.parametrize("size, workers", [(1, 4), (2, 0), (2, 2), (4, 0), (4, 1)])
+def test_workers_and_processes_change_no_crop_and_no_parameter(size, workers):
+    whole_raw, whole = drawn(0, 1, 0)
+    parts = [drawn(rank, size, workers) for rank in range(size)]
+    for number, (crops, parameters) in enumerate(whole_raw):
+        assert torch.equal(torch.cat([raw[number][0] for raw, _ in parts]), crops)
+        assert torch.equal(torch.cat([raw[number][1] for raw, _ in parts]), parameters)
+    for number, batch in enumerate(whole):
+        assert torch.equal(torch.cat([f[number].index for _, f in parts]), batch.index)
+        for view in range(2):
+            joined = torch.cat([f[number].views[view] for _, f in parts])
+            assert torch.allclose(joined, batch.views[view], atol=1e-5)
+
+
+def test_spawned_workers_give_the_same():
+    forked, spawned = drawn(0, 1, 1)[0], drawn(0, 1, 1, "spawn")[0]
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(forked, spawned, strict=True))
+
+
+def test_a_start_in_the_middle_of_an_epoch_goes_on_exactly():
+    images = data.ArrayImages(random_images(), None, 3)
+    whole, late = batches(loader(images)), batches(loader(images, start_step=3))
+    assert len(late) == len(whole) - 3
+    for a, b in zip(whole[3:], late, strict=True):
+        assert torch.equal(a.index, b.index) and torch.equal(a.views[1], b.views[1])
+
+
+def test_views_epochs_and_seeds_draw_differently():
+    images = data.ArrayImages(random_images(4), None, 3)
+    views = small_views()[:1] * 2
+    shares = [data.StepShares(images, views, 4, seed, 0, 1) for seed in (0, 1)]
+    sorted_rows = []
+    for share in shares:
+        for epoch in (0, 1):
+            _, parameters, index, _ = share[epoch]
+            sorted_rows += [p[index.argsort()] for p in parameters]
+    for i, one in enumerate(sorted_rows):
+        assert not any(torch.equal(one, other) for other in sorted_rows[:i])
+
+
+def test_a_sample_does_not_depend_on_its_batch():
+    images = data.ArrayImages(random_images(), None, 3)
+    by_index = {}
+    for batch_size in (4, 10):
+        for batch in loader(images, batch_size=batch_size).epoch(0):
+            for i, view in zip(batch.index.tolist(), batch.views[0], strict=True):
+                by_index.setdefault(i, []).append(view)
+    assert len(by_index) == 20
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in by_index.values())
+
+
+def test_fewer_images_than_a_batch_names_both_and_a_size_that_fits():
+    images = data.ArrayImages(random_images(10), None, 3)
+    with pytest.raises(RunError, match=r"--batch-size 64 .*10 images.*--batch-size 10 fits"):
+        loader(images, batch_size=64)
+
+
+# --------------------------------------------------------------------------------- unreadable files
+
+
+@pytest.fixture(scope="module")
+def thousand(tmp_path_factory):
+    """1,000 JPEGs of mixed sizes; five of them cut short, and one that is text."""
+    root = tmp_path_factory.mktemp("thousand")
+    rng = np.random.default_rng(0)
+    for number in range(1000):
+        size = (*rng.integers(10, 40, 2), 3)
+        Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)).save(root / f"{number:04d}.jpg")
+    for number in (0, 111, 222, 333, 999):
+        whole = (root / f"{number:04d}.jpg").read_bytes()
+        (root / f"{number:04d}.jpg").write_bytes(whole[: len(whole) // 2])
+    (root / "0500.jpg").write_text("this is no image")
+    return root
+
+
+BAD = [0, 111, 222, 333, 500, 999]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_files_are_replaced_and_named_once(thousand, workers, capsys):
+    images = data.open_images(str(thousand), "pretrain", 3)
+    for batch in batches(loader(images, batch_size=50, workers=workers)):
+        assert len(set(batch.index.tolist())) == 50 and not set(BAD) & set(batch.index.tolist())
+    told = [line for line in capsys.readouterr().out.splitlines() if "unreadable" in line]
+    assert sorted(line.split("/")[-1][:4] for line in told) == [f"{number:04d}" for number in BAD]
+
+
+def indices(rank, size, root):
+    images = data.open_images(root, "pretrain", 3)
+    world = World(rank, size, torch.device("cpu"))
+    shares = data.StepShares(images, small_views(), 40, 0, rank, size)
+    assert world.size == size
+    return [shares[step][2].tolist() for step in range(25)]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_unreadable_files_leave_the_batches_equal_for_any_number_of_processes(thousand, size):
+    whole = indices(0, 1, str(thousand))
+    parts = [indices(rank, size, str(thousand)) for rank in range(size)]
+    assert [sum((part[step] for part in parts), []) for step in range(25)] == whole
+
+
+def test_the_replacement_stands_in_the_same_slot_of_the_next_batch(thousand):
+    images = data.open_images(str(thousand), "pretrain", 3)
+    shares = data.StepShares(images, small_views(), 50, 0, 0, 1)
+    order = data.epoch_order(0, 0, 1000)
+    for bad in BAD:
+        step, slot = divmod(int(np.flatnonzero(order == bad)[0]), 50)
+        expected = int(order[(step + 1) % 20 * 50 + slot])
+        assert expected not in BAD and shares[step][2][slot] == expected
+
+
+def spoiled(thousand, tmp_path, count):
+    shutil.copytree(thousand, tmp_path / "spoiled")
+    for number in range(1, 1 + count):
+        (tmp_path / "spoiled" / f"{number * 7:04d}.jpg").write_text("spoiled")
+    return data.open_images(str(tmp_path / "spoiled"), "pretrain", 3)
+
+
+def test_too_many_unreadable_files_stop_the_run(thousand, tmp_path):
+    images = spoiled(thousand, tmp_path, 50)
+    with pytest.raises(RunError, match=r"of 1000 files cannot be read \(at most 10 may\)"):
+        batches(loader(images, batch_size=50))
+
+
+def bad_on_one_process(root, batch_size):
+    from common import dist
+
+    images = data.open_images(root, "pretrain", 3)
+    world = World(dist.rank(), dist.size(), torch.device("cpu"))
+    try:
+        batches(loader(images, batch_size=batch_size, world=world))
+    except RunError as error:
+        return str(error)
+    return None
+
+
+def test_all_processes_stop_with_the_same_words(thousand, tmp_path, pool):
+    images = spoiled(thousand, tmp_path, 50)
+    said = pool.run(2, bad_on_one_process, images.root, 50)
+    assert said[0] == said[1] and "cannot be read" in said[0]
+
+
+def test_a_16_bit_file_stops_the_run_and_is_named(tmp_path, pool):
+    for number in range(8):
+        pixels = random_images(1)[0]
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    Image.fromarray(np.full((9, 9), 40_000, dtype=np.uint16)).save(tmp_path / "8.png")
+    Image.fromarray(random_images(1)[0]).save(tmp_path / "9.png")
+    said = pool.run(2, bad_on_one_process, str(tmp_path), 2)
+    assert said[0] == said[1] and "8.png has more than 8 bits" in said[0]
+
+
+def test_a_slot_without_any_readable_image_stops_the_run(tmp_path):
+    for number in range(4):
+        Image.fromarray(random_images(1)[0]).save(tmp_path / f"{number}.png")
+    (tmp_path / "2.png").write_text("spoiled")
+    images = data.open_images(str(tmp_path), "pretrain", 3)
+    with pytest.raises(RunError, match=r"could stand in slot .*2\.png"):
+        batches(loader(images, batch_size=4))
