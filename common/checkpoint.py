@@ -144,7 +144,10 @@ class Run:
             step = self.saved_step = self.checkpoint["step"]
             for name, part in state.items():
                 saved = self.checkpoint["state"][name]
-                part.copy_(saved) if isinstance(part, torch.Tensor) else part.load_state_dict(saved)
+                if isinstance(part, torch.Tensor):
+                    part.copy_(saved)
+                elif saved:  # empty: the scaler of a run without float16
+                    part.load_state_dict(saved)
             processes = self.checkpoint["processes"]
             note = f"resuming {self.folder} at step {step}"
             if processes != self.world.size:
@@ -219,7 +222,7 @@ class Run:
             "state": kept,
         }
         with replacing(self.path("backbone.pth")) as file:
-            torch.save({k: v.detach().cpu() for k, v in backbone.state_dict().items()}, file)
+            torch.save({k: v.cpu().contiguous() for k, v in backbone.state_dict().items()}, file)
         # A run that starts anew in an old folder does not keep the old checkpoint behind its own.
         previous = self.path("checkpoint.prev.pt") if self.saved_step is not None else None
         with replacing(self.path("checkpoint.pt"), previous) as file:
@@ -275,9 +278,13 @@ def replacing(path: str, previous: str | None = None):
         if previous and os.path.exists(path):
             os.replace(path, previous)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)
+        if isinstance(error, RuntimeError):  # how torch.save reports a full disk
+            raise OSError(0, str(error).splitlines()[0], path) from error
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = path
         raise
 
 

@@ -6,7 +6,9 @@ epoch takes the same global batch whatever the number of processes, and process 
 contiguous share. So the number of processes, of loader workers, and an interruption change nothing.
 """
 
+import atexit
 import functools
+import multiprocessing
 import os
 import signal
 import time
@@ -407,12 +409,17 @@ class Loader:
                 f"--batch-size {batch_size} is more than the {len(images)} images of --data; "
                 f"--batch-size {fits} fits"
             )
+        left_out = sorted({what for view in views for what in view.left_out})
+        if left_out:
+            dist.say(f"left out, for it needs RGB images: {', '.join(left_out)}")
         self.images, self.views, self.world = images, views, world
         self.steps_per_epoch = len(images) // batch_size
         self.step, self.bad_files, self.waited = start_step, {}, 0.0
         shares = StepShares(images, views, batch_size, seed, world.rank, world.size)
         steps = range(start_step, epochs * self.steps_per_epoch)
         workers = default_workers() if workers is None else workers
+        atexit.unregister(end_workers)
+        atexit.register(end_workers)  # after multiprocessing's own, so that it runs before it
         self.batches = iter(
             torch.utils.data.DataLoader(
                 shares,
@@ -468,7 +475,17 @@ def default_workers() -> int:
 
 
 def leave_signals_to_the_main_process(_worker: int) -> None:
-    """A stop signal sent to every process (Slurm, Ctrl-C) must not take the loader from under a
-    step that is to be finished; workers end when the main process does."""
+    """Ignore stop signals in a worker.
+
+    One sent to every process (Slurm, Ctrl-C) must not take the loader from under a step that is to
+    be finished. Workers end with the main process: `end_workers`, or torch's own watch on it.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_workers() -> None:
+    """At exit after an error: multiprocessing would wait for ever for workers to obey SIGTERM."""
+    for child in multiprocessing.active_children():
+        if child.daemon:  # a loader's workers are; anybody else's processes are left alone
+            child.kill()

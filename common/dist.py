@@ -98,10 +98,11 @@ def say(message: str, stream=None, stays: bool = True):
     stream = stream or sys.stdout
     if int(os.environ.get("RANK", 0)) != 0:
         return
-    if stream.isatty():
-        print(f"\r\x1b[K{message}", end="\n" if stays else "", file=stream, flush=True)
-    else:
-        print(message, file=stream, flush=True)
+    with contextlib.suppress(OSError):  # a terminal that has gone away does not end a run
+        if stream.isatty():
+            print(f"\r\x1b[K{message}", end="\n" if stays else "", file=stream, flush=True)
+        else:
+            print(message, file=stream, flush=True)
 
 
 @contextlib.contextmanager
@@ -118,12 +119,8 @@ def together(writing: str | None = None):
         yield
     except RunError as error:
         message = str(error)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        if writing is None and isinstance(error, RuntimeError):
-            raise
-        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-        where = getattr(error, "filename", None) or writing or ""
-        message = f"{where}: {reason}"
+    except OSError as error:
+        message = f"{error.filename or writing or 'input or output'}: {error.strerror or error}"
         if writing is not None:
             message = f"cannot write {message} ({free_bytes(writing):,} bytes free)"
     messages = [m for m in all_gather_objects(message) if m is not None]
@@ -213,12 +210,9 @@ def all_gather_objects(value) -> list:
 
 
 def agree(*flags: bool) -> tuple[bool, ...]:
-    """Each flag is true on every process as soon as it is true on one (one small all-reduce)."""
-    if size() == 1:
-        return flags
-    votes = torch.tensor(flags, dtype=torch.int32)
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-    return tuple(bool(v) for v in votes.tolist())
+    """Each flag is true on every process as soon as it is true on one (one small exchange)."""
+    votes = all_gather_no_grad(torch.tensor([flags], dtype=torch.uint8))
+    return tuple(bool(vote) for vote in votes.amax(0).tolist())
 
 
 # -------------------------------------------------------------------------- synchronised batch norm
@@ -243,9 +237,9 @@ class _SyncBatchNormFunction(torch.autograd.Function):
         x_hat = (x.to(mean.dtype) - mean.view(shape)) * inv_std.view(shape)
         grad_bias = grad_wide.sum(axes)
         grad_weight = (grad_wide * x_hat).sum(axes)
-        sums = torch.stack([grad_bias, grad_weight])
-        dist.all_reduce(sums)
-        mean_grad, mean_grad_x = (sums / (size() * x.numel() / x.shape[1])).unsqueeze(-1)
+        # Gathered, then added: for so few numbers gloo gathers three times as fast as it reduces.
+        sums = all_gather_no_grad(torch.stack([grad_bias, grad_weight])[None]).sum(0)
+        mean_grad, mean_grad_x = sums / (size() * x.numel() / x.shape[1])
         grad_x = grad_wide - mean_grad.view(shape) - x_hat * mean_grad_x.view(shape)
         scale = inv_std if weight is None else inv_std * weight
         grad_x = (grad_x * scale.view(shape)).to(x.dtype)

@@ -1,0 +1,286 @@
+"""Images per second of a script: its data path alone, its step alone, and end to end.
+
+    python benchmarks/throughput.py simclr --data /path/to/cifar10-jpegs --peer lightly
+
+Each figure comes from a process of its own that runs the script's own `main`:
+
+- data: the script's loader with the script's views, colour work included, and nothing else;
+- step: the script's loop on one fixed batch;
+- both: the script's loop on its loader; `data_wait` is its share of time spent waiting for images.
+
+Memory is the peak of the process tree's proportional set size (PSS, read from /proc), and CUDA's
+own peak where there is one. With --peer lightly the same three are measured for lightly's method on
+the same backbone, batch, views, workers and process count, in turn with ours. The ratio of each
+pair is taken; the median and range of the ratios are what to quote. The last line is a JSON object.
+
+Without --data, small JPEGs are made first (smooth random fields).
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+PARTS = ("data", "step", "both")
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("script", help="simclr, ...")
+    parser.add_argument("--data", help="a folder of images with class folders under train/")
+    parser.add_argument("--peer", choices=["lightly"])
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--recipe", default="cifar10")
+    parser.add_argument("--arch", default="resnet18")
+    parser.add_argument("--stem", default="imagenet", help="torchvision's, as lightly's")
+    parser.add_argument("--image-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--threads", type=int, help="default: cores / processes")
+    parser.add_argument("--amp", default="none", help="of the script; the peer's is --peer-amp")
+    parser.add_argument("--peer-amp", default="none")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--warmup", type=int, default=5, help="steps not counted")
+    parser.add_argument("--steps", type=int, default=20, help="steps counted")
+    parser.add_argument("--measure", nargs=2, metavar=("SIDE", "PART"), help=argparse.SUPPRESS)
+    parser.add_argument("flags", nargs="*", help="after --: further flags of the script")
+    return parser.parse_args(argv)
+
+
+# -------------------------------------------------------------------------------- inside a process
+
+
+class Done(BaseException):
+    """Ends the script's loop once enough steps are counted."""
+
+
+class Clock:
+    """Times at which batches were asked for; the device is waited for at both ends only."""
+
+    def __init__(self, warmup: int, steps: int):
+        self.warmup, self.steps, self.count = warmup, steps, 0
+
+    def tick(self):
+        if self.count in (self.warmup, self.warmup + self.steps):
+            import torch
+
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            now = time.perf_counter()
+            if self.count == self.warmup:
+                self.started = now
+            else:
+                self.seconds = now - self.started
+                raise Done
+        self.count += 1
+
+
+def measure_ours(args, part: str) -> dict:
+    """Run the script's main with a loader that is timed, or replaced by one fixed batch."""
+    import importlib
+
+    from common import data
+
+    clock = Clock(args.warmup, args.steps)
+    waited = {}
+
+    class TimedLoader(data.Loader):
+        def epoch(self, epoch):
+            if part == "data":
+                for _ in super().epoch(epoch):
+                    clock.tick()
+                return
+            batches = super().epoch(epoch)
+            fixed = next(batches) if part == "step" else None
+            for _ in range(self.steps_per_epoch):
+                clock.tick()
+                if clock.count == args.warmup + 1:
+                    waited["before"] = self.waited
+                waited["after"] = self.waited
+                yield fixed or next(batches)
+
+    data.Loader = TimedLoader
+    module = importlib.import_module(args.script)
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Done):
+        flags = [
+            "--data", args.data, "--recipe", args.recipe, "--arch", args.arch, "--stem", args.stem,
+            "--image-size", args.image_size, "--batch-size", args.batch_size, "--workers",
+            args.workers, "--device", args.device, "--amp", args.amp, "--output", folder,
+            "--log-every", 1000, *args.flags,
+        ]
+        module.main(module.parse_args([str(flag) for flag in flags]))
+    share = (waited.get("after", 0) - waited.get("before", 0)) / clock.seconds
+    return {"seconds": clock.seconds, "data_wait": share if part == "both" else None}
+
+
+def measure_lightly(args, part: str) -> dict:
+    """Run lightly's method in the loop that its documentation shows."""
+    import peers
+
+    clock = Clock(args.warmup, args.steps)
+    with contextlib.suppress(Done):
+        peers.LIGHTLY[args.script](args, part, clock.tick)
+    return {"seconds": clock.seconds, "data_wait": None}
+
+
+def measure(args):
+    side, part = args.measure
+    result = {"ours": measure_ours, "lightly": measure_lightly}[side](args, part)
+    import torch
+
+    if torch.cuda.is_available():
+        result["cuda_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    if int(os.environ.get("RANK", 0)) == 0:
+        print("RESULT " + json.dumps(result), flush=True)
+
+
+# ------------------------------------------------------------------------------- outside: the pairs
+
+
+def pss_gb(pid: int) -> float:
+    """Proportional set size of a process and its descendants."""
+    children = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError):
+                stat = Path(f"/proc/{entry}/stat").read_text()
+                children.setdefault(int(stat.rsplit(")", 1)[1].split()[1]), []).append(int(entry))
+    pids, total = [pid], 0
+    for parent in pids:
+        pids += children.get(parent, [])
+    for each in pids:
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{each}/smaps_rollup").read_text().splitlines():
+                if line.startswith("Pss:"):
+                    total += int(line.split()[1])
+    return total * 1024 / 1e9
+
+
+def one(args, argv: list[str], side: str, part: str) -> dict:
+    """Measure one part of one side in a fresh process (or torchrun's processes)."""
+    launcher = [sys.executable]
+    if args.processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone",
+                     f"--nproc_per_node={args.processes}"]
+    threads = args.threads or max(1, len(os.sched_getaffinity(0)) // args.processes)
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(threads)}
+    process = subprocess.Popen(
+        [*launcher, __file__, "--measure", side, part, *argv], env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )
+    peak = [0.0]
+
+    def watch():
+        while process.poll() is None:
+            peak[0] = max(peak[0], pss_gb(process.pid))
+            time.sleep(0.5)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    printed, errors = process.communicate()
+    watcher.join()
+    lines = [line for line in printed.splitlines() if line.startswith("RESULT ")]
+    if not lines:
+        raise SystemExit(f"{side} {part} failed:\n{printed}\n{errors}")
+    result = json.loads(lines[-1].removeprefix("RESULT "))
+    result["images_per_second"] = args.steps * args.batch_size / result.pop("seconds")
+    return {**result, "pss_gb": peak[0]}
+
+
+def make_jpegs(folder: Path, count: int, size: int):
+    """Smooth random fields as JPEGs, in ten class folders under train/."""
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        place = folder / "train" / str(number % 10)
+        place.mkdir(parents=True, exist_ok=True)
+        small = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        small.resize((size, size), Image.Resampling.BICUBIC).save(place / f"{number}.jpg")
+
+
+def spread(values: list[float]) -> dict:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def main(args, argv):
+    import torch
+
+    sides = ["ours", *([args.peer] if args.peer else [])]
+    found = {(side, part): [] for side in sides for part in args.parts}
+    for pair in range(args.pairs):
+        for part in args.parts:
+            for side in sides:
+                result = one(args, argv, side, part)
+                found[side, part].append(result)
+                speed, memory = result["images_per_second"], result["pss_gb"]
+                print(f"pair {pair + 1}  {part:5} {side:8} {speed:8.1f} img/s  {memory:.2f} GB",
+                      file=sys.stderr, flush=True)
+    summary = {
+        "script": args.script,
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "setting": {name: value for name, value in vars(args).items() if name not in ("measure",)},
+        "images_per_second": {}, "pss_gb": {}, "data_wait": {}, "ratio": {}, "memory_ratio": {},
+    }
+    print(f"{'part':6}" + "".join(f"{side + ' img/s':>20}{side + ' GB':>16}" for side in sides)
+          + ("   ours / peer (range)" if args.peer else ""))
+    for part in args.parts:
+        row = f"{part:6}"
+        for side in sides:
+            results = found[side, part]
+            speeds = spread([r["images_per_second"] for r in results])
+            memory = spread([r["pss_gb"] for r in results])
+            summary["images_per_second"].setdefault(side, {})[part] = speeds
+            summary["pss_gb"].setdefault(side, {})[part] = memory
+            if "cuda_gb" in results[0]:
+                peaks = spread([r["cuda_gb"] for r in results])
+                summary.setdefault("cuda_gb", {}).setdefault(side, {})[part] = peaks
+            row += f"{speeds['median']:>20.1f}{memory['median']:>16.2f}"
+        if part == "both":
+            summary["data_wait"] = spread([r["data_wait"] for r in found["ours", "both"]])
+        if args.peer:
+            pairs = list(zip(found["ours", part], found[args.peer, part], strict=True))
+            ratio = spread([a["images_per_second"] / b["images_per_second"] for a, b in pairs])
+            summary["ratio"][part] = ratio
+            summary["memory_ratio"][part] = spread([a["pss_gb"] / b["pss_gb"] for a, b in pairs])
+            row += f"   {ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})"
+            row += f"   memory {summary['memory_ratio'][part]['median']:.2f}"
+        print(row)
+    print(json.dumps(summary))
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((line.split(":")[1].strip() for line in lines if "model name" in line), "CPU")
+    return f"{name}, {len(os.sched_getaffinity(0))} cores"
+
+
+if __name__ == "__main__":
+    given = sys.argv[1:]
+    arguments = parse_args(given)
+    if arguments.measure:
+        measure(arguments)
+    elif arguments.data:
+        main(arguments, given)
+    else:
+        with tempfile.TemporaryDirectory() as made:
+            needed = (arguments.warmup + arguments.steps + 1) * arguments.batch_size
+            make_jpegs(Path(made), needed, arguments.image_size)
+            given = ["--data", made, *given]
+            main(parse_args(given), given)

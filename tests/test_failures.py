@@ -1,0 +1,160 @@
+"""What can go wrong for a user ends on every process with one line that says what to do."""
+
+import contextlib
+import importlib
+import io
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_all_scripts import EXTRA, SCRIPTS, TINY
+
+import runs
+
+every_script = pytest.mark.parametrize("script", SCRIPTS)
+
+
+def launched(script, flags, file_limit=None):
+    """Exit status and error output of a script on this process, as its command gives them."""
+    from common import dist
+
+    module, errors = importlib.import_module(script), io.StringIO()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            if file_limit is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, hard))
+            status = dist.launch(module.main, module.parse_args(flags))
+        except SystemExit as ended:  # from the parser
+            status = ended.code
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    return status, errors.getvalue()
+
+
+def fails(pool, script, *flags, file_limit=None):
+    """Run a script that must fail on two processes; the one line it says."""
+    flags = [*TINY, *EXTRA.get(script, []), *map(str, flags)]
+    started = time.monotonic()
+    (status0, said0), (status1, said1) = pool.run(2, launched, script, flags, file_limit)
+    assert time.monotonic() - started < 60
+    assert (status0, status1) == (2, 2)
+    assert said1 == "" and said0.count("\n") == 1 and "error: " in said0, (said0, said1)
+    return said0
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Ten small PNGs in a folder."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "pictures").mkdir()
+    for number in range(10):
+        pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{number}.png")
+    return tmp_path / "pictures"
+
+
+FROM_FOLDER = ["--recipe", "digits", "--batch-size", "4"]
+
+
+@every_script
+def test_data_that_is_not_there(script, pool, tmp_path):
+    out = ["--output", tmp_path / "out"]
+    assert "nowhere: no such file" in fails(pool, script, "--data", tmp_path / "nowhere", *out)
+    (tmp_path / "empty").mkdir()
+    assert "no image file" in fails(pool, script, "--data", tmp_path / "empty", *out)
+    said = fails(pool, script, "--data", "cifar10", "--data-root", tmp_path, *out)
+    assert "--download" in said and str(tmp_path) in said
+
+
+@every_script
+def test_data_that_cannot_be_used(script, pool, pictures, tmp_path):
+    out = ["--output", tmp_path / "out"]
+    said = fails(pool, script, "--data", pictures, "--recipe", "digits", "--batch-size", 64, *out)
+    assert "64" in said and "10 images" in said and "--batch-size 10 fits" in said
+    Image.fromarray(np.full((9, 9), 40_000, dtype=np.uint16)).save(pictures / "deep.png")
+    said = fails(pool, script, "--data", pictures, *FROM_FOLDER, *out)
+    assert "deep.png has more than 8 bits" in said
+    np.save(tmp_path / "objects.npy", np.array([{"a": 1}]))
+    assert "objects.npy" in fails(pool, script, "--data", tmp_path / "objects.npy", *out)
+
+
+@every_script
+def test_arguments_that_cannot_be(script, pool):
+    assert "--batch-size 7" in fails(pool, script, "--batch-size", 7)
+    assert "resnet51" in fails(pool, script, "--arch", "resnet51")
+    assert "'-1'" in fails(pool, script, "--epochs", -1)
+
+
+@every_script
+def test_an_output_that_cannot_be_written(script, pool, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    said = fails(pool, script, "--output", tmp_path / "file" / "out")
+    assert "cannot write" in said and "bytes free" in said and str(tmp_path / "file") in said
+
+
+@every_script
+def test_a_full_disk_leaves_the_last_checkpoint(script, pool, tmp_path):
+    flags = ["--output", tmp_path, "--epochs", 3]
+    said = fails(pool, script, *flags, file_limit=20_000)
+    assert "cannot write" in said and "bytes free" in said and "backbone.pth" in said
+    assert not list(tmp_path.glob("*.tmp")) and not (tmp_path / "checkpoint.pt").exists()
+
+    one_epoch = tmp_path / "whole"
+    flags = ["--output", one_epoch, "--epochs", 3]
+    pool.run(2, launched, script, [*TINY, *EXTRA.get(script, []), *map(str, flags)])
+    kept = torch.load(one_epoch / "checkpoint.prev.pt", weights_only=True)["step"]
+    shutil.copy(one_epoch / "checkpoint.prev.pt", one_epoch / "checkpoint.pt")
+    os.remove(one_epoch / "checkpoint.prev.pt")
+    size = (one_epoch / "backbone.pth").stat().st_size + 1000  # the export fits, the checkpoint not
+    said = fails(pool, script, *flags, file_limit=size)
+    assert "checkpoint.pt" in said and not list(one_epoch.glob("*.tmp"))
+    assert torch.load(one_epoch / "checkpoint.pt", weights_only=True)["step"] == kept
+
+
+@every_script
+def test_checkpoints_that_do_not_fit(script, pool, tmp_path):
+    flags = ["--output", tmp_path]
+    pool.run(2, launched, script, [*TINY, *EXTRA.get(script, []), *map(str, flags)])
+    other = "resnet18_quarter"
+    if other in importlib.import_module(script).parse_args([]).arch:
+        pytest.fail("the test needs another backbone")
+    said = fails(pool, script, *flags, "--arch", other)
+    assert "--arch" in said and other in said and "--no-resume" in said
+    for path in tmp_path.glob("checkpoint*.pt"):
+        path.write_bytes(path.read_bytes()[:500])
+    assert "cannot be read" in fails(pool, script, *flags)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_real_processes_say_one_line_and_exit_without_a_traceback_of_ours(processes, tmp_path):
+    status, printed = runs.run("simclr.py", "--data", tmp_path / "nowhere", processes=processes)
+    ours = printed.split("ChildFailedError")[0].split("Traceback")[0]
+    assert status != 0 and ours.count("error: ") == 1
+    assert 'simclr.py", line' not in printed and 'common/' not in printed
+
+
+def test_a_crash_in_the_loop_ends_the_process_and_its_loader(tmp_path):
+    """A bug shows its traceback, and nothing is left waiting."""
+    code = (
+        "import sys, simclr; simclr.nt_xent = lambda *_: 1 / 0;"
+        "sys.exit(simclr.main(simclr.parse_args(sys.argv[1:])))"
+    )
+    command = [sys.executable, "-c", code, *runs.SMALL, "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
+
+
+def test_a_closed_terminal_does_not_end_a_run(tmp_path):
+    process = runs.start("simclr.py", *runs.SMALL, "--epochs", 2, "--warmup-epochs", 0,
+                         "--output", tmp_path)
+    process.stdout.close()
+    process.wait(timeout=60)
+    assert len(runs.log_of(tmp_path)) == 32 and (tmp_path / "backbone.pth").exists()
