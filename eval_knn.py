@@ -89,8 +89,8 @@ def nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def vote(cosines: Tensor, labels: Tensor, temperature: float, num_classes: int) -> Tensor:
     """Class scores (M, num_classes) from the cosines and labels (M, k) of the neighbours."""
-    scores = cosines.new_zeros(len(cosines), num_classes)
-    return scores.scatter_add_(1, labels, (cosines / temperature).exp())
+    votes = (cosines.double() / temperature).exp()  # float32 overflows below temperature 0.0113
+    return votes.new_zeros(len(votes), num_classes).scatter_add_(1, labels, votes)
 
 
 def knn_predict(
@@ -156,11 +156,13 @@ def evaluate(train, train_labels, test, test_labels, args, world) -> dict:
 def mean_of(runs: list[dict]) -> dict:
     """The results of several initialisations, averaged number by number."""
     first = runs[0]
+    if all(run == first for run in runs):
+        return first
     if isinstance(first, dict):
         return {key: mean_of([run[key] for run in runs]) for key in first}
     if isinstance(first, list):
         return [mean_of(list(parts)) for parts in zip(*runs, strict=True)]
-    return statistics.fmean(runs) if isinstance(first, float) else first
+    return statistics.fmean(runs)
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -180,6 +182,8 @@ def main(args):
             raise dist.RunError(f"--data {settings['data']}: no class folders, so no labels")
     size = settings["image_size"]
     resize = args.resize or (size if size <= 96 else round(size * 256 / 224))
+    if resize < size:
+        raise dist.RunError(f"--resize {resize} is less than --image-size {size}")
     steps = [
         augment.CenterCrop(resize, interpolation="bicubic"),
         augment.Normalize(settings["mean"], settings["std"]),

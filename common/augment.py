@@ -199,11 +199,11 @@ class RandomAffine(Step):
         shift_y = self.translate * (2 * u[:, 2] - 1) * height
         zoom = self.scale[0] + (self.scale[1] - self.scale[0]) * u[:, 3]
         shear = np.tan(np.radians(self.shear) * (2 * u[:, 4] - 1))
-        a, b = np.cos(angle) / zoom, np.sin(angle) / zoom
-        d, e = -b + shear * a, a + shear * b  # rows of the inverse map: [a b], [d e]
+        d, e = -np.sin(angle) / zoom, np.cos(angle) / zoom
+        a, b = e + shear * d, -d + shear * e  # x gains a share of y; rows of the map: [a b], [d e]
         centre_x, centre_y = width / 2, height / 2
-        c = centre_x + shift_x - a * centre_x - b * centre_y
-        f = centre_y + shift_y - d * centre_x - e * centre_y
+        c = centre_x + a * (shift_x - centre_x) + b * (shift_y - centre_y)
+        f = centre_y + d * (shift_x - centre_x) + e * (shift_y - centre_y)
         return np.stack([a, b, c, d, e, f], axis=1)
 
     def apply(self, plane, coefficients, size):
@@ -268,9 +268,12 @@ class ColorJitter(Step):
     saturation: float
     hue: float
     p: float
-    needs_rgb = "saturation and hue"
     num_uniforms = 6
     num_parameters = 11  # three blends (a, b, c), hue turn, number of blends before the hue turn
+
+    @property
+    def needs_rgb(self):
+        return "saturation and hue" if self.saturation or self.hue else None
 
     def draw(self, u, sizes):
         n = len(u)

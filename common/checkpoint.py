@@ -24,6 +24,7 @@ from torch import nn
 from common import dist
 from common.dist import RunError, World
 
+RECORD = {"step", "settings", "identity", "processes", "state"}  # what a checkpoint holds
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -50,8 +51,9 @@ class Run:
         self.save_every = 60 * save_every_minutes
         self.last_save = time.monotonic()
         self.saved_step = None
+        self.keeps_previous = False
         self.stop_requested = self.stopping = False
-        self.lock = None
+        self.lock, self.handlers = None, {}
         self.resume, self.checkpoint = resume, None
 
     def __enter__(self):
@@ -67,14 +69,12 @@ class Run:
         except RunError:
             self.__exit__(RunError)
             raise
-        for number in STOP_SIGNALS:
-            signal.signal(number, self.request_stop)
+        self.handlers = {n: signal.signal(n, self.request_stop) for n in STOP_SIGNALS}
         return self
 
     def __exit__(self, kind=None, *_):
-        for number in STOP_SIGNALS:
-            default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-            signal.signal(number, default)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)
         if self.lock:
             self.lock.close()
         if kind is None and self.stopping:
@@ -100,9 +100,12 @@ class Run:
                 continue
             try:
                 loaded = torch.load(self.path(name), map_location="cpu", weights_only=True)
+                if not (isinstance(loaded, dict) and loaded.keys() >= RECORD):
+                    raise ValueError("no checkpoint of a run")
             except Exception as error:  # a torn file raises many things
                 failures.append(f"{name} ({type(error).__name__})")
                 continue
+            self.keeps_previous = name == "checkpoint.pt"
             if name != "checkpoint.pt":
                 missing = failures[0] + " does not load" if failures else "checkpoint.pt is missing"
                 dist.say(f"warning: {missing}; going on from {name}")
@@ -164,7 +167,7 @@ class Run:
         record = {"starts": []}
         if os.path.exists(self.path("run.json")):
             with open(self.path("run.json")) as file, contextlib.suppress(ValueError):
-                record = json.load(file)
+                record = {**record, **json.load(file)}
         start = {
             "argv": sys.argv,
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -223,20 +226,23 @@ class Run:
         }
         with replacing(self.path("backbone.pth")) as file:
             torch.save({k: v.cpu().contiguous() for k, v in backbone.state_dict().items()}, file)
-        # A run that starts anew in an old folder does not keep the old checkpoint behind its own.
-        previous = self.path("checkpoint.prev.pt") if self.saved_step is not None else None
-        with replacing(self.path("checkpoint.pt"), previous) as file:
+        # What is moved behind the new checkpoint is this run's, and whole.
+        newest, previous = self.path("checkpoint.pt"), self.path("checkpoint.prev.pt")
+        with replacing(newest, previous if self.keeps_previous else None) as file:
             torch.save(record, file)
+        if self.saved_step is None and os.path.exists(previous):
+            os.remove(previous)  # of an older run in this folder
+        self.keeps_previous = True
 
     def check_finite(self, step: int, state: dict):
-        for part in state.values():
-            if isinstance(part, nn.Module):
-                for name, value in part.state_dict().items():
-                    if value.is_floating_point() and not value.isfinite().all():
-                        raise RunError(
-                            f"{name} is not finite after step {step}; {self.last_good()}; "
-                            "lower --lr or raise --warmup-epochs"
-                        )
+        for key, part in state.items():
+            tensors = part.state_dict() if isinstance(part, nn.Module) else {key: part}
+            for name, value in tensors.items():
+                if isinstance(value, torch.Tensor) and not value.isfinite().all():
+                    raise RunError(
+                        f"{name} is not finite after step {step}; {self.last_good()}; "
+                        "lower --lr or raise --warmup-epochs"
+                    )
 
     def last_good(self) -> str:
         if self.saved_step is None:
@@ -278,6 +284,9 @@ def replacing(path: str, previous: str | None = None):
         if previous and os.path.exists(path):
             os.replace(path, previous)
         os.replace(temporary, path)
+        folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+        os.fsync(folder)  # the names too
+        os.close(folder)
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)
@@ -298,7 +307,7 @@ def cut_log(path: str, step: int):
     for line in lines:
         with contextlib.suppress(ValueError):
             if json.loads(line)["step"] <= step:
-                kept.append(line)
+                kept.append(line.rstrip(b"\n") + b"\n")
     with replacing(path) as file:
         file.write(b"".join(kept))
 

@@ -5,6 +5,7 @@ where data come from and how a run is carried out, and the parsing that lets a r
 """
 
 import argparse
+import copy
 import math
 import os
 import sys
@@ -90,11 +91,12 @@ def parse(made: Parser, recipes: dict, argv=None) -> argparse.Namespace:
     first.add_argument("--data", default="digits")
     chosen, _ = first.parse_known_args(argv)
     name = chosen.recipe or (chosen.data if chosen.data in recipes else "imagenet")
-    made.set_defaults(**recipes.get(name, {}))
+    made.set_defaults(**copy.deepcopy(recipes.get(name, {})))
     args = made.parse_args(argv)
     args.recipe = name
     if args.output is None:
-        source = os.path.splitext(os.path.basename(os.path.normpath(args.data)))[0]
+        source = os.path.basename(os.path.normpath(args.data))
+        source = source.removesuffix(".txt").removesuffix(".npy")
         args.output = os.path.join("runs", f"{made.prog.removesuffix('.py')}-{source}-{args.arch}")
 
     processes = int(os.environ.get("WORLD_SIZE", 1))

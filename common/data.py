@@ -273,10 +273,14 @@ def folder(root: str, split: str, channels: int) -> FileImages:
     )
     if not paths:
         raise RunError(f"--data {top}: no image file in it ({' '.join(EXTENSIONS)})")
-    classes = [os.path.relpath(p, top).split(os.sep)[:-1][:1] for p in paths]
-    if not all(classes):
+    inside = [os.path.relpath(path, top).split(os.sep) for path in paths]
+    if any(len(parts) == 1 for parts in inside):
         return FileImages(paths, None, channels, top)
-    _, labels = np.unique([c[0] for c in classes], return_inverse=True)
+    # A class has the same number in every split: the training split's classes come first.
+    train = os.path.join(root, "train")
+    known = sorted(e.name for e in os.scandir(train) if e.is_dir()) if os.path.isdir(train) else []
+    names = known + sorted({parts[0] for parts in inside} - set(known))
+    labels = np.array([names.index(parts[0]) for parts in inside])
     return FileImages(paths, labels, channels, top)
 
 

@@ -120,7 +120,8 @@ def together(writing: str | None = None):
     except RunError as error:
         message = str(error)
     except OSError as error:
-        message = f"{error.filename or writing or 'input or output'}: {error.strerror or error}"
+        reason = error.strerror or str(error).split("\n")[0]
+        message = f"{error.filename or writing or 'input or output'}: {reason}"
         if writing is not None:
             message = f"cannot write {message} ({free_bytes(writing):,} bytes free)"
     messages = [m for m in all_gather_objects(message) if m is not None]
@@ -185,8 +186,9 @@ def all_gather_no_grad(x: Tensor) -> Tensor:
     """Concatenate the rows (N, ...) of all processes in rank order to (W*N, ...), detached."""
     if size() == 1:
         return x.detach()
+    x = x.detach().contiguous()
     parts = [torch.empty_like(x) for _ in range(size())]
-    dist.all_gather(parts, x.detach().contiguous())
+    dist.all_gather(parts, x)
     return torch.cat(parts)
 
 
@@ -262,7 +264,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             return super().forward(x)
         with torch.no_grad():
             axes = [0, *range(2, x.dim())]
-            wide = x.to(self.running_mean.dtype if self.running_mean is not None else torch.float32)
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
             own_var, own_mean = torch.var_mean(wide, axes, correction=0)
             means, variances = all_gather_no_grad(torch.stack([own_mean, own_var])[None]).unbind(1)
             mean = means.mean(0)
@@ -281,13 +283,7 @@ def convert_sync_batchnorm(module: nn.Module, device: torch.device) -> nn.Module
         return module
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    for name, child in module.named_children():
-        if isinstance(child, nn.modules.batchnorm._BatchNorm):
-            synced = SyncBatchNorm(child.num_features, child.eps, child.momentum, child.affine)
-            synced.load_state_dict(child.state_dict())
-            if child.affine:  # keep the parameters themselves, and what is frozen among them
-                synced.weight, synced.bias = child.weight, child.bias
-            setattr(module, name, synced.to(child.running_mean.device))
-        else:
-            convert_sync_batchnorm(child, device)
+    for layer in module.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            layer.__class__ = SyncBatchNorm  # parameters, statistics and modes stay as they are
     return module

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,7 +61,16 @@ def resolve(args, checkpoints: list[Checkpoint]) -> dict:
     source = args.data or described.get("data") or "digits"
     assumed = DIGITS if source == "digits" else dict(FOLDER, data=source)
     given = {name: getattr(args, name) for name in DIGITS if getattr(args, name) is not None}
-    return {name: {**assumed, **described, **given}[name] for name in DIGITS}
+    settings = {name: {**assumed, **described, **given}[name] for name in DIGITS}
+    for name in ("mean", "std"):
+        values = settings[name]
+        if len(values) in (1, settings["in_chans"]):
+            continue
+        if name in given:
+            raise RunError(f"--{name} has {len(values)} values for --in-chans "
+                           f"{settings['in_chans']}; give one, or one a channel")
+        settings[name] = [sum(values) / len(values)]
+    return settings
 
 
 def freeze(backbone: nn.Module, weights: str | None, world: World) -> nn.Module:
@@ -82,7 +92,11 @@ def load_backbone(backbone: nn.Module, path: str) -> None:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a foreign file raises many things
-        raise RunError(f"{path} does not load: {str(error).splitlines()[0]}") from error
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it asks to run {code[1]}, which is refused" if code else type(error).__name__
+        raise RunError(f"{path} does not load: {reason}") from error
+    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
+        raise RunError(f"{path} is no state dict: it holds a {type(loaded).__name__}")
     heads = [key for key in loaded if key.startswith("fc.")]
     loaded = {key: value for key, value in loaded.items() if key not in heads}
     wanted = backbone.state_dict()
@@ -90,9 +104,10 @@ def load_backbone(backbone: nn.Module, path: str) -> None:
         if key not in loaded or key not in wanted:
             what = "has no" if key not in loaded else "has an unknown"
             raise RunError(f"{path} {what} tensor {key}; is --arch right?")
-        if loaded[key].shape != wanted[key].shape:
-            shapes = f"{tuple(loaded[key].shape)}, not {tuple(wanted[key].shape)}"
-            raise RunError(f"{path}: {key} has the shape {shapes}; are --arch and --stem right?")
+        if getattr(loaded[key], "shape", None) != wanted[key].shape:
+            got = tuple(getattr(loaded[key], "shape", ())) or type(loaded[key]).__name__
+            raise RunError(f"{path}: {key} is {got}, not {tuple(wanted[key].shape)}; are --arch, "
+                           "--stem and --in-chans right?")
     backbone.load_state_dict(loaded)
     if heads:
         dist.say(f"{path}: {len(loaded)} tensors loaded, left out: {' '.join(heads)}")

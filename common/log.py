@@ -36,7 +36,7 @@ class Log:
         self.chance_loss, self.floors = chance_loss, floors
         self.first_step = self.last_step = first_step
         self.last_time, self.last_waited = time.perf_counter(), 0.0
-        self.bad_step = torch.full((), -1.0, device=world.device)
+        self.bad_step = torch.full((), -1, dtype=torch.int64, device=world.device)
         self.warned = set()
 
     def due(self, step: int) -> bool:
@@ -56,7 +56,7 @@ class Log:
             RunError: a loss since the last line was not finite.
         """
         bad = ~torch.isfinite(loss.detach()) & (self.bad_step < 0)
-        self.bad_step = torch.where(bad, float(step), self.bad_step)
+        self.bad_step = torch.where(bad, step, self.bad_step)
         if not self.due(step):
             return
         tensors = {"loss": loss, **indicators}
@@ -89,7 +89,7 @@ class Log:
         bad_steps = [step for step in bad_steps if step >= 0]
         if bad_steps:
             raise RunError(
-                f"the loss of step {min(bad_steps):.0f} is not finite; the last checkpoint is from "
+                f"the loss of step {min(bad_steps)} is not finite; the last checkpoint is from "
                 "before it; lower --lr, raise --warmup-epochs, or try --amp none"
             )
 

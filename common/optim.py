@@ -114,6 +114,8 @@ def warmup_cosine(
     one after the last. With warmup_endpoint the warm-up's last step is `base` already, so that it
     stands twice (SwAV, DINO); without, the warm-up would reach it one step later (SimCLR, MAE).
     """
+    if warmup_steps > total_steps:
+        raise ValueError(f"a warm-up of {warmup_steps} steps in a run of {total_steps}")
     warmup = np.linspace(start, base, warmup_steps, endpoint=warmup_endpoint)
     t = np.arange(total_steps - warmup_steps) / max(1, total_steps - warmup_steps)
     cosine = final + (base - final) * (1 + np.cos(np.pi * t)) / 2

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_all_scripts import EXTRA, SCRIPTS, TINY
 
-import runs
+import drill
+from test_all_scripts import EXTRA, SCRIPTS, TINY
 
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 
@@ -135,7 +135,7 @@ def test_checkpoints_that_do_not_fit(script, pool, tmp_path):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_real_processes_say_one_line_and_exit_without_a_traceback_of_ours(processes, tmp_path):
-    status, printed = runs.run("simclr.py", "--data", tmp_path / "nowhere", processes=processes)
+    status, printed = drill.run("simclr.py", "--data", tmp_path / "nowhere", processes=processes)
     ours = printed.split("ChildFailedError")[0].split("Traceback")[0]
     assert status != 0 and ours.count("error: ") == 1
     assert 'simclr.py", line' not in printed and 'common/' not in printed
@@ -147,14 +147,14 @@ def test_a_crash_in_the_loop_ends_the_process_and_its_loader(tmp_path):
         "import sys, simclr; simclr.nt_xent = lambda *_: 1 / 0;"
         "sys.exit(simclr.main(simclr.parse_args(sys.argv[1:])))"
     )
-    command = [sys.executable, "-c", code, *runs.SMALL, "--output", str(tmp_path)]
-    done = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-c", code, *drill.SMALL, "--output", str(tmp_path)]
+    done = subprocess.run(command, cwd=drill.ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
 
 
 def test_a_closed_terminal_does_not_end_a_run(tmp_path):
-    process = runs.start("simclr.py", *runs.SMALL, "--epochs", 2, "--warmup-epochs", 0,
+    process = drill.start("simclr.py", *drill.SMALL, "--epochs", 2, "--warmup-epochs", 0,
                          "--output", tmp_path)
     process.stdout.close()
     process.wait(timeout=60)
-    assert len(runs.log_of(tmp_path)) == 32 and (tmp_path / "backbone.pth").exists()
+    assert len(drill.log_of(tmp_path)) == 32 and (tmp_path / "backbone.pth").exists()

@@ -1,0 +1,482 @@
+import contextlib
+import errno
+import io
+from collections import namedtuple
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common import dist
+
+CPU = torch.device("cpu")
+two_and_four = pytest.mark.parametrize("size", [2, 4])
+
+
+def own_rows(values):
+    """This process's contiguous share of the rows."""
+    share = len(values) // dist.size()
+    return torch.from_numpy(values[dist.rank() * share : (dist.rank() + 1) * share])
+
+
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+# ------------------------------------------------------------------------------- setting up, saying
+
+
+def test_without_torchrun_there_is_one_process():
+    world = dist.setup("cpu")
+    assert (world.rank, world.size, world.device, world.is_main) == (0, 1, CPU, True)
+    assert not torch.distributed.is_initialized()
+
+
+def test_asking_for_cuda_where_there_is_none_names_the_remedy(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(dist.RunError, match="--device cuda.*use --device cpu"):
+        dist.setup("cuda")
+    assert dist.setup("auto").device == CPU
+
+
+def test_more_processes_than_gpus_is_an_error_that_names_both(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(dist.RunError, match="8 processes.*there are 3"):
+        dist.setup("cuda")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_passing_line_gives_way_on_a_terminal_and_stays_elsewhere():
+    terminal, file = Terminal(), io.StringIO()
+    for stream in (terminal, file):
+        dist.say("step 1", stream, stays=False)
+        dist.say("step 2", stream, stays=False)
+        dist.say("done", stream)
+    assert file.getvalue() == "step 1\nstep 2\ndone\n"
+    written = terminal.getvalue()
+    assert written.count("\r") == 3 and written.count("\n") == 1 and written.endswith("done\n")
+
+
+class Gone(io.StringIO):
+    def write(self, _):
+        raise OSError(errno.EIO, "Input/output error")
+
+
+def test_a_terminal_that_has_gone_away_does_not_end_a_run():
+    dist.say("step 1", Gone())
+
+
+def spoken():
+    stream = io.StringIO()
+    dist.say("hello", stream)
+    return stream.getvalue()
+
+
+def test_one_process_speaks_for_all(pool):
+    assert pool.run(2, spoken) == ["hello\n", ""]
+
+
+# ----------------------------------------------------------------------------------------- together
+
+
+def ending(failures, writing):
+    """How `together` ends where the process of each rank raises its own failure, or none."""
+    try:
+        with dist.together(writing):
+            failure = failures[dist.rank()]
+            if failure is not None:
+                raise failure
+        return "fine"
+    except dist.RunError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    "failure, message",
+    [
+        (dist.RunError("--data x: no such folder"), "--data x: no such folder"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "a/list.txt"), "a/list.txt: No such file"),
+    ],
+)
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_on_one_process_is_the_same_on_all(pool, failure, message, failing):
+    failures = [failure if rank == failing else None for rank in range(2)]
+    assert pool.run(2, ending, failures, None) == [message] * 2
+
+
+def test_of_several_errors_all_processes_name_the_first(pool):
+    failures = [None, dist.RunError("one"), None, dist.RunError("two")]
+    assert pool.run(4, ending, failures, None) == ["one"] * 4
+
+
+def test_without_an_error_all_go_on(pool):
+    assert pool.run(2, ending, [None, None], None) == ["fine"] * 2
+
+
+def test_a_failed_write_is_one_line_on_all_processes(pool, tmp_path):
+    path = str(tmp_path / "checkpoint.pt")
+    failures = [OSError(errno.ENOSPC, "No space left on device", path), None]
+    one, other = pool.run(2, ending, failures, str(tmp_path))
+    assert one == other and "\n" not in one
+    assert one.startswith(f"cannot write {path}: No space left on device (")
+
+
+@pytest.mark.parametrize(
+    "failure, reason",
+    [
+        (OSError(errno.ENOSPC, "No space left", "run/new/a.pt"), "run/new/a.pt: No space left ("),
+        (OSError(errno.EIO, "Input/output error"), "run/new: Input/output error ("),
+    ],
+)
+def test_a_failed_write_names_path_and_free_bytes(failure, reason, monkeypatch, tmp_path):
+    asked = []
+
+    def disk_usage(folder):
+        asked.append(folder)
+        return namedtuple("usage", "total used free")(0, 0, 1234567)
+
+    monkeypatch.setattr(dist.shutil, "disk_usage", disk_usage)
+    message = ending([failure], str(tmp_path / "run" / "new"))
+    assert reason in message and message.endswith("(1,234,567 bytes free)") and "\n" not in message
+    assert asked == [str(tmp_path)]  # the folder that would hold those yet to be made
+
+
+@pytest.mark.parametrize("writing", [None, "."])
+@pytest.mark.parametrize("failure", [ValueError("a bug"), RuntimeError("shapes"), KeyError(1)])
+def test_a_programming_error_keeps_its_traceback(failure, writing):
+    with pytest.raises(type(failure)):
+        ending([failure], writing)
+
+
+# ------------------------------------------------------------------------------------------- launch
+
+
+def raise_it(error):
+    if error is not None:
+        raise error
+
+
+def test_a_run_error_is_one_line_on_stderr_and_status_2(capsys):
+    assert dist.launch(raise_it, dist.RunError("--lr -1: must be above 0")) == 2
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "error: --lr -1: must be above 0\n")
+
+
+def test_a_run_without_error_ends_with_status_0(capsys):
+    assert dist.launch(raise_it, None) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_launch_does_not_hide_a_programming_error():
+    with pytest.raises(ZeroDivisionError):
+        dist.launch(raise_it, ZeroDivisionError())
+
+
+def fail_on_the_last(_):
+    with dist.together():
+        if dist.rank() == dist.size() - 1:
+            raise OSError(errno.EACCES, "Permission denied", "images")
+
+
+def launched():
+    error = io.StringIO()
+    with contextlib.redirect_stderr(error):
+        status = dist.launch(fail_on_the_last, None)
+    return status, error.getvalue(), torch.distributed.is_initialized()
+
+
+def test_an_error_on_one_process_ends_all_with_status_2_and_one_line(pool):
+    first, second = pool.run(2, launched)
+    assert first == (2, "error: images: Permission denied\n", False)
+    assert second == (2, "", False)
+
+
+# -------------------------------------------------------------------------------------- collectives
+
+
+def gathered_loss(rows):
+    """A loss of every own row against all rows: its own mean, and its gradient as DDP averages."""
+    x = own_rows(rows).requires_grad_()
+    loss = (x @ dist.all_gather_with_grad(x).T).tanh().square().mean()
+    loss.backward()
+    return loss.item(), (x.grad / dist.size()).numpy()
+
+
+def raw_gathered_loss(rows):
+    kept = dist.all_gather_with_grad
+    dist.all_gather_with_grad = dist.all_gather_no_grad
+    try:
+        return gathered_loss(rows)
+    finally:
+        dist.all_gather_with_grad = kept
+
+
+def reduced_loss(rows):
+    """A loss of every own row about the mean of all rows."""
+    x = own_rows(rows).requires_grad_()
+    mean = dist.all_reduce_with_grad(x.sum(0)) / len(rows)
+    loss = (x - mean).pow(3).tanh().mean()
+    loss.backward()
+    return loss.item(), (x.grad / dist.size()).numpy()
+
+
+@two_and_four
+@pytest.mark.parametrize("function", [gathered_loss, reduced_loss])
+def test_loss_and_gradient_are_those_of_the_joined_batch(pool, function, size):
+    rows = noise(12, 5)
+    loss, grad = function(rows)  # here, in one process
+    parts = pool.run(size, function, rows)
+    assert np.mean([part[0] for part in parts]) == pytest.approx(loss, rel=1e-12)
+    together = np.concatenate([part[1] for part in parts])
+    np.testing.assert_allclose(together, grad, rtol=1e-6, atol=1e-12)
+
+
+def test_the_gradient_test_fails_for_the_raw_gather(pool):
+    rows = noise(12, 5)
+    loss, grad = gathered_loss(rows)
+    parts = pool.run(2, raw_gathered_loss, rows)
+    assert np.mean([part[0] for part in parts]) == pytest.approx(loss, rel=1e-12)
+    together = np.concatenate([part[1] for part in parts])
+    assert np.abs(together - grad).max() > 0.1 * np.abs(grad).max()
+
+
+def collected(rows):
+    """What each collective makes of the own rows, some of them laid out with strides."""
+    x = own_rows(rows).requires_grad_()
+    strided = x.detach().to(memory_format=torch.channels_last)
+    gathered = [
+        dist.all_gather_no_grad(x),
+        dist.all_gather_no_grad(strided),
+        dist.all_gather_with_grad(strided),
+    ]
+    means = [dist.mean_over_processes(x), dist.mean_over_processes(strided)]
+    sums = [dist.all_reduce_with_grad(strided)]
+    detached = not any(t.requires_grad for t in (*gathered, *means))
+    return *([t.numpy() for t in ts] for ts in (gathered, means, sums)), detached
+
+
+@two_and_four
+def test_rows_come_in_rank_order_and_detached(pool, size):
+    rows = noise(8, 3, 2, 5)
+    parts = rows.reshape(size, 8 // size, 3, 2, 5)
+    for gathered, means, sums, detached in pool.run(size, collected, rows):
+        assert detached
+        for got in gathered:
+            np.testing.assert_array_equal(got, rows)
+        for got in means:
+            np.testing.assert_allclose(got, parts.mean(0), rtol=1e-12, atol=1e-15)
+        for got in sums:
+            np.testing.assert_allclose(got, parts.sum(0), rtol=1e-12, atol=1e-15)
+
+
+def test_in_one_process_collectives_are_the_identity():
+    x = torch.rand(4, 3, requires_grad=True)
+    assert dist.all_gather_with_grad(x) is x and dist.all_reduce_with_grad(x) is x
+    for alone in (dist.all_gather_no_grad(x), dist.mean_over_processes(x)):
+        assert torch.equal(alone, x) and not alone.requires_grad
+    assert dist.all_gather_objects({"a": 1}) == [{"a": 1}]
+    assert dist.agree(True, False) == (True, False)
+
+
+def votes(table):
+    return dist.agree(*table[dist.rank()]), dist.all_gather_objects({"rank": dist.rank()})
+
+
+def test_a_flag_is_up_for_all_when_it_is_for_one(pool):
+    down = (False, False, False)
+    table = [(False, False, True), down, (True, False, True), down]
+    objects = [{"rank": rank} for rank in range(4)]
+    assert pool.run(4, votes, table) == [((True, False, True), objects)] * 4
+
+
+# -------------------------------------------------------------------------- synchronised batch norm
+
+
+def batch_norm(x, target, weight, bias, dtype):
+    """Train a batch norm for some steps, then evaluate: torch's in one process, ours in several.
+
+    Args:
+        x, target: (steps, N, C, ...) for the joined batch. weight, bias: (C,), or None.
+
+    Returns:
+        Own rows of the outputs and of the gradient of the input, the gradients of weight and bias
+        (the loss is a mean over the own rows, and DDP's mean over processes is yet to be taken for
+        the last two), the buffers, and the own rows evaluated.
+    """
+    settings = dict(eps=1e-3, momentum=0.3, affine=weight is not None)
+    kinds = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d}
+    kind = kinds[x.ndim - 1] if dist.size() == 1 else dist.SyncBatchNorm
+    norm = kind(x.shape[2], **settings)
+    if weight is not None:
+        norm.weight.data, norm.bias.data = torch.from_numpy(weight), torch.from_numpy(bias)
+    norm.to(torch.float64 if dtype == "float64" else torch.float32)
+    outputs, grads = [], []
+    for rows, wanted in zip(x, target, strict=True):
+        rows = own_rows(rows).to(getattr(torch, dtype)).requires_grad_()
+        out = norm(rows)
+        loss = ((out - own_rows(wanted)).tanh().flatten(1).sum(1)).mean()
+        loss.backward()
+        assert out.dtype == rows.grad.dtype == rows.dtype
+        outputs.append(out.detach().double().numpy())
+        grads.append(rows.grad.double().numpy() / dist.size())
+    norm.eval()
+    evaluated = norm(own_rows(x[0]).to(getattr(torch, dtype))).detach().double().numpy()
+    affine = [] if weight is None else [norm.weight.grad.numpy(), norm.bias.grad.numpy()]
+    buffers = norm.running_mean.numpy(), norm.running_var.numpy(), norm.num_batches_tracked.item()
+    return np.stack(outputs), np.stack(grads), affine, buffers, evaluated
+
+
+def joined(parts):
+    outputs, grads, affine, buffers, evaluated = zip(*parts, strict=True)
+    for mean, var, tracked in buffers:  # every process ends with the same
+        assert (mean == buffers[0][0]).all() and (var == buffers[0][1]).all()
+        assert tracked == buffers[0][2]
+    affine = [np.mean(own, axis=0) for own in zip(*affine, strict=True)]
+    return (
+        np.concatenate(outputs, axis=1), np.concatenate(grads, axis=1), affine, buffers[0],
+        np.concatenate(evaluated),
+    )
+
+
+def assert_alike(got, wanted, **tolerance):
+    for one, other in zip(got, wanted, strict=True):
+        if isinstance(one, list | tuple):
+            assert_alike(one, other, **tolerance)
+        else:
+            np.testing.assert_allclose(one, other, **tolerance)
+
+
+def activations(*shape, offset=1.0):
+    """Three steps of inputs whose channels and rows differ in mean and spread."""
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(3, *shape)) * rng.uniform(0.5, 2, (1, 1, shape[1], *[1] * len(shape[2:])))
+    return x + offset * rng.normal(size=(3, shape[0], shape[1], *[1] * len(shape[2:])))
+
+
+@two_and_four
+@pytest.mark.parametrize("shape", [(8, 3), (8, 3, 5), (8, 3, 4, 5)])
+@pytest.mark.parametrize("affine", [True, False])
+def test_sync_batch_norm_is_torchs_on_the_joined_batch(pool, shape, affine, size):
+    weight, bias = (noise(3, seed=2), noise(3, seed=3)) if affine else (None, None)
+    arguments = activations(*shape), noise(3, *shape, seed=4), weight, bias, "float64"
+    got = joined(pool.run(size, batch_norm, *arguments))
+    assert_alike(got, batch_norm(*arguments), rtol=1e-9, atol=1e-12)
+
+
+def test_sync_batch_norm_stays_accurate_far_from_zero(pool):
+    x = (activations(32, 3, 2, 2) + 1e4).astype(np.float32).astype(np.float64)
+    affine = np.ones(3), np.zeros(3)
+    target = noise(3, 32, 3, 2, 2, seed=4)
+    outputs, grads, _, buffers, _ = joined(pool.run(4, batch_norm, x, target, *affine, "float32"))
+    wanted = batch_norm(x, target, *affine, "float64")
+    np.testing.assert_allclose(outputs, wanted[0], atol=2e-3)  # x has steps of 1e-3
+    np.testing.assert_allclose(grads, wanted[1], atol=2e-3 * np.abs(wanted[1]).max())
+    assert_alike(buffers, wanted[3], rtol=1e-4)
+
+
+def test_sync_batch_norm_of_bfloat16_has_float32_statistics(pool):
+    x = torch.from_numpy(activations(32, 3)).bfloat16().double().numpy()
+    affine, target = (np.ones(3), np.zeros(3)), noise(3, 32, 3, seed=4)
+    outputs, grads, _, buffers, _ = joined(pool.run(2, batch_norm, x, target, *affine, "bfloat16"))
+    wanted = batch_norm(x, target, *affine, "float64")
+    np.testing.assert_allclose(outputs, wanted[0], rtol=2**-7, atol=1e-3)
+    np.testing.assert_allclose(grads, wanted[1], atol=0.02 * np.abs(wanted[1]).max())
+    assert_alike(buffers, wanted[3], rtol=1e-5, atol=1e-6)
+
+
+def network(dtype=None):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4, eps=0.1, momentum=0.3), nn.ReLU(), nn.Flatten(),
+        nn.Sequential(nn.Linear(16, 6), nn.BatchNorm1d(6, affine=False)), nn.Linear(6, 3),
+    ).to(dtype=dtype)
+
+
+def network_gradients(images):
+    """Gradients of a network's parameters on the own images, averaged by DDP over processes."""
+    torch.set_default_dtype(torch.float64)
+    net = dist.convert_sync_batchnorm(network(), CPU)
+    model = DistributedDataParallel(net) if dist.size() > 1 else net
+    model(own_rows(images)).square().mean().backward()
+    return [p.grad.numpy() for p in net.parameters()]
+
+
+@two_and_four
+def test_with_sync_batch_norm_ddp_gives_the_gradient_of_the_joined_batch(pool, size):
+    images = noise(8, 2, 4, 4)
+    alone = network_gradients(images)
+    for parts in pool.run(size, network_gradients, images):
+        assert_alike(parts, alone, rtol=1e-6, atol=1e-12)
+
+
+def conversion():
+    net = network()
+    net[1].bias.requires_grad_(False)
+    nn.init.normal_(net[1].running_mean)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    params = dict(net.named_parameters())
+    converted = dist.convert_sync_batchnorm(net, CPU)
+    after = converted.state_dict()
+    return {
+        "kinds": [type(converted[1]).__name__, type(converted[4][1]).__name__],
+        "settings": (converted[1].eps, converted[1].momentum),
+        "keys": list(after) == list(before),
+        "values": all(torch.equal(after[name], before[name]) for name in before),
+        "same parameters": all(p is params[name] for name, p in converted.named_parameters()),
+        "frozen": [name for name, p in converted.named_parameters() if not p.requires_grad],
+    }
+
+
+def test_conversion_keeps_parameters_what_is_frozen_and_the_state(pool):
+    wanted = {
+        "kinds": ["SyncBatchNorm"] * 2, "settings": (0.1, 0.3), "keys": True, "values": True,
+        "same parameters": True, "frozen": ["1.bias"],
+    }
+    assert pool.run(2, conversion) == [wanted] * 2
+
+
+def conversion_in_eval():
+    converted = dist.convert_sync_batchnorm(network().eval(), CPU)
+    return [module.training for module in converted.modules()]
+
+
+def test_conversion_keeps_a_frozen_network_in_eval(pool):
+    assert not any(pool.run(2, conversion_in_eval)[0])
+
+
+def conversion_in_float64():
+    converted = dist.convert_sync_batchnorm(network(torch.float64), CPU)
+    return [str(value.dtype) for name, value in converted.state_dict().items()
+            if value.is_floating_point()]
+
+
+def test_conversion_keeps_the_dtype(pool):
+    assert set(pool.run(2, conversion_in_float64)[0]) == {"torch.float64"}
+
+
+def conversion_of_one_layer():
+    return type(dist.convert_sync_batchnorm(nn.BatchNorm1d(3), CPU)).__name__
+
+
+def test_a_batch_norm_that_stands_alone_is_converted(pool):
+    assert pool.run(2, conversion_of_one_layer) == ["SyncBatchNorm"] * 2
+
+
+def test_in_one_process_conversion_changes_nothing():
+    net = network()
+    assert dist.convert_sync_batchnorm(net, CPU) is net
+    assert type(net[1]) is nn.BatchNorm2d
+
+
+def test_sync_batch_norm_refuses_rows_without_channels():
+    with pytest.raises(ValueError, match="batch norm needs"):
+        dist.SyncBatchNorm(3)(torch.rand(3))

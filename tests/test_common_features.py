@@ -1,0 +1,343 @@
+import io
+import json
+import os
+import pickle
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+from common import augment, backbones, dist, features
+from common.data import ArrayImages, FileImages
+from common.dist import RunError, World
+
+# ---------------------------------------------------------------------------------- find_checkpoint
+
+SETTINGS = dict(data="digits", arch="resnet18_quarter", stem="small", image_size=20, in_chans=1,
+                mean=[0.3], std=[0.2], lr=1.0)
+
+
+@pytest.mark.parametrize("name", ["random", "pixels"])
+def test_a_baseline_has_no_weights(name):
+    assert features.find_checkpoint(name) == features.Checkpoint(name, None, {})
+
+
+@pytest.mark.parametrize("ending", ["", "/", "/backbone.pth"])
+def test_a_run_is_found_by_its_folder_and_by_its_file(ending, tmp_path):
+    (tmp_path / "backbone.pth").touch()
+    (tmp_path / "run.json").write_text(json.dumps({"starts": [], "settings": SETTINGS}))
+    found = features.find_checkpoint(f"{tmp_path}{ending}")
+    assert os.path.samefile(found.weights, tmp_path / "backbone.pth")
+    assert found.settings == SETTINGS and found.name == f"{tmp_path}{ending}"
+
+
+def test_a_file_that_no_run_describes_has_no_settings(tmp_path):
+    (tmp_path / "resnet50.pth").touch()
+    found = features.find_checkpoint(str(tmp_path / "resnet50.pth"))
+    assert (found.weights, found.settings) == (str(tmp_path / "resnet50.pth"), {})
+
+
+@pytest.mark.parametrize("there", [[], ["run.json"]])
+def test_a_name_without_weights_is_refused(there, tmp_path):
+    for name in there:
+        (tmp_path / name).write_text("{}")
+    for name in (tmp_path, tmp_path / "none.pth"):
+        with pytest.raises(RunError, match=f"--checkpoint {name}: no file") as error:
+            features.find_checkpoint(str(name))
+        assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------ resolve
+
+
+def resolved(*described, **flags):
+    given = SimpleNamespace(**{**dict.fromkeys(features.DIGITS), **flags})
+    checkpoints = [features.Checkpoint("some", None, settings) for settings in described]
+    return features.resolve(given, checkpoints)
+
+
+def test_a_flag_wins_over_the_run_and_the_run_over_what_is_assumed():
+    assert resolved(SETTINGS) == {name: SETTINGS[name] for name in features.DIGITS}
+    wanted = dict(SETTINGS, image_size=28, mean=[0.1], data="/images")
+    got = resolved(SETTINGS, image_size=28, mean=[0.1], data="/images")
+    assert got == {name: wanted[name] for name in features.DIGITS}
+
+
+def test_the_first_described_run_counts():
+    assert resolved({}, SETTINGS, dict(SETTINGS, arch="resnet50"))["arch"] == "resnet18_quarter"
+
+
+def test_without_a_run_the_data_says_what_is_assumed():
+    assert resolved({}) == features.DIGITS
+    folder = resolved({}, data="/images")
+    assert (folder["data"], folder["arch"], folder["image_size"]) == ("/images", "resnet50", 224)
+    assert (folder["mean"], folder["std"]) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+
+def test_resolving_changes_no_assumption():
+    before = json.dumps([features.DIGITS, features.FOLDER])
+    resolved({}, data="/images", arch="resnet18")["mean"] = None
+    resolved(SETTINGS)
+    assert json.dumps([features.DIGITS, features.FOLDER]) == before
+
+
+# ------------------------------------------------------------------------------------ load_backbone
+
+
+def tiny(seed=0, arch="resnet_tiny"):
+    torch.manual_seed(seed)
+    return backbones.build_backbone(arch, stem="small", in_chans=3, zero_init_residual=False)
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def saved(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def test_every_tensor_is_loaded(tmp_path):
+    weights = {k: torch.randn(v.shape).to(v.dtype) for k, v in tiny(1).state_dict().items()}
+    torch.save(weights, tmp_path / "weights.pth")
+    backbone = tiny(2)
+    features.load_backbone(backbone, str(tmp_path / "weights.pth"))
+    assert same(backbone.state_dict(), weights)
+
+
+def renamed(weights):
+    weights["layer1.0.conv9.weight"] = weights.pop("layer1.0.conv1.weight")
+
+
+def missing(weights):
+    del weights["bn1.running_mean"]
+
+
+def unknown(weights):
+    weights["projector.weight"] = torch.zeros(3)
+
+
+def reshaped(weights):
+    weights["layer4.0.conv2.weight"] = weights["layer4.0.conv2.weight"].transpose(0, 1)[:5]
+
+
+def not_a_tensor(weights):
+    weights["bn1.bias"] = 3
+
+
+@pytest.mark.parametrize(
+    "spoil, named",
+    [
+        (renamed, "layer1.0.conv"),
+        (missing, "bn1.running_mean"),
+        (unknown, "projector.weight"),
+        (reshaped, "layer4.0.conv2.weight"),
+        (not_a_tensor, "bn1.bias"),
+    ],
+)
+def test_a_tensor_that_does_not_match_is_named_and_nothing_is_loaded(spoil, named, tmp_path):
+    path, backbone = tmp_path / "weights.pth", tiny(2)
+    weights = dict(tiny(1).state_dict())
+    spoil(weights)
+    torch.save(weights, path)
+    with pytest.raises(RunError) as error:
+        features.load_backbone(backbone, str(path))
+    assert str(path) in str(error.value) and named in str(error.value)
+    assert "\n" not in str(error.value)
+    assert same(backbone.state_dict(), tiny(2).state_dict())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"no weights at all",
+        saved(tiny().state_dict())[:5000],
+        saved(tiny().state_dict())[:-50],
+        saved([1, 2, 3]),
+        saved(torch.zeros(3)),
+        saved({1: torch.zeros(3)}),
+    ],
+    ids=["empty", "text", "half", "torn", "list", "tensor", "numbers"],
+)
+def test_a_file_that_is_no_state_dict_is_one_line_with_its_name(content, tmp_path):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(content)
+    with pytest.raises(RunError) as error:
+        features.load_backbone(tiny(), str(path))
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+class Payload:
+    """An object whose pickle makes a folder when it is loaded."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.fixture(params=["zipped", "plain"])
+def code_file(request, tmp_path):
+    """A file that would make the folder `ran` beside it if its pickle were trusted."""
+    path, payload = tmp_path / "weights.pth", Payload(tmp_path / "ran")
+    zipped = saved({**tiny().state_dict(), "bn1.bias": payload})
+    path.write_bytes(zipped if request.param == "zipped" else pickle.dumps(payload, protocol=2))
+    return path
+
+
+def test_code_in_a_file_is_not_run(code_file):
+    with pytest.raises(RunError) as error:
+        features.load_backbone(tiny(), str(code_file))
+    assert not (code_file.parent / "ran").exists()
+    assert str(code_file) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_code_in_a_file_is_refused_by_its_name_without_advice_to_run_it(code_file):
+    with pytest.raises(RunError) as error:
+        features.load_backbone(tiny(), str(code_file))
+    assert f"{os.mkdir.__module__}.mkdir" in str(error.value)
+    assert "weights_only" not in str(error.value)
+
+
+def test_a_classifier_is_left_out_and_said(tmp_path, capsys):
+    path = tmp_path / "weights.pth"
+    extra = {"fc.weight": torch.zeros(10, 128), "fc.bias": torch.zeros(10)}
+    torch.save({**tiny(1).state_dict(), **extra}, path)
+    backbone = tiny(2)
+    features.load_backbone(backbone, str(path))
+    assert same(backbone.state_dict(), tiny(1).state_dict())
+    printed = capsys.readouterr().out
+    assert str(path) in printed and "fc.weight" in printed and "fc.bias" in printed
+
+
+def test_torchvisions_weights_give_torchvisions_pooled_features(tmp_path):
+    model = torchvision.models.resnet18().eval()
+    torch.save(model.state_dict(), tmp_path / "resnet18.pth")
+    backbone = backbones.build_backbone(
+        "resnet18", stem="imagenet", in_chans=3, zero_init_residual=False
+    )
+    features.load_backbone(backbone, str(tmp_path / "resnet18.pth"))
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        logits = backbone.eval()(images) @ model.fc.weight.T + model.fc.bias
+        torch.testing.assert_close(logits, model(images))
+
+
+# ------------------------------------------------------------------------------------------ extract
+
+WORLD = World(0, 1, torch.device("cpu"))
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+
+
+def centre_view(size):
+    steps = [augment.CenterCrop(size, interpolation="bicubic"), augment.Normalize(MEAN, STD)]
+    return augment.View(size, steps, 3)
+
+
+def flat(images):
+    return images.flatten(1)
+
+
+def noise(n, size=8):
+    return np.random.default_rng(0).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
+
+
+def expected(pixels):
+    """Normalised planes (n, 3 * H * W) of uint8 images (n, H, W, 3)."""
+    planes = (pixels / 255 - np.array(MEAN)) / np.array(STD)
+    return planes.transpose(0, 3, 1, 2).reshape(len(pixels), -1)
+
+
+def extracted(n, batch_size, workers=0, backbone=False):
+    """Features of n images on as many processes as there are."""
+    world, images = dist.setup("cpu"), ArrayImages(noise(n), None, 3)
+    function = features.freeze(tiny(1), None, world) if backbone else flat
+    return features.extract(
+        function, images, centre_view(8), world, batch_size=batch_size, workers=workers
+    ).numpy()
+
+
+@pytest.mark.parametrize("n, batch_size", [(37, 8), (37, 37), (37, 1000), (1, 1), (16, 8)])
+def test_features_are_in_data_set_order_whatever_the_batch_size(n, batch_size):
+    got = extracted(n, batch_size)
+    assert got.dtype == np.float32 and got.shape == (n, 192)
+    np.testing.assert_allclose(got, expected(noise(n)), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("n, batch_size", [(37, 8), (2, 1), (1, 4)])
+def test_every_process_has_the_features_of_all(n, batch_size, size, pool):
+    alone = extracted(n, batch_size)
+    for part in pool.run(size, extracted, n, batch_size):
+        assert np.array_equal(part, alone)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_backbone_gives_the_same_on_any_number_of_processes(size, pool):
+    alone = extracted(37, 8, backbone=True)
+    assert np.ptp(alone, axis=0).max() > 0.1
+    for part in pool.run(size, extracted, 37, 8, 0, True):
+        np.testing.assert_allclose(part, alone, atol=1e-5)
+
+
+def test_loader_processes_change_nothing():
+    assert np.array_equal(extracted(37, 8, workers=2), extracted(37, 8))
+
+
+def test_files_of_odd_sizes_keep_their_order(tmp_path):
+    sizes = [(1, 1), (7, 31), (200, 3), (3, 200), (16, 16), (5, 5)]
+    colours = np.random.default_rng(0).integers(0, 256, (len(sizes), 3), dtype=np.uint8)
+    paths = [str(tmp_path / f"{number}.png") for number in range(len(sizes))]
+    for path, size, colour in zip(paths, sizes, colours.tolist(), strict=True):
+        Image.new("RGB", size, tuple(colour)).save(path)
+    images = FileImages(paths, None, 3, str(tmp_path))
+    got = features.extract(flat, images, centre_view(9), WORLD, batch_size=4, workers=0)
+    wanted = expected(np.broadcast_to(colours[:, None, None], (len(sizes), 9, 9, 3)))
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
+
+
+def test_extraction_leaves_the_backbone_bit_for_bit_as_it_was():
+    backbone = tiny(1)
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    frozen = features.freeze(backbone, None, WORLD)
+    features.extract(frozen, ArrayImages(noise(20), None, 3), centre_view(8), WORLD, batch_size=8,
+                     workers=0)
+    assert same(backbone.state_dict(), before)
+    assert not any(module.training for module in frozen.modules())
+    assert all(p.grad is None and not p.requires_grad for p in frozen.parameters())
+
+
+def message_of_a_broken_file(folder, workers):
+    images = FileImages([f"{folder}/{number}.png" for number in range(6)], None, 3, folder)
+    with pytest.raises(RunError) as error:
+        features.extract(flat, images, centre_view(4), dist.setup("cpu"), batch_size=2,
+                         workers=workers)
+    return str(error.value)
+
+
+@pytest.fixture(params=[0, 5])
+def broken_file(request, tmp_path):
+    """The path of one file among six that Pillow cannot read: the first or the last."""
+    for number in range(6):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{number}.png")
+    path = tmp_path / f"{request.param}.png"
+    path.write_bytes(b"no image")
+    return path
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_file_that_cannot_be_read_is_named(workers, broken_file):
+    message = message_of_a_broken_file(str(broken_file.parent), workers)
+    assert f"{broken_file} cannot be read" in message and "\n" not in message
+
+
+def test_a_file_that_cannot_be_read_stops_every_process(broken_file, pool):
+    messages = pool.run(2, message_of_a_broken_file, str(broken_file.parent), 0)
+    assert len(set(messages)) == 1 and f"{broken_file} cannot be read" in messages[0]
