@@ -232,19 +232,21 @@ class _SyncBatchNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, mean, var = ctx.saved_tensors
-        axes = [0, *range(2, x.dim())]
         shape = [1, -1] + [1] * (x.dim() - 2)
+        wide, grad_wide = x.to(mean.dtype), grad.to(mean.dtype)
         inv_std = (var + ctx.eps).rsqrt()
-        grad_wide = grad.to(mean.dtype)
-        x_hat = (x.to(mean.dtype) - mean.view(shape)) * inv_std.view(shape)
-        grad_bias = grad_wide.sum(axes)
-        grad_weight = (grad_wide * x_hat).sum(axes)
+        # Own sums of grad * x_hat and of grad, by torch's kernel: several times faster than in parts.
+        _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+            grad_wide, wide, weight, None, None, mean, inv_std, True, ctx.eps, [False, True, True]
+        )
         # Gathered, then added: for so few numbers gloo gathers three times as fast as it reduces.
         sums = all_gather_no_grad(torch.stack([grad_bias, grad_weight])[None]).sum(0)
         mean_grad, mean_grad_x = sums / (size() * x.numel() / x.shape[1])
-        grad_x = grad_wide - mean_grad.view(shape) - x_hat * mean_grad_x.view(shape)
+        # grad_x = scale (grad - mean_grad - x_hat mean_grad_x), in as few passes as there can be.
         scale = inv_std if weight is None else inv_std * weight
-        grad_x = (grad_x * scale.view(shape)).to(x.dtype)
+        offset, slope = -scale * mean_grad, -scale * inv_std * mean_grad_x
+        grad_x = torch.addcmul(offset.view(shape), wide - mean.view(shape), slope.view(shape))
+        grad_x = torch.addcmul(grad_x, grad_wide, scale.view(shape)).to(x.dtype)
         affine = (None, None) if weight is None else (grad_weight, grad_bias)
         return grad_x, *affine, None, None, None
 
@@ -263,9 +265,8 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not (self.training and size() > 1):
             return super().forward(x)
         with torch.no_grad():
-            axes = [0, *range(2, x.dim())]
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            own_var, own_mean = torch.var_mean(wide, axes, correction=0)
+            own_mean, own_var = torch.batch_norm_update_stats(wide, None, None, 0.0)
             means, variances = all_gather_no_grad(torch.stack([own_mean, own_var])[None]).unbind(1)
             mean = means.mean(0)
             var = variances.mean(0) + (means - mean).square().mean(0)
