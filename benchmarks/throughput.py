@@ -115,11 +115,12 @@ def measure_ours(args, part: str) -> dict:
     data.Loader = TimedLoader
     module = importlib.import_module(args.script)
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Done):
+        workers = 0 if part == "step" else args.workers
         flags = [
             "--data", args.data, "--recipe", args.recipe, "--arch", args.arch, "--stem", args.stem,
-            "--image-size", args.image_size, "--batch-size", args.batch_size, "--workers",
-            args.workers, "--device", args.device, "--amp", args.amp, "--output", folder,
-            "--log-every", 1000, *args.flags,
+            "--image-size", args.image_size, "--batch-size", args.batch_size, "--workers", workers,
+            "--device", args.device, "--amp", args.amp, "--output", folder, "--log-every", 1000,
+            *args.flags,
         ]
         module.main(module.parse_args([str(flag) for flag in flags]))
     share = (waited.get("after", 0) - waited.get("before", 0)) / clock.seconds

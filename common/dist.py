@@ -235,7 +235,7 @@ class _SyncBatchNormFunction(torch.autograd.Function):
         shape = [1, -1] + [1] * (x.dim() - 2)
         wide, grad_wide = x.to(mean.dtype), grad.to(mean.dtype)
         inv_std = (var + ctx.eps).rsqrt()
-        # Own sums of grad * x_hat and of grad, by torch's kernel: several times faster than in parts.
+        # Own sums of grad * x_hat and of grad, by torch's kernel: much faster than in parts.
         _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
             grad_wide, wide, weight, None, None, mean, inv_std, True, ctx.eps, [False, True, True]
         )

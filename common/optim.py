@@ -4,13 +4,14 @@ import contextlib
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class _TrustRatioSGD(torch.optim.Optimizer):
-    """SGD whose update of each tensor is scaled by a trust ratio, without waiting for the device.
+    """SGD with momentum whose steps are scaled by a trust ratio for each tensor.
 
-    A subclass defines `directions`: the scaled gradients that enter the momentum buffers.
+    Never waits for the device. A subclass defines `factors`: the (a, b) of each tensor in
+    buffer = momentum buffer + a grad + b param.
     """
 
     def __init__(self, params, lr, momentum, weight_decay, trust_coefficient):
@@ -29,18 +30,32 @@ class _TrustRatioSGD(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            updates = self.directions(params, [p.grad for p in params], group)
-            buffers = []
-            for p in params:
-                if "momentum_buffer" not in self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                buffers.append(self.state[p]["momentum_buffer"])
-            torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, updates)
-            torch._foreach_add_(params, buffers, alpha=-group["lr"])
+            if params:
+                self.update(params, [p.grad for p in params], group)
         return loss
+
+    def update(self, params: list[Tensor], grads: list[Tensor], group: dict):
+        for p in params:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        decay = group["weight_decay"] if group["decay"] else 0.0
+        if group["adapt"]:
+            a, b = zip(*self.factors(params, grads, decay, group["trust_coefficient"]), strict=True)
+        else:
+            a, b = ([params[0].new_full((), x)] * len(params) for x in (1.0, decay))
+        if params[0].is_cuda:  # few kernel launches
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, torch._foreach_mul(grads, a))
+            if decay:
+                torch._foreach_add_(buffers, torch._foreach_mul(params, b))
+            torch._foreach_add_(params, buffers, alpha=-group["lr"])
+            return
+        for p, grad, buffer, of_grad, of_p in zip(params, grads, buffers, a, b, strict=True):
+            buffer.mul_(group["momentum"]).addcmul_(grad, of_grad)  # no new memory on the CPU
+            if decay:
+                buffer.addcmul_(p, of_p)
+            p.add_(buffer, alpha=-group["lr"])
 
 
 class LARS(_TrustRatioSGD):
@@ -57,20 +72,28 @@ class LARS(_TrustRatioSGD):
     Reference: You et al., arXiv 1708.03888, algorithm 1 (with the rate inside the buffer there).
     """
 
-    def __init__(self, params, lr, momentum, weight_decay, trust_coefficient):
-        super().__init__(params, lr, momentum, weight_decay, trust_coefficient)
+    def factors(self, params, grads, decay, trust_coefficient):
+        for p, p_norm, d_norm in zip(
+            params, torch._foreach_norm(params), self.norms(params, grads, decay), strict=True
+        ):
+            moves = (p_norm > 0) & (d_norm > 0)
+            q = torch.where(moves, trust_coefficient * p_norm / d_norm, 1).to(p.dtype)
+            yield q, q * decay
 
-    def directions(self, params, grads, group):
-        decay = group["weight_decay"] if group["decay"] else 0
-        d = list(torch._foreach_add(grads, params, alpha=decay)) if decay else grads
-        if not group["adapt"]:
-            return d
-        p_norm, d_norm = torch._foreach_norm(params), torch._foreach_norm(d)
-        ratios = [
-            torch.where((p > 0) & (q > 0), group["trust_coefficient"] * p / q, 1)
-            for p, q in zip(p_norm, d_norm, strict=True)
-        ]
-        return torch._foreach_mul(d, ratios)
+    @staticmethod
+    def norms(params, grads, decay):
+        """||grad + decay param|| of each tensor."""
+        if not decay:
+            return torch._foreach_norm(grads)
+        if params[0].is_cuda:
+            return torch._foreach_norm(torch._foreach_add(grads, params, alpha=decay))
+        # On the CPU fresh memory costs more than the sum itself: one buffer serves all tensors.
+        buffer = torch.empty(max(p.numel() for p in params), dtype=params[0].dtype)
+        found = []
+        for p, grad in zip(params, grads, strict=True):
+            total = buffer.as_strided(p.size(), p.stride())
+            found.append(torch.linalg.vector_norm(torch.add(grad, p, alpha=decay, out=total)))
+        return found
 
 
 class LARC(_TrustRatioSGD):
@@ -82,20 +105,12 @@ class LARC(_TrustRatioSGD):
     Reference: NVIDIA Apex, LARC with clip=False.
     """
 
-    def __init__(self, params, lr, momentum, weight_decay, trust_coefficient):
-        super().__init__(params, lr, momentum, weight_decay, trust_coefficient)
-
-    def directions(self, params, grads, group):
-        decay = group["weight_decay"] if group["decay"] else 0
-        if not group["adapt"]:
-            return list(torch._foreach_add(grads, params, alpha=decay)) if decay else grads
-        scaled = []
+    def factors(self, params, grads, decay, trust_coefficient):
         norms = zip(torch._foreach_norm(params), torch._foreach_norm(grads), strict=True)
-        for p, g, (p_norm, g_norm) in zip(params, grads, norms, strict=True):
+        for p_norm, g_norm in norms:
             moves = (p_norm > 0) & (g_norm > 0)
-            q = group["trust_coefficient"] * p_norm / (g_norm + decay * p_norm + 1e-8)
-            scaled.append(torch.addcmul(g * torch.where(moves, q, 1), p, q * decay * moves))
-        return scaled
+            q = trust_coefficient * p_norm / (g_norm + decay * p_norm + 1e-8)
+            yield torch.where(moves, q, 1), torch.where(moves, q * decay, 0)
 
 
 def split_by_dimension(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
