@@ -335,24 +335,23 @@ def turn_hue(images: Tensor, shift: Tensor) -> Tensor:
     """Turn the hue of RGB images (n, 3, H, W) by `shift` (n,), a share of the colour circle.
 
     Through HSV: with value v, chroma c and hue h in sixths of the circle, each channel is
-    v - c clamp(min(k, 4 - k), 0, 1), k = (n + h) mod 6, n = 5, 3, 1 for red, green, blue.
+    v - c clamp(2 - |k - 2|, 0, 1), k = (n + h) mod 6, n = 5, 3, 1 for red, green, blue.
     """
     red, green, blue = images.unbind(1)
     value, low = images.amax(1), images.amin(1)
     chroma = value - low
     per_chroma = chroma.clamp(min=1e-12).reciprocal_()
-    hue = torch.where(
-        value == red,
-        (green - blue) * per_chroma,
-        torch.where(
-            value == green, (blue - red) * per_chroma + 2, (red - green) * per_chroma + 4
-        ),
-    )
-    hue = hue.add_(6 * shift.view(-1, 1, 1))
+    # The sixth follows from which channel is the largest. A lerp with weights 0 and 1 is a choice,
+    # several times faster than torch.where.
+    hue = (red - green).mul_(per_chroma).add_(4)
+    hue.lerp_((blue - red).mul_(per_chroma).add_(2), (value == green).to(images.dtype))
+    hue.lerp_((green - blue).mul_(per_chroma), (value == red).to(images.dtype))
+    hue.add_(6 * shift.view(-1, 1, 1))
     turned = torch.empty_like(images)
     for channel, n in enumerate((5, 3, 1)):
-        k = torch.remainder(hue + n, 6)
-        k = torch.minimum(k, 4 - k).clamp_(0, 1)
+        k = hue + n
+        k.sub_((k / 6).floor_(), alpha=6)  # several times faster than torch.remainder
+        k.sub_(2).abs_().neg_().add_(2).clamp_(0, 1)
         torch.addcmul(value, k, chroma, value=-1, out=turned[:, channel])
     return turned
 
@@ -451,7 +450,7 @@ class Solarize(Step):
 class Normalize(Step):
     """Subtract the mean and divide by the standard deviation of each channel.
 
-    Gives channels_last images on the CPU for a convolution that likes them; values are unchanged.
+    Gives channels_last images, in which convolutions are faster.
     """
 
     mean: tuple[float, ...]
@@ -462,5 +461,4 @@ class Normalize(Step):
             torch.tensor(v, dtype=images.dtype).view(1, -1, 1, 1).to(images.device)
             for v in (self.mean, self.std)
         )
-        out = torch.empty_like(images, memory_format=torch.channels_last)
-        return torch.sub(images, mean, out=out).div_(std)
+        return images.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
