@@ -37,12 +37,13 @@ class HelpFormatter(argparse.HelpFormatter):
         return text
 
     def _get_help_string(self, action):
+        text = action.help.replace(" (default: %(default)s)", "")  # Python 3.10's own, for a Switch
         if action.default in (None, argparse.SUPPRESS, False) or not action.option_strings:
-            return action.help
+            return text
         shown = action.default
         if isinstance(shown, (list, tuple)):
             shown = " ".join(str(value) for value in shown)
-        return f"{action.help} [{str(shown).replace('%', '%%')}]"
+        return f"{text} [{str(shown).replace('%', '%%')}]"
 
 
 def parser(script: str, description: str) -> Parser:

@@ -1,13 +1,15 @@
 """Four processes that run functions as gloo groups of 1, 2 or 4: started once for all tests."""
 
+import faulthandler
 import multiprocessing
 import os
 import queue
 import tempfile
+import time
 import traceback
 
 PROCESSES = 4
-TIMEOUT = 120
+TIMEOUT = 60
 
 
 def _serve(rank, tasks, results):
@@ -22,6 +24,7 @@ def _serve(rank, tasks, results):
         function, size, rendezvous, arguments = task
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
         os.environ["LOCAL_WORLD_SIZE"] = str(size)
+        faulthandler.dump_traceback_later(TIMEOUT - 5)  # where it hung, if it does
         try:
             if size > 1:
                 dist.init_process_group(
@@ -31,13 +34,19 @@ def _serve(rank, tasks, results):
         except BaseException:
             results.put((rank, False, traceback.format_exc()))
         finally:
+            faulthandler.cancel_dump_traceback_later()
             torch.set_default_dtype(torch.float32)
             if dist.is_initialized():
                 dist.destroy_process_group()
 
 
 class Pool:
+    """The processes. After a failure they are replaced, so that one test cannot spoil the next."""
+
     def __init__(self):
+        self.start()
+
+    def start(self):
         context = multiprocessing.get_context("spawn")
         self.tasks = [context.Queue() for _ in range(PROCESSES)]
         self.results = context.Queue()
@@ -54,22 +63,31 @@ class Pool:
         The function is a module-level one of a test module, its arguments and results picklable
         (NumPy arrays rather than tensors).
         """
-        with tempfile.TemporaryDirectory() as folder:
-            for rank in range(size):
-                self.tasks[rank].put((function, size, os.path.join(folder, "store"), arguments))
-            answers = {}
-            for _ in range(size):
-                try:
-                    rank, fine, answer = self.results.get(timeout=TIMEOUT)
-                except queue.Empty:
-                    raise AssertionError(f"{function.__name__} hung on {size} processes") from None
-                assert fine, f"process {rank} of {size}:\n{answer}"
-                answers[rank] = answer
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                for rank in range(size):
+                    self.tasks[rank].put((function, size, os.path.join(folder, "store"), arguments))
+                return self.collect(size, function.__name__)
+        except AssertionError:
+            self.close()
+            self.start()
+            raise
+
+    def collect(self, size, name):
+        answers, end = {}, time.monotonic() + TIMEOUT
+        while len(answers) < size:
+            try:
+                rank, fine, answer = self.results.get(timeout=1)
+            except queue.Empty:
+                dead = [r for r, process in enumerate(self.processes) if not process.is_alive()]
+                assert not dead, f"process {dead[0]} died in {name} on {size} processes"
+                assert time.monotonic() < end, f"{name} hung on {size} processes"
+                continue
+            assert fine, f"process {rank} of {size}:\n{answer}"
+            answers[rank] = answer
         return [answers[rank] for rank in range(size)]
 
     def close(self):
-        for tasks in self.tasks:
-            tasks.put(None)
         for process in self.processes:
-            process.join(5)
             process.kill()
+            process.join()

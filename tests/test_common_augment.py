@@ -514,7 +514,8 @@ def test_blur_leaves_a_flat_image_flat():
 def test_normalize_is_taken_per_channel(channels):
     images = pixels(n=2, channels=channels)
     mean, std = np.linspace(0.2, 0.6, channels), np.linspace(0.1, 0.9, channels)
-    got = augment.Normalize(mean.tolist(), std.tolist()).apply(images, torch.empty(2, 0))
+    normalize = augment.Normalize(mean.tolist(), std.tolist())
+    got = normalize.apply(images.clone(), torch.empty(2, 0))
     for channel in range(channels):
         wanted = (images[:, channel] - mean[channel]) / std[channel]
         torch.testing.assert_close(got[:, channel], wanted, rtol=1e-12, atol=1e-12)
