@@ -60,7 +60,8 @@ def parse_args(argv=None):
     group.add_argument("--stem", choices=("imagenet", "small"), help="small: 3x3 stride 1, no pool")
     group = parser.add_argument_group("run")
     group.add_argument("--batch-size", type=cli.count, default=256, help="images in one pass")
-    group.add_argument("--workers", type=cli.whole, default=0, help="loader processes")
+    group.add_argument("--workers", type=cli.whole, metavar="N",
+                       help="loader processes; default: the share of the cores, 0 if no files")
     group.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where")
     return parser.parse_args(argv)
 
@@ -173,56 +174,61 @@ def main(args):
     checkpoints = [features.find_checkpoint(name) for name in args.checkpoint]
     settings = features.resolve(args, checkpoints)
 
-    # Images: one view without random numbers
-    splits = {}
-    for split in ("train", "test"):
-        splits[split] = data.open_images(settings["data"], split, settings["in_chans"],
-                                         root=args.data_root, limit=args.limit)
-        if splits[split].labels is None:
+    def features_of(settings, function):
+        """Features of both splits through one view without random numbers, and their labels."""
+        splits = [data.open_images(settings["data"], split, settings["in_chans"],
+                                   root=args.data_root, limit=args.limit)
+                  for split in ("train", "test")]
+        if any(images.labels is None for images in splits):
             raise dist.RunError(f"--data {settings['data']}: no class folders, so no labels")
-    size = settings["image_size"]
-    resize = args.resize or (size if size <= 96 else round(size * 256 / 224))
-    if resize < size:
-        raise dist.RunError(f"--resize {resize} is less than --image-size {size}")
-    steps = [
-        augment.CenterCrop(resize, interpolation="bicubic"),
-        augment.Normalize(settings["mean"], settings["std"]),
-    ]
-    view = augment.View(size, steps, settings["in_chans"])
-    if world.is_main:
-        print(f"{settings['data']}: {len(splits['train'])} training and {len(splits['test'])} test "
-              f"images of {size} px (shorter side to {resize}, central crop)")
-        print(f"k-NN by cosine, k {args.k[0]}, votes exp(cosine / {args.temperature[0]}); few "
-              f"labels: mean and standard deviation of {args.draws} draws", flush=True)
+        size = settings["image_size"]
+        resize = args.resize or (size if size <= 96 else round(size * 256 / 224))
+        if resize < size:
+            raise dist.RunError(f"--resize {resize} is less than --image-size {size}")
+        steps = [
+            augment.CenterCrop(resize, interpolation="bicubic"),
+            augment.Normalize(settings["mean"], settings["std"]),
+        ]
+        view = augment.View(size, steps, settings["in_chans"])
+        workers = args.workers
+        if workers is None:
+            workers = data.default_workers() if splits[0].reads_files else 0
+        found = [features.extract(function, images, view, world, batch_size=args.batch_size,
+                                  workers=workers) for images in splits]
+        protocol = (f"{settings['data']}: {len(splits[0])} training and {len(splits[1])} test "
+                    f"images of {size} px (shorter side to {resize}, central crop)")
+        return (found[0], splits[0].labels, found[1], splits[1].labels), protocol
 
-    def build(settings):
-        return backbones.build_backbone(settings["arch"], stem=settings["stem"],
-                                        in_chans=settings["in_chans"], zero_init_residual=False)
-
-    def evaluate_function(function):
-        train, test = (
-            features.extract(function, images, view, world, batch_size=args.batch_size,
-                             workers=args.workers)
-            for images in splits.values()
-        )
-        labels = [images.labels for images in splits.values()]
-        return evaluate(train, labels[0], test, labels[1], args, world)
+    def frozen(settings, weights):
+        backbone = backbones.build_backbone(settings["arch"], stem=settings["stem"],
+                                            in_chans=settings["in_chans"], zero_init_residual=False)
+        return features.freeze(backbone, weights, world)
 
     # Features and votes of each checkpoint
-    table = []
+    dist.say(f"k-NN by cosine, k {args.k[0]}, votes exp(cosine / {args.temperature[0]}); few "
+             f"labels: mean and standard deviation of {args.draws} draws")
+    table, protocols = [], []
     for checkpoint in checkpoints:
+        own = settings
         if checkpoint.name == "pixels":
-            result = evaluate_function(lambda images: images.flatten(1))
+            models = [lambda images: images.flatten(1)]
         elif checkpoint.name == "random":
-            runs = []
+            models = []
             for number in range(RANDOM_INITIALISATIONS):
                 torch.manual_seed(args.seed + number)
-                runs.append(evaluate_function(features.freeze(build(settings), None, world)))
-            result = mean_of(runs)
+                models.append(frozen(settings, None))
         else:
-            own = features.resolve(args, [checkpoint])
-            result = evaluate_function(features.freeze(build(own), checkpoint.weights, world))
-        table.append({"checkpoint": checkpoint.name, **result})
+            own = {**features.resolve(args, [checkpoint]), "data": settings["data"]}
+            models = [frozen(own, checkpoint.weights)]
+        results = []
+        for model in models:
+            found, protocol = features_of(own, model)
+            if protocol not in protocols:
+                protocols.append(protocol)
+                dist.say(protocol)
+            results.append(evaluate(*found, args, world))
+        sizes = {"num_train": len(found[1]), "num_test": len(found[3])}
+        table.append({"checkpoint": checkpoint.name, **mean_of(results), **sizes})
 
     if world.is_main:
         width = max(len(row["checkpoint"]) for row in table)
@@ -231,8 +237,7 @@ def main(args):
         for row in table:
             few = "".join(f"{s['mean']:>11.3f} ±{s['std']:.3f}" for s in row["shots"].values())
             print(f"{row['checkpoint']:<{width}}{row['top1']:>12.3f}{few}")
-        line = {"eval": "knn", **table[-1], "num_train": len(splits["train"]),
-                "num_test": len(splits["test"]), "checkpoints": table}
+        line = {"eval": "knn", **table[-1], "checkpoints": table}
         print(json.dumps(line), flush=True)
 
 

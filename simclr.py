@@ -177,7 +177,7 @@ def indicators(z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
     return {
         "contrast_accuracy": found.float().mean(),  # the other view is the nearest in this batch
         "positive_similarity": cosines.diagonal().mean(),
-        "z_std": z1.std(0).mean(),  # about 1 / sqrt(D) where embeddings spread, 0 in collapse
+        "z_std": z1.std(0, correction=0).mean(),  # 1 / sqrt(D) where they spread, 0 in collapse
     }
 
 
@@ -210,6 +210,8 @@ def main(args):
     optimizer = optim.LARS(groups, lr=lr, momentum=0.9, weight_decay=args.weight_decay,
                            trust_coefficient=0.001)
     autocast, scaler = optim.precision(args.amp, world.device)
+    dist.say(f"{len(images)} images; batch {args.batch_size} = {args.batch_size // world.size} on "
+             f"each of {world.size}; lr {args.lr:g} x {args.batch_size} / 256 = {lr:g}")
 
     with Run(args.output, cli.settings(args), images, world, resume=args.resume,
              save_every_minutes=args.save_every_minutes) as run:

@@ -221,6 +221,9 @@ def spread(values: list[float]) -> dict:
 def main(args, argv):
     import torch
 
+    if args.peer and (args.arch, args.stem, args.recipe) != ("resnet18", "imagenet", "cifar10"):
+        raise SystemExit("--peer lightly is written for resnet18, torchvision's stem and cifar10")
+
     sides = ["ours", *([args.peer] if args.peer else [])]
     found = {(side, part): [] for side in sides for part in args.parts}
     for pair in range(args.pairs):

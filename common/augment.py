@@ -56,6 +56,9 @@ class View:
         if [s.geometric for s in steps] != sorted([s.geometric for s in steps], reverse=True):
             raise ValueError("a view's geometric steps come before its colour steps")
         self.num_uniforms = sum(s.num_uniforms for s in steps)
+        # Parameters are drawn for the decoded size: images keep it until the last resizing step.
+        resizing = [number for number, s in enumerate(self.geometry) if s.resizes]
+        self.resized_by = resizing[-1] if resizing else None
 
     def draw(self, uniforms: np.ndarray, sizes: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
         """Turn uniform numbers into parameters.
@@ -78,8 +81,10 @@ class View:
 
     def crop(self, planes: list[Image.Image], parameters: list[np.ndarray]) -> np.ndarray:
         """Apply the geometric steps to one image, given as Pillow planes; uint8 (C, H, W)."""
-        for step, own in zip(self.geometry, parameters, strict=True):
-            planes = [step.apply(plane, own, self.size) for plane in planes]
+        size = planes[0].size[::-1]
+        for number, (step, own) in enumerate(zip(self.geometry, parameters, strict=True)):
+            size = self.size if number == self.resized_by else size
+            planes = [step.apply(plane, own, size) for plane in planes]
         arrays = [np.asarray(plane) for plane in planes]
         if arrays[0].ndim == 3:
             return arrays[0].transpose(2, 0, 1)
@@ -109,6 +114,7 @@ class Step:
     """What all steps share: how many numbers they draw, and whether they are geometry."""
 
     geometric = False
+    resizes = False  # a geometric step that can give another size
     needs_rgb = None  # what is left out where images are not RGB, in words
     num_uniforms = 0
     num_parameters = 0
@@ -135,7 +141,7 @@ class RandomResizedCrop(Step):
     scale: tuple[float, float]
     ratio: tuple[float, float]
     interpolation: str
-    geometric = True
+    geometric = resizes = True
     tries = 10
     num_uniforms = 2 * tries + 2
 
@@ -188,7 +194,7 @@ class RandomAffine(Step):
     shear: float
     fill: int
     interpolation: str
-    geometric = True
+    geometric = resizes = True
     num_uniforms = 5
 
     def draw(self, u, sizes):
@@ -224,7 +230,7 @@ class CenterCrop(Step):
 
     resize: int
     interpolation: str
-    geometric = True
+    geometric = resizes = True
 
     def apply(self, plane, _, size):
         width, height = plane.size
@@ -457,8 +463,7 @@ class Normalize(Step):
     std: tuple[float, ...]
 
     def apply(self, images, parameters):
-        mean, std = (
-            torch.tensor(v, dtype=images.dtype).view(1, -1, 1, 1).to(images.device)
-            for v in (self.mean, self.std)
+        mean, std = torch.tensor([self.mean, self.std], dtype=images.dtype)[..., None, None].to(
+            images.device, non_blocking=True
         )
         return images.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)

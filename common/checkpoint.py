@@ -7,6 +7,7 @@ written beside its place, synced and renamed, so a kill at any moment leaves a w
 
 import contextlib
 import fcntl
+import importlib.metadata
 import json
 import os
 import platform
@@ -66,6 +67,10 @@ class Run:
                 if self.resume:
                     self.checkpoint = self.newest_checkpoint()
                     self.compare_settings()
+            step = self.checkpoint["step"] if self.checkpoint else 0
+            if len(set(dist.all_gather_objects((step, self.identity)))) > 1:
+                raise RunError(f"the processes see different images or different checkpoints in "
+                               f"{self.folder}; all machines need the same files")
         except RunError:
             self.__exit__(RunError)
             raise
@@ -90,6 +95,8 @@ class Run:
         if self.stop_requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.stop_requested = True
+        if self.world.is_main:
+            os.write(2, b"\nstopping after this step; interrupt again to stop at once\n")
 
     # ---------------------------------------------------------------------------------- starting
 
@@ -145,12 +152,9 @@ class Run:
         step = 0
         if self.checkpoint:
             step = self.saved_step = self.checkpoint["step"]
-            for name, part in state.items():
-                saved = self.checkpoint["state"][name]
-                if isinstance(part, torch.Tensor):
-                    part.copy_(saved)
-                elif saved:  # empty: the scaler of a run without float16
-                    part.load_state_dict(saved)
+            with dist.together():
+                for name, part in state.items():
+                    self.restore(name, part)
             processes = self.checkpoint["processes"]
             note = f"resuming {self.folder} at step {step}"
             if processes != self.world.size:
@@ -162,6 +166,21 @@ class Run:
                 self.write_run_json(state)
                 cut_log(self.path("log.jsonl"), step)
         return step
+
+    def restore(self, name: str, part):
+        """Fill one part of the state from the checkpoint."""
+        try:
+            saved = self.checkpoint["state"][name]
+            if isinstance(part, torch.Tensor):
+                part.copy_(saved)
+            elif saved:  # empty: the scaler of a run without float16
+                part.load_state_dict(saved)
+        except (KeyError, RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise RunError(
+                f"the checkpoint in {self.folder} is of another version of this script ({name}: "
+                f"{reason}); start anew with --no-resume, or choose another --output"
+            ) from error
 
     def write_run_json(self, state: dict):
         record = {"starts": []}
@@ -181,6 +200,7 @@ class Run:
                 "torchvision": torchvision.__version__,
                 "numpy": np.__version__,
                 "pillow": PIL.__version__,
+                "scikit-learn": importlib.metadata.version("scikit-learn"),
             },
         }
         modules = [part for part in state.values() if isinstance(part, nn.Module)]

@@ -38,7 +38,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
     def _get_help_string(self, action):
         text = action.help.replace(" (default: %(default)s)", "")  # Python 3.10's own, for a Switch
-        if action.default in (None, argparse.SUPPRESS, False) or not action.option_strings:
+        if action.default is None or action.default is argparse.SUPPRESS:
             return text
         shown = action.default
         if isinstance(shown, (list, tuple)):
@@ -62,7 +62,8 @@ def parser(script: str, description: str) -> Parser:
     run = made.add_argument_group("run (none of these changes what is computed beyond rounding)")
     run.add_argument("--output", metavar="FOLDER", help="default: runs/<script>-<data>-<arch>")
     run.add_argument("--resume", action=Switch, default=True,
-                     help="go on from the checkpoint in the output folder, where there is one")
+                     help="go on from the checkpoint in the output folder, where there is one; "
+                     "--no-resume starts anew and replaces what the folder holds")
     run.add_argument("--save-every-minutes", type=positive, default=15.0, metavar="M",
                      help="save within an epoch as well; every epoch's end saves")
     run.add_argument("--workers", type=whole, metavar="N",
@@ -139,7 +140,7 @@ def _number(kind, accept, wanted):
     return convert
 
 
-whole = _number(int, lambda v: v >= 0, "a whole number of at least 0")
+whole = _number(int, lambda v: 0 <= v < 2**63, "a whole number of at least 0")
 count = _number(int, lambda v: v >= 1, "a whole number of at least 1")
 positive = _number(float, lambda v: 0 < v < math.inf, "a number above 0")
 not_negative = _number(float, lambda v: 0 <= v < math.inf, "a number of at least 0")

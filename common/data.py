@@ -8,6 +8,7 @@ contiguous share. So the number of processes, of loader workers, and an interrup
 
 import atexit
 import functools
+import math
 import multiprocessing
 import os
 import signal
@@ -55,7 +56,7 @@ class RefusedImage(RunError):
 
 
 class ArrayImages:
-    """Images held in one uint8 array (M, H, W, C), in memory or memory-mapped.
+    """Images held in one uint8 array (M, H, W, C) or (M, H, W), in memory or memory-mapped.
 
     Args:
         images: the array.
@@ -70,8 +71,9 @@ class ArrayImages:
     reads_files = False
 
     def __init__(self, images, labels: np.ndarray | None, channels: int, rows=None):
-        if images.shape[-1] not in (1, channels) and not (images.shape[-1] == 3 and channels == 1):
-            raise RunError(f"--in-chans {channels}: the images have {images.shape[-1]} channels")
+        own = images.shape[3] if images.ndim == 4 else 1
+        if own not in (1, channels) and not (own == 3 and channels == 1):
+            raise RunError(f"--in-chans {channels}: the images have {own} channels")
         self.images, self.labels, self.channels = images, labels, channels
         self.rows = np.arange(len(images)) if rows is None else rows
 
@@ -95,13 +97,15 @@ class ArrayImages:
 
     def identity(self) -> str:
         """What the images are, whatever path they were opened by."""
-        some = self.images[self.rows[:: max(1, len(self) // 1000)]]
-        crc = zlib.crc32(np.ascontiguousarray(some))
+        crc = 0
+        for row in self.rows[:: math.ceil(len(self) / 1000)]:
+            crc = zlib.crc32(np.ascontiguousarray(self.images[row]), crc)
         return f"{len(self)} images {self.images.shape[1:]}, crc32 {crc:08x}"
 
     def read(self, index: int) -> list[Image.Image]:
         """The image as Pillow planes: one RGB or L image, or one L image per channel."""
         image = np.ascontiguousarray(self.images[self.rows[index]])
+        image = image if image.ndim == 3 else image[..., None]
         if image.shape[-1] == 3:
             whole = Image.fromarray(image)
             return [whole if self.channels == 3 else whole.convert("L")]
@@ -143,8 +147,9 @@ class FileImages:
 
     def identity(self) -> str:
         """What the images are, whatever path they were opened by."""
-        names = "\n".join(os.path.relpath(p, self.root) for p in self.paths)
-        return f"{len(self)} files, crc32 of the names {zlib.crc32(names.encode()):08x}"
+        start = len(os.path.join(self.root, ""))
+        names = "\n".join(path[start:] for path in self.paths.tolist())
+        return f"{len(self)} files, crc32 of the names {zlib.crc32(os.fsencode(names)):08x}"
 
     def read(self, index: int) -> list[Image.Image]:
         """The image as Pillow planes: one RGB or L image, or one L image per channel.
@@ -153,8 +158,10 @@ class FileImages:
             RefusedImage: more than 8 bits a channel: to cut them down is the user's choice.
             Exception: whatever Pillow raises for a file that it cannot decode.
         """
-        with Image.open(self.paths[index]) as image:
-            if image.mode.startswith("I") or image.mode == "F":
+        with Image.open(self.name(index)) as image:
+            # Pillow opens 16-bit RGB as 8-bit RGB; only the decoder's arguments tell.
+            deep = any(";16" in str(tile) for tile in image.tile)
+            if deep or image.mode.startswith("I") or image.mode == "F":
                 raise RefusedImage(f"{self.name(index)} has more than 8 bits a channel "
                                    f"(Pillow mode {image.mode}); convert it to 8 bits")
             image = image.convert(MODES[self.channels])
@@ -252,7 +259,7 @@ def torchvision_images(name: str, split: str, channels: int, root: str, download
     if name in ("stl10", "svhn"):
         images = images.transpose(0, 2, 3, 1)
     labels = np.asarray(loaded.labels if name in ("stl10", "svhn") else loaded.targets)
-    return ArrayImages(images if images.ndim == 4 else images[..., None], labels, channels)
+    return ArrayImages(images, labels, channels)
 
 
 def folder(root: str, split: str, channels: int) -> FileImages:
@@ -262,25 +269,28 @@ def folder(root: str, split: str, channels: int) -> FileImages:
     """
     names = ("val", "test") if split == "test" else ("train",)
     found = [os.path.join(root, n) for n in names if os.path.isdir(os.path.join(root, n))]
-    if split == "test" and not found:
-        raise RunError(f"--data {root}: no val or test folder in it to evaluate on")
-    top = found[0] if found else root
+    if split != "pretrain" and not found:
+        raise RunError(f"--data {root}: no {' or '.join(names)} folder in it to evaluate with")
+    top = found[0] if found else os.path.normpath(root)
+    held_out = [] if found else [os.path.join(top, name, "") for name in ("val", "test")]
     paths = sorted(
         os.path.join(parent, file)
         for parent, _, files in os.walk(top, followlinks=True)
+        if not os.path.join(parent, "").startswith(tuple(held_out))
         for file in files
         if file.lower().endswith(EXTENSIONS)
     )
     if not paths:
         raise RunError(f"--data {top}: no image file in it ({' '.join(EXTENSIONS)})")
-    inside = [os.path.relpath(path, top).split(os.sep) for path in paths]
-    if any(len(parts) == 1 for parts in inside):
+    inside = [path[len(os.path.join(top, "")) :].split(os.sep) for path in paths]
+    if split == "pretrain" or any(len(parts) == 1 for parts in inside):
         return FileImages(paths, None, channels, top)
     # A class has the same number in every split: the training split's classes come first.
     train = os.path.join(root, "train")
     known = sorted(e.name for e in os.scandir(train) if e.is_dir()) if os.path.isdir(train) else []
     names = known + sorted({parts[0] for parts in inside} - set(known))
-    labels = np.array([names.index(parts[0]) for parts in inside])
+    number = {name: label for label, name in enumerate(names)}
+    labels = np.array([number[parts[0]] for parts in inside])
     return FileImages(paths, labels, channels, top)
 
 
@@ -305,15 +315,17 @@ def array_file(path: str, channels: int) -> ArrayImages | FileImages:
     """A `.npy` file: uint8 images (N, H, W[, C]), memory-mapped; or strings, as paths."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
+    except (ValueError, EOFError) as error:
         raise RunError(f"--data {path}: {error}; save a plain uint8 array or strings") from error
+    if not isinstance(array, np.ndarray):
+        raise RunError(f"--data {path}: a .npz; save one array with numpy.save")
     if array.dtype.kind == "U" and array.ndim == 1 and len(array):
         here = os.path.dirname(path)
         return FileImages([os.path.join(here, str(p)) for p in array], None, channels, here or ".")
     if array.dtype != np.uint8 or array.ndim not in (3, 4) or not array.size:
         raise RunError(f"--data {path}: {array.dtype} of shape {array.shape}; wanted uint8 images "
                        "(N, H, W, C), or strings (N,) with their paths")
-    return ArrayImages(array if array.ndim == 4 else array[..., None], None, channels)
+    return ArrayImages(array, None, channels)
 
 
 # ------------------------------------------------------------------------------------------ loading
@@ -408,11 +420,10 @@ class Loader:
         multiprocessing_context=None,
     ):
         if len(images) < batch_size:
-            fits = max(len(images) - len(images) % world.size, world.size)
-            raise RunError(
-                f"--batch-size {batch_size} is more than the {len(images)} images of --data; "
-                f"--batch-size {fits} fits"
-            )
+            fits = len(images) - len(images) % world.size
+            remedy = f"--batch-size {fits} fits" if fits else "start fewer processes"
+            raise RunError(f"--batch-size {batch_size} is more than the {len(images)} images of "
+                           f"--data; {remedy}")
         left_out = sorted({what for view in views for what in view.left_out})
         if left_out:
             dist.say(f"left out, for it needs RGB images: {', '.join(left_out)}")
@@ -490,6 +501,7 @@ def leave_signals_to_the_main_process(_worker: int) -> None:
 
 def end_workers() -> None:
     """At exit after an error: multiprocessing would wait for ever for workers to obey SIGTERM."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch reports each of them as a failure
     for child in multiprocessing.active_children():
         if child.daemon:  # a loader's workers are; anybody else's processes are left alone
             child.kill()

@@ -87,6 +87,13 @@ def launch(main, args) -> int:
     except RunError as error:  # raised on every process: see `together`
         say(f"error: {error}", sys.stderr)
         status = 2
+    except (torch.OutOfMemoryError, KeyboardInterrupt) as error:
+        # Of this process alone: others may wait for it in a collective until torchrun ends them.
+        if isinstance(error, KeyboardInterrupt):
+            os._exit(130)
+        print(f"error: process {rank()} is out of GPU memory; lower --batch-size or pass "
+              "--amp bf16", file=sys.stderr, flush=True)
+        os._exit(2)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()  # leaving it to the interpreter's exit can abort

@@ -1,5 +1,6 @@
 """Features of a frozen backbone for the evaluations: what to load, and one pass over the images."""
 
+import contextlib
 import json
 import os
 import re
@@ -50,7 +51,7 @@ def find_checkpoint(name: str) -> Checkpoint:
     described = os.path.join(os.path.dirname(weights), "run.json")
     settings = {}
     if os.path.isfile(described):
-        with open(described) as file:
+        with open(described) as file, contextlib.suppress(ValueError, KeyError, TypeError):
             settings = json.load(file)["settings"]
     return Checkpoint(name, weights, settings)
 
@@ -100,6 +101,9 @@ def load_backbone(backbone: nn.Module, path: str) -> None:
     heads = [key for key in loaded if key.startswith("fc.")]
     loaded = {key: value for key, value in loaded.items() if key not in heads}
     wanted = backbone.state_dict()
+    for key in wanted:  # a counter that older files do not have and no forward uses
+        if key.endswith("num_batches_tracked"):
+            loaded.setdefault(key, wanted[key])
     for key in sorted({*wanted, *loaded}):
         if key not in loaded or key not in wanted:
             what = "has no" if key not in loaded else "has an unknown"
@@ -131,6 +135,8 @@ class Chunks(torch.utils.data.Dataset):
             try:
                 planes = self.images.read(index)
             except Exception as error:  # Pillow's decoders raise what they like
+                if isinstance(error, RunError):
+                    return str(error)
                 return f"{self.images.name(index)} cannot be read: {error}"
             sizes = np.array([planes[0].size[::-1]])
             geometry, colour = self.view.draw(np.empty((1, 0)), sizes)

@@ -89,8 +89,8 @@ class Log:
         bad_steps = [step for step in bad_steps if step >= 0]
         if bad_steps:
             raise RunError(
-                f"the loss of step {min(bad_steps)} is not finite; the last checkpoint is from "
-                "before it; lower --lr, raise --warmup-epochs, or try --amp none"
+                f"the loss of step {min(bad_steps)} is not finite; what was saved before it is "
+                "untouched; lower --lr, raise --warmup-epochs, or try --amp none"
             )
 
     def warn(self, line: dict):

@@ -143,7 +143,7 @@ def precision(amp: str, device: torch.device):
     "auto" is bfloat16 on CUDA devices that have it, float16 on older ones, float32 on the CPU.
     """
     if amp == "auto" and device.type == "cuda":
-        amp = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if dtype is None:

@@ -519,3 +519,17 @@ def test_normalize_is_taken_per_channel(channels):
     for channel in range(channels):
         wanted = (images[:, channel] - mean[channel]) / std[channel]
         torch.testing.assert_close(got[:, channel], wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("decoded, size", [(16, 16), (16, 32), (40, 8)])
+def test_a_crop_after_an_affine_sees_the_image_as_it_was_decoded(decoded, size):
+    affine = augment.RandomAffine(0, 0, (1, 1), 0, fill=0, interpolation="bilinear")
+    crop = augment.RandomResizedCrop((1, 1), (1, 1), interpolation="bilinear")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (decoded, decoded), np.uint8))
+    crops = []
+    for steps in ([affine, crop], [crop]):
+        view = augment.View(size, steps, channels=1)
+        uniforms = np.full((1, view.num_uniforms), 0.5)
+        geometry, _ = view.draw(uniforms, np.array([[decoded, decoded]]))
+        crops.append(view.crop([image], [parameters[0] for parameters in geometry]))
+    assert crops[0].shape == (1, size, size) and np.array_equal(crops[0], crops[1])

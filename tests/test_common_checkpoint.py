@@ -599,3 +599,35 @@ def test_the_signals_are_handled_as_before_once_the_run_ends(tmp_path):
     with pytest.raises(KeyError), opened(tmp_path):
         raise KeyError
     assert handlers() == before
+
+
+def sees_its_own_folder(folder):
+    """Two machines without a shared folder: each process has an output folder of its own."""
+    from common import dist
+
+    world = World(dist.rank(), dist.size(), torch.device("cpu"))
+    images = ArrayImages(np.zeros((4, 2, 2, 1), np.uint8), None, 1)
+    own = os.path.join(folder, str(dist.rank()))
+    try:
+        with Run(own, {}, images, world, resume=True, save_every_minutes=1):
+            return None
+    except RunError as error:
+        return str(error)
+
+
+def test_processes_that_see_different_checkpoints_stop(pool, tmp_path):
+    (tmp_path / "0").mkdir()
+    identity = ArrayImages(np.zeros((4, 2, 2, 1), np.uint8), None, 1).identity()
+    record = {"step": 3, "settings": {}, "identity": identity, "processes": 2, "state": {}}
+    torch.save(record, tmp_path / "0" / "checkpoint.pt")
+    said = pool.run(2, sees_its_own_folder, str(tmp_path))
+    assert all("all machines need the same files" in message for message in said)
+
+
+def test_a_checkpoint_of_another_version_of_the_script_is_told(tmp_path):
+    trained(tmp_path, 1, save_at=[1])
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    saved["state"] = {}
+    torch.save(saved, tmp_path / "checkpoint.pt")
+    with pytest.raises(RunError, match="another version of this script"):
+        trained(tmp_path, 2, save_at=[2])

@@ -1,6 +1,8 @@
 import os
 import pickle
 import shutil
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -384,3 +386,54 @@ def test_a_slot_without_any_readable_image_stops_the_run(tmp_path):
     images = data.open_images(str(tmp_path), "pretrain", 3)
     with pytest.raises(RunError, match=r"could stand in slot .*2\.png"):
         batches(loader(images, batch_size=4))
+
+
+@pytest.mark.parametrize("mode, suffix", [("RGB", "png"), ("I;16", "tif")])
+def test_any_file_of_16_bits_is_refused(mode, suffix, tmp_path):
+    path = tmp_path / f"deep.{suffix}"
+    if mode == "RGB":
+        write_16_bit_rgb(path)
+    else:
+        Image.fromarray(np.full((9, 9), 40_000, dtype=np.uint16)).save(path)
+    with pytest.raises(data.RefusedImage, match="more than 8 bits"):
+        data.open_images(str(tmp_path), "pretrain", 3).read(0)
+
+
+def write_16_bit_rgb(path):
+    """A PNG of 4 x 4 pixels with three channels of 16 bits, which Pillow itself cannot write."""
+
+    def chunk(kind, content):
+        crc = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
+
+    header = struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)
+    rows = zlib.compress((b"\0" + bytes(range(24))) * 4)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
+
+
+def test_a_gray_array_without_a_channel_axis_goes_whole_to_another_process(tmp_path):
+    pixels = random_images(5, channels=1)[..., 0]
+    np.save(tmp_path / "gray.npy", pixels)
+    images = data.open_images(str(tmp_path / "gray.npy"), "pretrain", 3)
+    for source in (images, pickle.loads(pickle.dumps(images))):
+        assert np.array_equal(np.asarray(source.read(2)[0])[..., 1], pixels[2])
+
+
+def test_held_out_folders_are_never_trained_on(tmp_path):
+    for name in ("a/0.png", "b/1.png", "val/a/2.png", "test/a/3.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random_images(1)[0]).save(tmp_path / name)
+    seen = data.open_images(str(tmp_path), "pretrain", 3)
+    assert sorted(os.path.basename(path) for path in seen.paths) == ["0.png", "1.png"]
+    with pytest.raises(RunError, match="no train folder"):
+        data.open_images(str(tmp_path), "train", 3)
+
+
+def test_identity_sees_every_image_of_a_small_array():
+    images = data.ArrayImages(random_images(20), None, 3)
+    reference = images.identity()
+    assert data.ArrayImages(random_images(20), None, 3).identity() == reference
+    changed = random_images(20)
+    changed[13, 0, 0, 0] ^= 1
+    assert data.ArrayImages(changed, None, 3).identity() != reference

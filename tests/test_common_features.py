@@ -341,3 +341,10 @@ def test_a_file_that_cannot_be_read_is_named(workers, broken_file):
 def test_a_file_that_cannot_be_read_stops_every_process(broken_file, pool):
     messages = pool.run(2, message_of_a_broken_file, str(broken_file.parent), 0)
     assert len(set(messages)) == 1 and f"{broken_file} cannot be read" in messages[0]
+
+
+def test_files_without_batch_counters_load(tmp_path):
+    model = tiny()
+    kept = {k: v for k, v in model.state_dict().items() if "num_batches_tracked" not in k}
+    torch.save(kept, tmp_path / "old.pth")
+    features.load_backbone(tiny(), str(tmp_path / "old.pth"))

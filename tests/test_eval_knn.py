@@ -355,3 +355,23 @@ def test_means_that_do_not_fit_the_channels_are_refused(flags, named, capsys):
     with pytest.raises((SystemExit, RunError)) as ended:
         evaluate("--checkpoint", "pixels", *flags, *FEW)
     assert named in f"{ended.value} {capsys.readouterr().err}"
+
+
+def test_each_run_of_a_table_is_fed_as_it_was_trained(tmp_path, capsys):
+    tables = []
+    for name, mean in (("one", 0.5), ("other", 0.1)):
+        settings = dict(data="digits", arch="resnet_tiny", stem="small", image_size=16, in_chans=3,
+                        mean=[mean], std=[0.2])
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps({"settings": settings}))
+        torch.manual_seed(0)
+        backbone = eval_knn.backbones.build_backbone(
+            "resnet_tiny", stem="small", in_chans=3, zero_init_residual=False
+        )
+        torch.save(backbone.state_dict(), tmp_path / name / "backbone.pth")
+    for names in (["other"], ["one", "other"]):
+        flags = ["--checkpoint", *(str(tmp_path / name) for name in names), "--shots", "1"]
+        eval_knn.main(eval_knn.parse_args(flags))
+        tables.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    assert tables[0]["shots"] == tables[1]["shots"]
+    assert tables[1]["checkpoints"][0]["shots"] != tables[1]["shots"]
