@@ -101,10 +101,9 @@ def parse(made: Parser, recipes: dict, argv=None) -> argparse.Namespace:
         source = source.removesuffix(".txt").removesuffix(".npy")
         args.output = os.path.join("runs", f"{made.prog.removesuffix('.py')}-{source}-{args.arch}")
 
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch_size % processes:
-        above = math.ceil(args.batch_size / processes) * processes
-        made.error(f"--batch-size {args.batch_size} does not divide among {processes} processes; "
+    if args.batch_size % processes():
+        above = math.ceil(args.batch_size / processes()) * processes()
+        made.error(f"--batch-size {args.batch_size} does not divide among {processes()} processes; "
                    f"try {above}")
     if args.warmup_epochs >= args.epochs:
         made.error(f"--warmup-epochs {args.warmup_epochs} leaves nothing of --epochs {args.epochs}")
@@ -117,6 +116,18 @@ def parse(made: Parser, recipes: dict, argv=None) -> argparse.Namespace:
             made.error(f"--{flag} has {len(values)} values for --in-chans {args.in_chans}; "
                        "give one, or one a channel")
     return args
+
+
+def processes() -> int:
+    """Number of processes that torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def peek(argv, flag: str) -> int | None:
+    """The whole number given to a flag, before the defaults that hang on it are known."""
+    first = Parser(add_help=False, allow_abbrev=False)
+    first.add_argument(flag, type=int, dest="value")
+    return first.parse_known_args(argv)[0].value
 
 
 def settings(args: argparse.Namespace) -> dict:

@@ -1,0 +1,399 @@
+"""MoCo v1 and v2: Momentum Contrast, arXiv 1911.05722, and improved baselines, arXiv 2003.04297.
+
+1. Make two views of every image: the query's and the key's.
+2. Embed the query with the encoder, which is trained.
+3. Move the key encoder a little towards the encoder (EMA), then embed the key with it. No gradient
+   goes there.
+4. The key of the same image is the positive; the negatives are a queue of keys of past batches.
+5. Put the new keys into the queue in the place of the oldest.
+
+Letters: N images per process, W processes, D embedding size, K queue length.
+
+Batch norm could give the positive away, for query and key stand in the same batch. So both are
+normalised in groups (`--bn-groups`, over all processes), and the keys' groups are drawn anew each
+step (shuffle-BN). One GPU computes what as many as there are groups would.
+
+Differs from the official code (facebookresearch/moco): the queue is (K, D), and its length need not
+be a multiple of the batch; the permutation comes from (seed, step), not from process 0.
+
+    python moco.py
+    torchrun --nproc_per_node=8 moco.py --data /path/to/imagenet --output runs/moco
+"""
+
+import copy
+import math
+import sys
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common import augment, backbones, cli, data, dist, optim
+from common.checkpoint import Run
+from common.log import Log
+
+VERSIONS = {  # what v2 changed; `--version`
+    1: dict(views="v1", mlp_head=False, temperature=0.07, schedule="step"),
+    2: dict(views="v2", mlp_head=True, temperature=0.2, schedule="cosine"),
+}
+RECIPES = {
+    # Papers, v2 unless `--version 1`.
+    "imagenet": dict(
+        arch="resnet50", stem="imagenet", image_size=224, in_chans=3, mean=[0.485, 0.456, 0.406],
+        std=[0.229, 0.224, 0.225], crop_scale=[0.2, 1.0], blur=True, embedding_dim=128,
+        queue_length=65536, momentum=0.999, symmetric=False, bn_groups=8, epochs=200,
+        batch_size=256, lr=0.03, weight_decay=1e-4, warmup_epochs=0, sync_bn=False, **VERSIONS[2],
+    ),
+    # The authors' notebook: linear head, v2's colours without blur; symmetric: --symmetric.
+    "cifar10": dict(
+        arch="resnet18", stem="small", image_size=32, in_chans=3, mean=[0.4914, 0.4822, 0.4465],
+        std=[0.2023, 0.1994, 0.2010], crop_scale=[0.08, 1.0], blur=False, embedding_dim=128,
+        queue_length=4096, momentum=0.99, symmetric=False, bn_groups=8, epochs=200,
+        batch_size=512, lr=0.03, weight_decay=5e-4, warmup_epochs=0, sync_bn=False, views="v2",
+        mlp_head=False, temperature=0.1, schedule="cosine",
+    ),
+    # Ours, chosen on the built-in digits: about a minute on two cores. The warm-up lets the queue,
+    # which starts as noise, fill with keys first: without it so short a run collapses.
+    "digits": dict(
+        arch="resnet_tiny", stem="small", image_size=16, in_chans=3, mean=[0.5, 0.5, 0.5],
+        std=[0.5, 0.5, 0.5], crop_scale=[0.6, 1.0], blur=False, embedding_dim=64,
+        queue_length=1024, momentum=0.99, symmetric=True, bn_groups=4, epochs=60,
+        batch_size=256, lr=0.12, weight_decay=1e-4, warmup_epochs=5, sync_bn=False,
+        views="digits", mlp_head=True, temperature=0.2, schedule="cosine",
+    ),
+}
+
+
+def parse_args(argv=None):
+    version = cli.peek(argv, "--version")
+    recipes = {name: {**recipe, **VERSIONS.get(version, {})} for name, recipe in RECIPES.items()}
+    parser = cli.parser(__file__, __doc__)
+    group = parser.add_argument_group("images")
+    group.add_argument("--image-size", type=cli.count, help="side of a view in pixels")
+    group.add_argument("--in-chans", type=cli.count, help="channels of the images")
+    group.add_argument("--mean", type=cli.number, nargs="+", help="subtracted from each channel")
+    group.add_argument("--std", type=cli.positive, nargs="+", help="each channel is divided by it")
+    group = parser.add_argument_group("method")
+    group.add_argument("--arch", choices=backbones.NAMES, help="backbone")
+    group.add_argument("--stem", choices=("imagenet", "small"), help="small: 3x3 stride 1, no pool")
+    group.add_argument("--version", type=int, choices=(1, 2),
+                       help="sets views, head, temperature and schedule as in that paper")
+    group.add_argument("--views", choices=("v1", "v2", "digits"), help="what views are made of")
+    group.add_argument("--crop-scale", type=cli.share, nargs=2, help="smallest, largest area share")
+    group.add_argument("--blur", action=cli.Switch, help="Gaussian blur of half of v2's views")
+    group.add_argument("--mlp-head", action=cli.Switch, help="a hidden layer in the head")
+    group.add_argument("--embedding-dim", type=cli.count, help="D, size of an embedding")
+    group.add_argument("--temperature", type=cli.positive, help="lower: hard negatives count more")
+    group.add_argument("--queue-length", type=cli.count, help="K, keys kept as negatives")
+    group.add_argument("--momentum", type=cli.share, help="what the key encoder keeps of itself")
+    group.add_argument("--symmetric", action=cli.Switch, help="use each view as query and as key")
+    group.add_argument("--bn-groups", type=cli.count, help="batch-norm groups of the whole batch; "
+                       "as many as the paper had GPUs")
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--epochs", type=cli.count, help="passes over the images")
+    group.add_argument("--batch-size", type=cli.count, help="images over all processes")
+    group.add_argument("--lr", type=cli.positive, help="learning rate per 256 images")
+    group.add_argument("--weight-decay", type=cli.not_negative, help="of weights, not of norms")
+    group.add_argument("--warmup-epochs", type=cli.whole, help="linear from 0")
+    group.add_argument("--schedule", choices=("cosine", "step"),
+                       help="once an epoch: a cosine to 0, or a tenth at 60 %% and at 80 %%")
+    group.add_argument("--sync-bn", action=cli.Switch, help="batch norm over all processes")
+    group.add_argument("--seed", type=cli.whole, default=0, help="of every random choice")
+    args = cli.parse(parser, recipes, argv)
+    keys = args.batch_size * (2 if args.symmetric else 1)
+    if keys > args.queue_length:
+        parser.error(f"--queue-length {args.queue_length} does not hold the {keys} keys of a batch")
+    if args.sync_bn and args.bn_groups > 1:
+        parser.error(f"--sync-bn and --bn-groups {args.bn_groups} exclude each other")
+    if not args.sync_bn and (args.bn_groups % cli.processes() or args.batch_size % args.bn_groups):
+        parser.error(f"--bn-groups {args.bn_groups} is no multiple of the {cli.processes()} "
+                     f"processes that divides --batch-size {args.batch_size}")
+    return args
+
+
+# -------------------------------------------------------------------------------------------- views
+
+
+def v1_views(image_size, channels, crop_scale, blur, mean, std):
+    """Two views of the same kind (v1, section 3.3): colours change in every image, no blur."""
+    steps = [
+        augment.RandomResizedCrop(crop_scale, ratio=(3 / 4, 4 / 3), interpolation="bilinear"),
+        augment.HorizontalFlip(p=0.5),
+        augment.Grayscale(p=0.2),
+        augment.ColorJitter(0.4, 0.4, saturation=0.4, hue=0.4, p=1.0),
+        augment.Normalize(mean, std),
+    ]
+    return [augment.View(image_size, steps, channels)] * 2
+
+
+def v2_views(image_size, channels, crop_scale, blur, mean, std):
+    """Two views of the same kind (v2, section 3)."""
+    steps = [
+        augment.RandomResizedCrop(crop_scale, ratio=(3 / 4, 4 / 3), interpolation="bilinear"),
+        augment.HorizontalFlip(p=0.5),
+        augment.ColorJitter(0.4, 0.4, saturation=0.4, hue=0.1, p=0.8),
+        augment.Grayscale(p=0.2),
+        augment.GaussianBlur(sigma=(0.1, 2.0), p=0.5 if blur else 0.0),
+        augment.Normalize(mean, std),
+    ]
+    return [augment.View(image_size, steps, channels)] * 2
+
+
+def digit_views(image_size, channels, crop_scale, blur, mean, std):
+    """Two views that leave a digit what it is: it is moved and shaded, never mirrored."""
+    steps = [
+        augment.RandomAffine(degrees=15, translate=0.1, scale=(0.8, 1.2), shear=10, fill=0,
+                             interpolation="bilinear"),
+        augment.RandomResizedCrop(crop_scale, ratio=(3 / 4, 4 / 3), interpolation="bilinear"),
+        augment.ColorJitter(0.5, 0.5, saturation=0.0, hue=0.0, p=0.8),
+        augment.GaussianBlur(sigma=(0.1, 1.0), p=0.5 if blur else 0.0),
+        augment.Normalize(mean, std),
+    ]
+    return [augment.View(image_size, steps, channels)] * 2
+
+
+# -------------------------------------------------------------------------------------------- model
+
+
+class Encoder(nn.Module):
+    """Backbone and head: one linear layer H -> D, or H -> H -> D (v2); no batch norm in it."""
+
+    def __init__(self, backbone: nn.Module, mlp_head: bool, embedding_dim: int):
+        super().__init__()
+        self.backbone = backbone
+        width = backbone.num_features
+        self.head = nn.Linear(width, embedding_dim)
+        if mlp_head:
+            self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), self.head)
+
+    def forward(self, views: list[Tensor]) -> list[Tensor]:
+        """Embed each view (N, C, H, W) on its own, with its own batch statistics; (N, D) each."""
+        return [self.head(self.backbone(view)) for view in views]
+
+
+class GroupedBatchNorm(nn.BatchNorm2d):
+    """Batch norm over `groups` contiguous parts of the batch, each with its own statistics.
+
+    Running statistics follow the mean of the parts'.
+    """
+
+    groups = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.groups == 1:
+            return super().forward(x)
+        means = x.new_zeros(self.groups, x.shape[1], dtype=self.running_mean.dtype)
+        variances, parts = torch.zeros_like(means), []
+        for part, mean, var in zip(x.chunk(self.groups), means, variances, strict=True):
+            parts.append(nn.functional.batch_norm(part, mean, var, self.weight, self.bias,
+                                                  training=True, momentum=1.0, eps=self.eps))
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(means.mean(0), self.momentum)
+        self.running_var.lerp_(variances.mean(0), self.momentum)
+        return torch.cat(parts)
+
+
+def group_batchnorm(module: nn.Module, groups: int) -> nn.Module:
+    """Let every batch norm work in so many groups of this process's batch."""
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.__class__, layer.groups = GroupedBatchNorm, groups
+    return module
+
+
+# --------------------------------------------------------------------------------------------- loss
+
+
+def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
+    """Compute the cross-entropy of finding the own key among the queue.
+
+    Args:
+        q: embeddings (N, D) of the queries; normalised here.
+        k: embeddings (N, D) of their keys, row by row; normalised here, detached.
+        queue: negatives (K, D), unit rows, detached.
+        temperature: divides the cosines.
+
+    Returns:
+        Scalar: mean over the N rows of -log softmax at the positive, among 1 + K.
+
+    Reference: equation 1 and algorithm 1.
+    """
+    q, k = (nn.functional.normalize(x if x.dtype == torch.float64 else x.float(), dim=1)
+            for x in (q, k.detach()))
+    positive = (q * k).sum(1, keepdim=True)  # (N, 1)
+    negative = q @ queue.detach().to(q.dtype).T  # (N, K)
+    logits = torch.cat([positive, negative], dim=1) / temperature
+    first = torch.zeros(len(q), dtype=torch.long, device=q.device)
+    return nn.functional.cross_entropy(logits, first)
+
+
+@torch.no_grad()
+def update_queue(queue: Tensor, pointer: int, keys: Tensor) -> int:
+    """Write the keys of all processes, in rank order, over the oldest rows of the queue.
+
+    Args:
+        queue: (K, D), written in place.
+        pointer: the oldest row.
+        keys: this process's keys (N, D), unit rows.
+
+    Returns:
+        The new pointer.
+
+    Raises:
+        ValueError: more keys than rows.
+    """
+    keys = dist.all_gather_no_grad(keys)
+    if len(keys) > len(queue):
+        raise ValueError(f"{len(keys)} keys do not fit into a queue of {len(queue)}")
+    rows = (pointer + torch.arange(len(keys), device=queue.device)) % len(queue)
+    queue[rows] = keys.to(queue.dtype)
+    return (pointer + len(keys)) % len(queue)
+
+
+@torch.no_grad()
+def update_ema(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """Move the teacher's parameters to the student's, keeping a share `momentum` of their own.
+
+    Buffers stay as they are: the teacher's batch statistics come from its own forwards.
+    """
+    for old, new in zip(teacher.parameters(), student.parameters(), strict=True):
+        old.lerp_(new, 1 - momentum)
+
+
+@torch.no_grad()
+def encode_keys(encoder: nn.Module, images: list[Tensor], order: Tensor) -> list[Tensor]:
+    """Embed images in batch-norm groups drawn from the whole batch (shuffle-BN, section 3.3).
+
+    Args:
+        images: views (N, C, H, W) of this process.
+        order: a permutation (W*N,) of the whole batch, equal on every process.
+
+    Returns:
+        Unit embeddings (N, D) of each view, in the order of the images.
+    """
+    n = len(images[0])
+    own = slice(dist.rank() * n, (dist.rank() + 1) * n)
+    shuffled = [dist.all_gather_no_grad(view)[order[own]] for view in images]
+    back = order.argsort()[own]
+    keys = [dist.all_gather_no_grad(key)[back] for key in encoder(shuffled)]
+    keys = [key if key.dtype == torch.float64 else key.float() for key in keys]
+    return [nn.functional.normalize(key, dim=1) for key in keys]
+
+
+def lr_schedule(lr, schedule, epochs, warmup_epochs, steps_per_epoch) -> list[float]:
+    """The learning rate of every step; it changes once an epoch, but for the warm-up."""
+    rates = []
+    for step in range(epochs * steps_per_epoch):
+        epoch = step // steps_per_epoch
+        if step < warmup_epochs * steps_per_epoch:
+            rates.append(lr * step / (warmup_epochs * steps_per_epoch))
+        elif schedule == "cosine":
+            rates.append(lr * (1 + math.cos(math.pi * epoch / epochs)) / 2)
+        else:
+            rates.append(lr * 0.1 ** ((epoch >= 0.6 * epochs) + (epoch >= 0.8 * epochs)))
+    return rates
+
+
+@torch.no_grad()
+def indicators(q: Tensor, k: Tensor, queue: Tensor) -> dict[str, Tensor]:
+    """What tells learning from collapse, on this process's queries and keys (N, D)."""
+    q = nn.functional.normalize(q.to(k.dtype), dim=1)
+    positive = (q * k).sum(1)
+    return {
+        "contrast_accuracy": (positive > (q @ queue.T).amax(1)).float().mean(),
+        "positive_similarity": positive.mean(),
+        "z_std": q.std(0, correction=0).mean(),  # 1 / sqrt(D) where they spread, 0 in collapse
+    }
+
+
+# --------------------------------------------------------------------------------------------- main
+
+
+def main(args):
+    world = dist.setup(args.device, args.deterministic)
+    torch.manual_seed(args.seed)
+
+    # Data
+    images = data.open_images(args.data, "pretrain", args.in_chans, root=args.data_root,
+                              download=args.download, limit=args.limit)
+    make_views = {"v1": v1_views, "v2": v2_views, "digits": digit_views}[args.views]
+    views = make_views(args.image_size, args.in_chans, args.crop_scale, args.blur, args.mean,
+                       args.std)
+
+    # Model
+    backbone = backbones.build_backbone(args.arch, stem=args.stem, in_chans=args.in_chans,
+                                        zero_init_residual=False)
+    model = Encoder(backbone, args.mlp_head, args.embedding_dim).to(world.device)
+    model = model.to(memory_format=torch.channels_last)
+    if args.sync_bn:
+        model = dist.convert_sync_batchnorm(model, world.device)
+    else:
+        model = group_batchnorm(model, args.bn_groups // world.size)
+    key_encoder = copy.deepcopy(model).requires_grad_(False)
+    queue = torch.randn(args.queue_length, args.embedding_dim).to(world.device)
+    queue = nn.functional.normalize(queue, dim=1)
+
+    # Optimiser
+    lr = args.lr * args.batch_size / 256
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9,
+                                weight_decay=args.weight_decay, fused=True)
+    autocast, scaler = optim.precision(args.amp, world.device)
+    dist.say(f"{len(images)} images; batch {args.batch_size} = {args.batch_size // world.size} on "
+             f"each of {world.size}; lr {args.lr:g} x {args.batch_size} / 256 = {lr:g}")
+
+    with Run(args.output, cli.settings(args), images, world, resume=args.resume,
+             save_every_minutes=args.save_every_minutes) as run:
+        # Resume
+        state = {"model": model, "key_encoder": key_encoder, "queue": queue,
+                 "optimizer": optimizer, "scaler": scaler}
+        step = run.start(state)
+        loader = data.Loader(images, views, batch_size=args.batch_size, epochs=args.epochs,
+                             seed=args.seed, world=world, workers=args.workers, start_step=step)
+        pointer = step * args.batch_size * (2 if args.symmetric else 1) % args.queue_length
+        lr_of_step = lr_schedule(lr, args.schedule, args.epochs, args.warmup_epochs,
+                                 loader.steps_per_epoch)
+        log = Log(args.output, world, batch_size=args.batch_size, total_steps=len(lr_of_step),
+                  first_step=step, every=args.log_every,
+                  chance_loss=math.log(1 + args.queue_length) * (2 if args.symmetric else 1),
+                  floors={"z_std": 0.1 / math.sqrt(args.embedding_dim)})
+        ddp_model = DistributedDataParallel(model) if world.size > 1 else model
+
+        # Train
+        for epoch in range(step // loader.steps_per_epoch, args.epochs):
+            for batch in loader.epoch(epoch):  # 1. two views
+                for group in optimizer.param_groups:
+                    group["lr"] = lr_of_step[step]
+                queries, keys = batch.views[:1], batch.views[1:]
+                if args.symmetric:
+                    queries, keys = batch.views, batch.views[::-1]
+                with autocast():
+                    q = ddp_model(queries)  # 2. queries
+                    update_ema(key_encoder, model, args.momentum)  # 3. keys
+                    shuffle = data.philox(args.seed, data.SHUFFLE, step)
+                    order = torch.from_numpy(shuffle.permutation(args.batch_size)).to(world.device)
+                    k = encode_keys(key_encoder, keys, order)
+                # 4. find the key; of two directions the sum, as in the authors' notebook
+                losses = [info_nce(*pair, queue, args.temperature)
+                          for pair in zip(q, k, strict=True)]
+                loss = torch.stack(losses).sum()
+                optimizer.zero_grad(set_to_none=True)
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+
+                step += 1
+                seen = indicators(q[0], k[0], queue) if log.due(step) else {}
+                for keys in k:
+                    pointer = update_queue(queue, pointer, keys)  # 5. the newest for the oldest
+                log.write(step, epoch=epoch, loss=loss, lr=lr_of_step[step - 1],
+                          waited=loader.waited, **seen)
+                save, stop = run.agree(step % loader.steps_per_epoch == 0)
+                if save:
+                    log.check()
+                    run.save(step, state, model.backbone)
+                if stop:
+                    return
+
+
+if __name__ == "__main__":
+    sys.exit(dist.launch(main, parse_args()))

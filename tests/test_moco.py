@@ -1,0 +1,251 @@
+import copy
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import moco
+from common import dist
+
+# --------------------------------------------------------------------------------------- parse_args
+
+
+def test_the_imagenet_recipe_is_that_of_the_papers():
+    args = moco.parse_args(["--recipe", "imagenet"])
+    assert (args.arch, args.queue_length, args.momentum) == ("resnet50", 65536, 0.999)
+    assert (args.batch_size, args.epochs, args.lr, args.weight_decay) == (256, 200, 0.03, 1e-4)
+    assert (args.bn_groups, args.symmetric, args.crop_scale) == (8, False, [0.2, 1.0])
+    assert (args.mlp_head, args.temperature) == (True, 0.2)
+    assert (args.schedule, args.views) == ("cosine", "v2")
+
+
+def test_version_one_is_the_first_paper():
+    args = moco.parse_args(["--recipe", "imagenet", "--version", "1"])
+    assert (args.mlp_head, args.temperature) == (False, 0.07)
+    assert (args.schedule, args.views) == ("step", "v1")
+    assert moco.parse_args(["--recipe", "imagenet", "--version", "1", "--mlp-head"]).mlp_head
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--queue-length", "100"], "512 keys"),
+        (["--bn-groups", "3"], "--bn-groups 3"),
+        (["--sync-bn"], "--bn-groups 4 exclude"),
+        (["--version", "3"], "3"),
+    ],
+)
+def test_combinations_that_cannot_be_are_refused(flags, named, capsys):
+    with pytest.raises(SystemExit):
+        moco.parse_args(flags)
+    assert named in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------- views
+
+
+def test_the_views_of_both_versions():
+    for make, order, jitter in (
+        (moco.v1_views, ["Grayscale", "ColorJitter", "Normalize"], (0.4, 0.4, 0.4, 0.4, 1.0)),
+        (moco.v2_views, ["ColorJitter", "Grayscale", "GaussianBlur", "Normalize"],
+         (0.4, 0.4, 0.4, 0.1, 0.8)),
+    ):
+        view, _ = make(224, 3, (0.2, 1), True, [0.5] * 3, [0.2] * 3)
+        assert [type(step).__name__ for step in view.colour] == order
+        found = view.colour[order.index("ColorJitter")]
+        strengths = (found.brightness, found.contrast, found.saturation, found.hue, found.p)
+        assert strengths == jitter
+        assert view.geometry[0].interpolation == "bilinear"
+
+
+# -------------------------------------------------------------------------------------------- model
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_grouped_batch_norm_is_a_batch_norm_for_every_part(groups):
+    x = torch.randn(8, 3, 5, 5, dtype=torch.float64)
+    plain = [nn.BatchNorm2d(3).double() for _ in range(groups)]
+    grouped = moco.group_batchnorm(nn.Sequential(nn.BatchNorm2d(3).double()), groups)
+    expected = torch.cat([bn(part) for bn, part in zip(plain, x.chunk(groups), strict=True)])
+    torch.testing.assert_close(grouped(x), expected)
+    for name in ("running_mean", "running_var"):
+        mean = torch.stack([getattr(bn, name) for bn in plain]).mean(0)
+        torch.testing.assert_close(getattr(grouped[0], name), mean)
+    grouped.eval()
+    assert grouped(x).shape == x.shape
+
+
+# --------------------------------------------------------------------------------- loss and updates
+
+
+def tensors(n=6, d=5, length=9):
+    rng = np.random.default_rng(1)
+    queue = rng.normal(size=(length, d))
+    queue /= np.linalg.norm(queue, axis=1, keepdims=True)
+    return rng.normal(size=(n, d)), rng.normal(size=(n, d)), queue
+
+
+def loops(q, k, queue, temperature):
+    """Algorithm 1 of the paper, one number at a time."""
+    total = 0.0
+    for i in range(len(q)):
+        query, key = q[i] / math.sqrt((q[i] ** 2).sum()), k[i] / math.sqrt((k[i] ** 2).sum())
+        scores = [math.exp(query @ other / temperature) for other in [key, *queue]]
+        total -= math.log(scores[0] / sum(scores))
+    return total / len(q)
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.2, 1.0])
+def test_info_nce_equals_the_papers_loops(temperature):
+    q, k, queue = tensors()
+    loss = moco.info_nce(*map(torch.from_numpy, (q, k, queue)), temperature)
+    assert loss.item() == pytest.approx(loops(q, k, queue, temperature), rel=1e-12)
+
+
+def test_info_nce_of_embeddings_that_are_all_alike_is_chance():
+    ones = torch.ones(4, 3)
+    queue = nn.functional.normalize(torch.ones(7, 3), dim=1)
+    assert moco.info_nce(ones, ones, queue, 0.1).item() == pytest.approx(math.log(8), rel=1e-6)
+
+
+def test_no_gradient_reaches_keys_and_queue():
+    q, k, queue = (torch.from_numpy(x).requires_grad_() for x in tensors())
+    moco.info_nce(q, k, queue, 0.2).backward()
+    assert q.grad.abs().sum() > 0 and k.grad is None and queue.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_info_nce_computes_in_float32_at_least(dtype):
+    q, k, queue = map(torch.from_numpy, tensors())
+    q, k = q.to(dtype), k.to(dtype)
+    loss = moco.info_nce(q, k, queue.float(), 0.07)
+    expected = loops(q.double().numpy(), k.double().numpy(), queue.numpy(), 0.07)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def own_gradient(q, k, queue):
+    share = len(q) // dist.size()
+    own = slice(dist.rank() * share, (dist.rank() + 1) * share)
+    mine = torch.from_numpy(q[own]).requires_grad_()
+    loss = moco.info_nce(mine, torch.from_numpy(k[own]), torch.from_numpy(queue), 0.2)
+    loss.backward()
+    return loss.item(), (mine.grad / dist.size()).numpy()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_loss_and_gradient_are_those_of_the_joined_batch(pool, size):
+    given = tensors(n=8)
+    loss, gradient = own_gradient(*given)
+    parts = pool.run(size, own_gradient, *given)
+    assert np.mean([p[0] for p in parts]) == pytest.approx(loss, rel=1e-6)
+    np.testing.assert_allclose(np.concatenate([p[1] for p in parts]), gradient, rtol=1e-6)
+
+
+def filled_queue(length, batches, batch_size):
+    """The queue after batches whose keys are numbered through; each process gives its share."""
+    queue, pointer = torch.full((length, 1), -1.0), 0
+    share = batch_size // dist.size()
+    for number in range(batches):
+        first = number * batch_size + dist.rank() * share
+        keys = torch.arange(first, first + share)[:, None].float()
+        pointer = moco.update_queue(queue, pointer, keys)
+    return queue[:, 0].tolist(), pointer
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("length, batches", [(16, 3), (16, 2), (10, 5), (8, 1)])
+def test_the_queue_holds_the_last_keys_of_all_processes_in_order(pool, size, length, batches):
+    expected, pointer = [-1.0] * length, 0
+    for key in range(8 * batches):
+        expected[pointer] = float(key)
+        pointer = (pointer + 1) % length
+    for found in pool.run(size, filled_queue, length, batches, 8):
+        assert found == (expected, pointer)
+
+
+def test_a_queue_shorter_than_a_batch_is_refused():
+    with pytest.raises(ValueError, match="5 keys do not fit into a queue of 4"):
+        moco.update_queue(torch.zeros(4, 2), 0, torch.zeros(5, 2))
+
+
+def test_ema_moves_parameters_only():
+    student = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    teacher = copy.deepcopy(student)
+    before = copy.deepcopy(teacher.state_dict())
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(1)
+    student(torch.randn(5, 2))
+    moco.update_ema(teacher, student, 0.9)
+    for name, value in teacher.state_dict().items():
+        moved = 0.9 * before[name] + 0.1 * student.state_dict()[name]
+        parameter = name in dict(teacher.named_parameters())
+        torch.testing.assert_close(value, moved if parameter else before[name])
+
+
+class Marked(nn.Module):
+    """Gives back its images, and remembers which it was given together."""
+
+    def forward(self, views):
+        self.seen = [view.flatten(1)[:, 0].tolist() for view in views]
+        return [view.flatten(1) for view in views]
+
+
+def shuffled_keys(images, order):
+    share = len(images) // dist.size()
+    own = slice(dist.rank() * share, (dist.rank() + 1) * share)
+    encoder = Marked()
+    views = [torch.from_numpy(images[own]), 1 - torch.from_numpy(images[own])]
+    keys = moco.encode_keys(encoder, views, torch.from_numpy(order))
+    return [key.numpy() for key in keys], encoder.seen
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_keys_are_encoded_in_drawn_groups_and_come_back_in_order(pool, size):
+    rng = np.random.default_rng(0)
+    images, order = rng.normal(size=(8, 1, 1, 3)), rng.permutation(8)
+    parts = pool.run(size, shuffled_keys, images, order)
+    for view, whole in enumerate((images, 1 - images)):
+        whole = whole.reshape(8, 3)
+        wanted = whole / np.linalg.norm(whole, axis=1, keepdims=True)
+        np.testing.assert_allclose(np.concatenate([p[0][view] for p in parts]), wanted)
+        seen = sum((p[1][view] for p in parts), [])
+        assert seen == whole[order][:, 0].tolist()
+
+
+# ----------------------------------------------------------------------------------------- schedule
+
+
+def test_the_schedules_change_once_an_epoch():
+    step = moco.lr_schedule(1.0, "step", epochs=10, warmup_epochs=0, steps_per_epoch=2)
+    assert step == pytest.approx([1] * 12 + [0.1] * 4 + [0.01] * 4)
+    cosine = moco.lr_schedule(1.0, "cosine", epochs=4, warmup_epochs=0, steps_per_epoch=2)
+    expected = [(1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in (0, 0, 1, 1, 2, 2, 3, 3)]
+    assert cosine == pytest.approx(expected)
+    warm = moco.lr_schedule(1.0, "step", epochs=5, warmup_epochs=2, steps_per_epoch=2)
+    assert warm[:5] == [0, 0.25, 0.5, 0.75, 1]
+
+
+# --------------------------------------------------------------------------------------------- main
+
+
+def train(folder, steps):
+    torch.set_default_dtype(torch.float64)
+    flags = ["--output", folder, "--limit", str(16 * steps), "--batch-size", "16", "--epochs", "1",
+             "--warmup-epochs", "0", "--workers", "0", "--log-every", "1", "--bn-groups", "4",
+             "--queue-length", "40"]
+    moco.main(moco.parse_args(flags))
+    saved = torch.load(Path(folder) / "checkpoint.pt", weights_only=True)["state"]["queue"]
+    return [json.loads(line)["loss"] for line in (Path(folder) / "log.jsonl").open()], saved.numpy()
+
+
+def test_any_number_of_processes_computes_the_same(pool, tmp_path):
+    losses, queue = pool.run(1, train, str(tmp_path / "1"), 8)[0]
+    for size in (2, 4):
+        other_losses, other_queue = pool.run(size, train, str(tmp_path / str(size)), 8)[0]
+        np.testing.assert_allclose(other_losses, losses, atol=1e-9)
+        np.testing.assert_allclose(other_queue, queue, atol=1e-9)
