@@ -34,7 +34,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 PARTS = ("data", "step", "both")
 
 
-def parse_args(argv=None):
+def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("script", help="simclr, ...")
@@ -56,8 +56,11 @@ def parse_args(argv=None):
     parser.add_argument("--warmup", type=int, default=5, help="steps not counted")
     parser.add_argument("--steps", type=int, default=20, help="steps counted")
     parser.add_argument("--measure", nargs=2, metavar=("SIDE", "PART"), help=argparse.SUPPRESS)
-    parser.add_argument("flags", nargs="*", help="after --: further flags of the script")
-    return parser.parse_args(argv)
+    parser.epilog = "Flags behind a -- go to the script."
+    cut = argv.index("--") if "--" in argv else len(argv)
+    args = parser.parse_args(argv[:cut])
+    args.flags = argv[cut + 1 :]
+    return args
 
 
 # -------------------------------------------------------------------------------- inside a process
