@@ -174,11 +174,17 @@ def main(args):
     checkpoints = [features.find_checkpoint(name) for name in args.checkpoint]
     settings = features.resolve(args, checkpoints)
 
+    opened = {}  # both splits, by channel count: listed once for all checkpoints
+
     def features_of(settings, function):
         """Features of both splits through one view without random numbers, and their labels."""
-        splits = [data.open_images(settings["data"], split, settings["in_chans"],
-                                   root=args.data_root, limit=args.limit)
-                  for split in ("train", "test")]
+        if settings["in_chans"] not in opened:
+            opened[settings["in_chans"]] = [
+                data.open_images(settings["data"], split, settings["in_chans"],
+                                 root=args.data_root, limit=args.limit)
+                for split in ("train", "test")
+            ]
+        splits = opened[settings["in_chans"]]
         if any(images.labels is None for images in splits):
             raise dist.RunError(f"--data {settings['data']}: no class folders, so no labels")
         size = settings["image_size"]

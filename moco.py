@@ -383,8 +383,8 @@ def main(args):
 
                 step += 1
                 seen = indicators(q[0], k[0], queue) if log.due(step) else {}
-                for keys in k:
-                    pointer = update_queue(queue, pointer, keys)  # 5. the newest for the oldest
+                for new_keys in k:
+                    pointer = update_queue(queue, pointer, new_keys)  # 5. newest for oldest
                 log.write(step, epoch=epoch, loss=loss, lr=lr_of_step[step - 1],
                           waited=loader.waited, **seen)
                 save, stop = run.agree(step % loader.steps_per_epoch == 0)
