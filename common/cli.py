@@ -130,6 +130,28 @@ def peek(argv, flag: str) -> int | None:
     return first.parse_known_args(argv)[0].value
 
 
+def check_crops(made: Parser, args: argparse.Namespace) -> None:
+    """Check the flags of a script with crops of several sizes, and set the size of the full ones.
+
+    `--num-crops`, `--crop-sizes` and `--crop-scales` describe the same groups of crops; the full
+    crops, the first group, are at least two; the evaluations use their size, `--image-size`.
+    """
+    groups = len(args.num_crops)
+    if len(args.crop_sizes) != groups or len(args.crop_scales) != 2 * groups:
+        made.error(f"--num-crops has {groups} values, --crop-sizes {len(args.crop_sizes)} and "
+                   f"--crop-scales {len(args.crop_scales)}; give one, one and two for each size")
+    for low, high in zip(args.crop_scales[::2], args.crop_scales[1::2], strict=True):
+        if not 0 < low <= high:
+            made.error(f"--crop-scales {low:g} {high:g} is no range of area shares above 0")
+    if args.num_crops[0] < 2:
+        made.error(f"--num-crops {args.num_crops[0]}: the first size needs at least two crops")
+    if args.image_size is None:
+        args.image_size = args.crop_sizes[0]
+    if args.image_size != args.crop_sizes[0]:
+        made.error(f"--image-size {args.image_size} is not the first of --crop-sizes "
+                   f"{args.crop_sizes[0]}; give --crop-sizes alone")
+
+
 def settings(args: argparse.Namespace) -> dict:
     """The settings that change the learned weights, by name: what a resumed run must repeat."""
     return {name: value for name, value in sorted(vars(args).items()) if name not in RUN_FLAGS}

@@ -200,13 +200,17 @@ def all_gather_no_grad(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def sum_over_processes(x: Tensor) -> Tensor:
+    """Add a tensor over processes, detached."""
+    total = x.detach().clone()
+    if size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
 def mean_over_processes(x: Tensor) -> Tensor:
     """Average a tensor over processes, detached."""
-    if size() == 1:
-        return x.detach()
-    total = x.detach().clone()
-    dist.all_reduce(total)
-    return total / size()
+    return x.detach() if size() == 1 else sum_over_processes(x) / size()
 
 
 def all_gather_objects(value) -> list:

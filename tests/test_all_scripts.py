@@ -27,7 +27,11 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py") if "\nRECIPES = " in p.read_text())
 TINY = ["--limit", "32", "--batch-size", "16", "--epochs", "1", "--warmup-epochs", "0",
         "--workers", "0", "--log-every", "1"]
-EXTRA: dict[str, list[str]] = {"moco": ["--bn-groups", "2"]}  # what a script needs for a tiny run
+EXTRA: dict[str, list[str]] = {  # what a script needs for a tiny run
+    "deepcluster_v2": ["--num-clusters", "8", "8"],
+    "moco": ["--bn-groups", "2"],
+    "swav": ["--freeze-prototypes-epochs", "0"],
+}
 STILL: dict[str, set[str]] = {}  # trainable parameters that two steps need not move
 SHARED = {
     "data", "limit", "recipe", "arch", "image_size", "in_chans", "mean", "std", "epochs",
