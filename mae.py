@@ -49,7 +49,7 @@ RECIPES = {
         arch="vit_micro", patch_size=4, image_size=16, in_chans=3, mean=[0.5, 0.5, 0.5],
         std=[0.5, 0.5, 0.5], views="digits", crop_scale=[0.6, 1.0], mask_ratio=0.75,
         norm_pix=True, decoder_dim=64, decoder_depth=2, decoder_heads=4, epochs=100,
-        batch_size=128, lr=2e-3, weight_decay=0.05, warmup_epochs=10,
+        batch_size=128, lr=2e-3, weight_decay=0.05, warmup_epochs=5,
     ),
 }
 
