@@ -63,7 +63,7 @@ def parse_args(argv=None):
     group.add_argument("--mean", type=cli.number, nargs="+", help="subtracted from each channel")
     group.add_argument("--std", type=cli.positive, nargs="+", help="each channel is divided by it")
     group = parser.add_argument_group("method")
-    group.add_argument("--arch", choices=backbones.NAMES, help="backbone")
+    group.add_argument("--arch", choices=backbones.RESNETS, help="backbone")
     group.add_argument("--stem", choices=("imagenet", "small"), help="small: 3x3 stride 1, no pool")
     group.add_argument("--views", choices=("photo", "digits"), help="what views are made of")
     group.add_argument("--crop-scale", type=cli.share, nargs=2, help="smallest, largest area share")

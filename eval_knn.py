@@ -58,6 +58,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("backbone (default: as above)")
     group.add_argument("--arch", choices=backbones.NAMES, help="backbone")
     group.add_argument("--stem", choices=("imagenet", "small"), help="small: 3x3 stride 1, no pool")
+    group.add_argument("--patch-size", type=cli.count, help="side of a transformer's patches")
     group = parser.add_argument_group("run")
     group.add_argument("--batch-size", type=cli.count, default=256, help="images in one pass")
     group.add_argument("--workers", type=cli.whole, metavar="N",
@@ -205,9 +206,12 @@ def main(args):
                     f"images of {size} px (shorter side to {resize}, central crop)")
         return (found[0], splits[0].labels, found[1], splits[1].labels), protocol
 
-    def frozen(settings, weights):
-        backbone = backbones.build_backbone(settings["arch"], stem=settings["stem"],
-                                            in_chans=settings["in_chans"], zero_init_residual=False)
+    def frozen(settings, weights, trained_size=None):
+        backbone = backbones.build_backbone(
+            settings["arch"], in_chans=settings["in_chans"], stem=settings["stem"],
+            zero_init_residual=False, image_size=trained_size or settings["image_size"],
+            patch_size=settings["patch_size"], positions="sincos", drop_path=0.0,
+        )
         return features.freeze(backbone, weights, world)
 
     # Features and votes of each checkpoint
@@ -225,7 +229,8 @@ def main(args):
                 models.append(frozen(settings, None))
         else:
             own = {**features.resolve(args, [checkpoint]), "data": settings["data"]}
-            models = [frozen(own, checkpoint.weights)]
+            trained_size = checkpoint.settings.get("image_size")
+            models = [frozen(own, checkpoint.weights, trained_size)]
         results = []
         for model in models:
             found, protocol = features_of(own, model)

@@ -34,7 +34,7 @@ TORCHVISION = {
 FATAL = -1  # in a worker's report: stop the run
 BUILT_IN = ("digits", *TORCHVISION, "fake")
 # Streams of random numbers that never meet.
-SAMPLE, ORDER, FAKE, SHUFFLE, CLUSTERS = 1, 2, 3, 4, 5
+SAMPLE, ORDER, FAKE, SHUFFLE, CLUSTERS, MASK, NEGATIVES = range(1, 8)
 
 
 def philox(seed: int, stream: int, *key: int) -> np.random.Generator:

@@ -16,12 +16,12 @@ from common.dist import RunError, World
 # What to assume where no run.json and no flag says it: the built-in images and the backbone for
 # them, or a file in torchvision's layout.
 DIGITS = dict(
-    data="digits", arch="resnet_tiny", stem="small", image_size=16, in_chans=3, mean=[0.5],
-    std=[0.5],
+    data="digits", arch="resnet_tiny", stem="small", patch_size=4, image_size=16, in_chans=3,
+    mean=[0.5], std=[0.5],
 )
 FOLDER = dict(
-    arch="resnet50", stem="imagenet", image_size=224, in_chans=3, mean=[0.485, 0.456, 0.406],
-    std=[0.229, 0.224, 0.225],
+    arch="resnet50", stem="imagenet", patch_size=16, image_size=224, in_chans=3,
+    mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225],
 )
 
 

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -32,11 +33,11 @@ def shuffled(net):
     return net
 
 
-# ----------------------------------------------------------------------------------- every backbone
+# ------------------------------------------------------------------------------------ every ResNet
 
 
 @every_stem
-@pytest.mark.parametrize("arch", backbones.NAMES)
+@pytest.mark.parametrize("arch", backbones.RESNETS)
 def test_features_have_the_width_that_the_backbone_names(arch, stem):
     with META:
         net = build(arch, stem)
@@ -130,3 +131,261 @@ def test_a_small_resnet_starts_with_the_spread_of_torchvisions():
     for name, weight in ours.named_parameters():
         if weight.ndim > 1:
             assert weight.std().item() == pytest.approx(theirs[name].std().item(), rel=0.1), name
+
+
+# ----------------------------------------------------------------------------- vision transformers
+
+TIMM_VIT_SMALL = {  # vit_small_patch16_224 without its head
+    "cls_token": (1, 1, 384), "pos_embed": (1, 197, 384), "patch_embed.proj.weight":
+    (384, 3, 16, 16), "patch_embed.proj.bias": (384,), "norm.weight": (384,), "norm.bias": (384,),
+}
+for _n in range(12):
+    for _name, _shape in {
+        "norm1.weight": (384,), "norm1.bias": (384,), "attn.qkv.weight": (1152, 384),
+        "attn.qkv.bias": (1152,), "attn.proj.weight": (384, 384), "attn.proj.bias": (384,),
+        "norm2.weight": (384,), "norm2.bias": (384,), "mlp.fc1.weight": (1536, 384),
+        "mlp.fc1.bias": (1536,), "mlp.fc2.weight": (384, 1536), "mlp.fc2.bias": (384,),
+    }.items():
+        TIMM_VIT_SMALL[f"blocks.{_n}.{_name}"] = _shape
+
+
+def vit(arch="vit_micro", image_size=16, patch_size=4, in_chans=3, positions="learned",
+        drop_path=0.0):
+    return backbones.build_backbone(
+        arch, in_chans=in_chans, image_size=image_size, patch_size=patch_size, positions=positions,
+        drop_path=drop_path,
+    )
+
+
+def test_the_keys_and_shapes_of_a_small_transformer_are_timms():
+    with META:
+        assert shapes(vit("vit_small", 224, 16).state_dict()) == TIMM_VIT_SMALL
+
+
+@pytest.mark.parametrize(
+    "arch, patch, count",
+    [("vit_small", 16, 21_665_664), ("vit_small", 8, 21_670_272), ("vit_base", 16, 85_798_656),
+     ("vit_large", 16, 303_301_632), ("vit_huge", 14, 630_764_800)],
+)
+def test_the_parameter_counts_are_timms(arch, patch, count):
+    with META:
+        net = vit(arch, 224, patch)
+    dim, depth, length = net.num_features, len(net.blocks), (224 // patch) ** 2
+    patches = 3 * patch**2 * dim + dim + dim + (1 + length) * dim
+    block = 4 * dim + (3 * dim * dim + 3 * dim) + (dim * dim + dim) + (8 * dim * dim + 5 * dim)
+    assert sum(p.numel() for p in net.parameters()) == count
+    assert count == patches + depth * block + 2 * dim
+
+
+def by_hand(net, image):
+    """Tokens (1 + L, D) of one image (C, H, W): one token, one head and one weight at a time."""
+    weights = {name: value.numpy() for name, value in net.state_dict().items()}
+    image, patch = image.numpy(), net.patch_size
+
+    def norm(x, name):
+        x = (x - x.mean()) / math.sqrt(x.var() + 1e-6)
+        return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    def linear(x, name):
+        return weights[f"{name}.weight"] @ x + weights[f"{name}.bias"]
+
+    tokens = [weights["cls_token"][0, 0]]
+    for top in range(0, image.shape[1], patch):
+        for left in range(0, image.shape[2], patch):
+            window = image[:, top : top + patch, left : left + patch]
+            kernel = weights["patch_embed.proj.weight"]
+            tokens.append((kernel * window).sum((1, 2, 3)) + weights["patch_embed.proj.bias"])
+    tokens = [t + p for t, p in zip(tokens, weights["pos_embed"][0], strict=True)]
+    for number, block in enumerate(net.blocks):
+        name, heads = f"blocks.{number}", block.attn.num_heads
+        size = len(tokens[0]) // heads
+        qkv = [linear(norm(t, f"{name}.norm1"), f"{name}.attn.qkv") for t in tokens]
+        mixed = []
+        for one in qkv:
+            out = []
+            for head in range(heads):
+                q, k, v = (slice((part * heads + head) * size, (part * heads + head + 1) * size)
+                           for part in range(3))
+                scores = [math.exp(one[q] @ other[k] / math.sqrt(size)) for other in qkv]
+                out.append(sum(s * other[v] for s, other in zip(scores, qkv, strict=True))
+                           / sum(scores))
+            mixed.append(linear(np.concatenate(out), f"{name}.attn.proj"))
+        tokens = [t + m for t, m in zip(tokens, mixed, strict=True)]
+        for place, t in enumerate(tokens):
+            hidden = linear(norm(t, f"{name}.norm2"), f"{name}.mlp.fc1")
+            hidden = np.array([h * (1 + math.erf(h / math.sqrt(2))) / 2 for h in hidden])
+            tokens[place] = t + linear(hidden, f"{name}.mlp.fc2")
+    return np.stack([norm(t, "norm") for t in tokens])
+
+
+def test_the_forward_is_that_of_loops():
+    torch.set_default_dtype(torch.float64)
+    net = shuffled(backbones.VisionTransformer(
+        12, 2, 3, image_size=(4, 6), patch_size=2, in_chans=2, positions="learned", drop_path=0.0
+    ))
+    images = torch.randn(2, 2, 4, 6)
+    with torch.no_grad():
+        tokens, pooled = net.tokens(images)[0], net(images)
+    for image, found, feature in zip(images, tokens, pooled, strict=True):
+        expected = by_hand(net, image)
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(feature, expected[0], rtol=1e-9, atol=1e-9)
+
+
+def test_the_forward_is_that_of_torchvisions_transformer():
+    theirs = torchvision.models.VisionTransformer(
+        image_size=32, patch_size=8, num_layers=2, num_heads=3, hidden_dim=48, mlp_dim=192
+    )
+    theirs.heads = nn.Identity()
+    state = {}
+    for name, value in shuffled(theirs).state_dict().items():
+        for old, new in {
+            "class_token": "cls_token", "encoder.pos_embedding": "pos_embed", "conv_proj":
+            "patch_embed.proj", "encoder.layers.encoder_layer_": "blocks.", "ln_1": "norm1",
+            "ln_2": "norm2", "self_attention.in_proj_": "attn.qkv.", "self_attention.out_proj":
+            "attn.proj", "mlp.0": "mlp.fc1", "mlp.3": "mlp.fc2", "encoder.ln": "norm",
+        }.items():
+            name = name.replace(old, new)
+        state[name] = value
+    ours = backbones.VisionTransformer(48, 2, 3, image_size=32, patch_size=8, in_chans=3,
+                                       positions="learned", drop_path=0.0)
+    ours.load_state_dict(state)
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.eval()(images), theirs.eval()(images))
+
+
+def test_the_last_blocks_are_given_in_order_and_normalised():
+    net, images = vit().eval(), torch.rand(2, 3, 16, 16)
+    outputs = []
+    for block in net.blocks:
+        block.register_forward_hook(lambda _, __, out: outputs.append(out))
+    found = net.tokens(images, last=3)
+    assert len(found) == 3
+    for got, raw in zip(found, outputs[-3:], strict=True):
+        assert torch.equal(got, net.norm(raw)) and got.shape == (2, 17, 96)
+
+
+def test_the_attention_is_what_the_last_block_mixes_with():
+    net, images = vit().double().eval(), torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    attention = net.attention(images)
+    assert attention.shape == (2, 3, 17)
+    torch.testing.assert_close(attention.sum(2), torch.ones(2, 3, dtype=torch.float64))
+    seen, last = {}, net.blocks[-1].attn
+    last.register_forward_hook(lambda _, inputs, __: seen.update(x=inputs[0]))
+    last.proj.register_forward_hook(lambda _, inputs, __: seen.update(mixed=inputs[0]))
+    net(images)
+    values = last.heads_of(seen["x"])[2]
+    mixed = torch.einsum("nhl,nhld->nhd", attention, values).flatten(1)
+    torch.testing.assert_close(mixed, seen["mixed"][:, 0])
+
+
+@pytest.mark.parametrize("channels", [1, 4, 10])
+def test_a_transformer_takes_any_channels_patches_and_sides(channels):
+    net = vit(image_size=(20, 35), patch_size=5, in_chans=channels)
+    assert net.grid == (4, 7) and net.pos_embed.shape == (1, 29, 96)
+    assert net(torch.rand(2, channels, 20, 35)).shape == (2, 96)
+    assert net.tokens(torch.rand(2, channels, 35, 10))[0].shape == (2, 15, 96)
+
+
+def test_what_does_not_fit_is_named():
+    with pytest.raises(ValueError, match="images of 16 x 18 do not divide into patches of 4"):
+        vit(image_size=(16, 18))
+    with pytest.raises(ValueError, match="images of 10 x 16 .* patches of 4"):
+        vit().embed(torch.rand(1, 3, 10, 16))
+    with pytest.raises(ValueError, match="vit_small needs image_size, patch_size, positions"):
+        build("vit_small")
+    with pytest.raises(ValueError, match="resnet18 needs stem, zero_init_residual"):
+        vit("resnet18")
+
+
+def test_a_transformer_starts_with_small_truncated_normal_weights():
+    net = vit("vit_tiny")
+    for name, value in net.state_dict().items():
+        if "norm" in name:
+            assert (value == (1 if name.endswith("weight") else 0)).all(), name
+        elif name in ("cls_token", "pos_embed") or name.endswith("weight") and value.ndim == 2:
+            assert value.std().item() == pytest.approx(0.02, rel=0.2), name
+        elif not name.startswith("patch_embed"):
+            assert (value == 0).all(), name
+    bound = 1 / math.sqrt(3 * 4 * 4)
+    assert bound * 0.95 < net.patch_embed.proj.weight.abs().max() <= bound
+
+
+# positions
+
+
+def test_fixed_positions_are_those_of_loops():
+    dim, rows, columns = 16, 3, 5
+    found = backbones.sincos_positions(dim, rows, columns)
+    for row in range(rows):
+        for column in range(columns):
+            for i in range(dim // 4):
+                frequency = 1 / 10000 ** (i / (dim / 4))
+                for half, at in ((0, column), (dim // 2, row)):
+                    value = found[row * columns + column]
+                    assert value[half + i] == pytest.approx(math.sin(at * frequency), abs=1e-7)
+                    cosine = value[half + dim // 4 + i]
+                    assert cosine == pytest.approx(math.cos(at * frequency), abs=1e-7)
+    with pytest.raises(ValueError, match="not 18"):
+        backbones.sincos_positions(18, 2, 2)
+
+
+def test_fixed_positions_have_no_gradient_and_leave_the_class_token_at_0():
+    net = vit(positions="sincos")
+    assert not net.pos_embed.requires_grad and (net.pos_embed[0, 0] == 0).all()
+    assert torch.equal(net.pos_embed[0, 1:], backbones.sincos_positions(96, 4, 4))
+    assert vit().pos_embed.requires_grad
+
+
+def test_positions_at_their_own_size_are_used_as_they_are():
+    positions = torch.randn(1, 24, 8)
+    assert backbones.resample_positions(positions, (4, 6), (4, 6)) is positions
+
+
+@pytest.mark.parametrize("wanted", [(6, 6), (7, 28), (16, 14), (1, 3)])
+def test_positions_are_interpolated_bicubically_with_their_gradient(wanted):
+    positions = torch.randn(1, 14 * 14, 8, dtype=torch.float64, requires_grad=True)
+    found = backbones.resample_positions(positions, (14, 14), wanted)
+    image = positions.detach().view(1, 14, 14, 8).permute(0, 3, 1, 2).requires_grad_()
+    expected = nn.functional.interpolate(image, size=wanted, mode="bicubic")
+    torch.testing.assert_close(found, expected.flatten(2).transpose(1, 2))
+    direction = torch.randn_like(found)
+    (found * direction).sum().backward()
+    (expected.flatten(2).transpose(1, 2) * direction).sum().backward()
+    torch.testing.assert_close(positions.grad.view(1, 14, 14, 8).permute(0, 3, 1, 2), image.grad)
+
+
+def test_interpolated_positions_stay_float32_under_autocast():
+    positions = torch.randn(1, 16, 8)
+    expected = backbones.resample_positions(positions, (4, 4), (3, 5))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(backbones.resample_positions(positions, (4, 4), (3, 5)), expected)
+
+
+# stochastic depth
+
+
+def test_the_rate_of_dropped_branches_rises_linearly():
+    rates = [block.drop_path for block in vit(drop_path=0.3).blocks]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3])
+
+
+def test_branches_are_dropped_for_whole_samples_and_kept_in_the_mean():
+    block = backbones.Block(8, 2, drop_path=0.25).double()
+    out = block.dropped(torch.ones(4000, 3, 8, dtype=torch.float64))
+    assert torch.equal(out, out[:, :1, :1].expand_as(out))
+    assert set(out.unique().tolist()) == {0, 1 / 0.75}
+    assert out.mean().item() == pytest.approx(1, abs=4 * math.sqrt(0.25 / 0.75 / 4000))
+    torch.manual_seed(3)
+    one = block.dropped(out)
+    torch.manual_seed(3)
+    assert torch.equal(one, block.dropped(out))
+
+
+def test_nothing_is_dropped_outside_training():
+    net, images = vit(drop_path=0.5), torch.rand(8, 3, 16, 16)
+    plain = vit()
+    plain.load_state_dict(net.state_dict())
+    assert not torch.equal(net(images), plain(images))
+    assert torch.equal(net.eval()(images), plain(images))

@@ -16,8 +16,8 @@ from common.dist import RunError, World
 
 # ---------------------------------------------------------------------------------- find_checkpoint
 
-SETTINGS = dict(data="digits", arch="resnet18_quarter", stem="small", image_size=20, in_chans=1,
-                mean=[0.3], std=[0.2], lr=1.0)
+SETTINGS = dict(data="digits", arch="resnet18_quarter", stem="small", patch_size=5, image_size=20,
+                in_chans=1, mean=[0.3], std=[0.2], lr=1.0)
 
 
 @pytest.mark.parametrize("name", ["random", "pixels"])
