@@ -60,8 +60,8 @@ RECIPES = {
         arch="resnet_tiny", stem="small", in_chans=3, mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5],
         views="digits", num_crops=[2, 2], crop_sizes=[16, 8], crop_scales=[0.6, 1.0, 0.3, 0.6],
         jitter_strength=0.5, blur=False, projector_dim=128, embedding_dim=64,
-        num_clusters=[60, 60, 60], kmeans_iterations=10, temperature=0.1, epochs=60,
-        batch_size=256, lr=1.0, start_lr=0.0, final_lr=0.001, weight_decay=1e-6, warmup_epochs=5,
+        num_clusters=[60, 60, 60], kmeans_iterations=10, temperature=0.1, epochs=40,
+        batch_size=256, lr=4.0, start_lr=0.1, final_lr=0.004, weight_decay=1e-6, warmup_epochs=5,
         sync_bn=True,
     ),
 }
