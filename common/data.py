@@ -33,7 +33,7 @@ TORCHVISION = {
 }
 FATAL = -1  # in a worker's report: stop the run
 BUILT_IN = ("digits", *TORCHVISION, "fake")
-SAMPLE, ORDER, FAKE, SHUFFLE = 1, 2, 3, 4  # streams of random numbers that never meet
+SAMPLE, ORDER, FAKE, SHUFFLE, NEGATIVES = 1, 2, 3, 4, 5  # streams of random numbers that never meet
 
 
 def philox(seed: int, stream: int, *key: int) -> np.random.Generator:
