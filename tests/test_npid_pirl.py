@@ -408,7 +408,7 @@ def test_the_schedules_change_once_an_epoch():
 
 
 @pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("extra", [[], ["--mlp-head", "--blur", "--loss", "cross_entropy"]])
+@pytest.mark.parametrize("extra", [[], ["--mlp-head", "--blur", "--loss", "nce"]])
 def test_two_steps_of_pirl_move_every_trainable_parameter(pool, size, extra, tmp_path):
     flags = ("npid_pirl", str(tmp_path), "--method", "pirl", *extra)
     for unmoved, _, losses in pool.run(size, watched_run, *flags):
@@ -434,7 +434,7 @@ def train(folder, *flags, stop_at=None):
         npid_pirl.main(npid_pirl.parse_args([
             "--output", folder, "--limit", "48", "--batch-size", "16", "--epochs", "2",
             "--warmup-epochs", "0", "--workers", "0", "--log-every", "1", "--sync-bn",
-            "--num-negatives", "20", *flags,
+            "--loss", "nce", "--num-negatives", "20", *flags,
         ]))
     finally:
         Run.agree = agree
@@ -490,7 +490,8 @@ def test_both_terms_see_the_bank_as_it_was_before_the_step(tmp_path, monkeypatch
 
     for name in ("memory_logits", "estimate_z", "nce_loss", "update_memory"):
         note(name)
-    module, args = parsed("npid_pirl", "--method", "pirl", "--output", tmp_path)
+    flags = ("--method", "pirl", "--loss", "nce", "--output", tmp_path)
+    module, args = parsed("npid_pirl", *flags)
     module.main(args)
     names = [name for name, *_ in events]
     step = ["memory_logits", "nce_loss", "nce_loss", "update_memory"]
