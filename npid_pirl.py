@@ -188,7 +188,7 @@ def colours(kind, blur, mean, std):
 
 
 class JigsawView:
-    """Nine patches of one crop in random order, each with its own flip and colours (PIRL, 3.2).
+    """Nine patches of one crop in random order, each with its own flip and colours (PIRL).
 
     The crop has 3 x 3 cells; each patch lies anywhere in its cell. To the loader this is a view
     like `augment.View`: until `finish`, the patches stand in one image, below each other.
@@ -332,7 +332,7 @@ def estimate_z(logits: Tensor, num_images: int) -> Tensor:
     Returns:
         Scalar: mean of exp(logits) over all columns and processes, times the number of images.
 
-    Reference: NPID, equation 8.
+    Reference: NPID, section 3.2.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return dist.mean_over_processes(logits.exp().mean()) * num_images
@@ -350,7 +350,7 @@ def nce_loss(logits: Tensor, num_images: int, z: Tensor | float) -> Tensor:
         Scalar: with P = exp(logit) / Z and c = K / n, the mean over rows of
         -log(P_0 / (P_0 + c + eps)) - sum over k of log(c / (P_k + c + eps)), eps = 1e-7.
 
-    Reference: NPID, equations 5-7.
+    Reference: NPID, section 3.2.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     probability = logits.exp() / z

@@ -243,7 +243,7 @@ def z_by_loops(logits, num_images):
 
 
 def nce_by_loops(logits, num_images, z):
-    """Equations 5 to 7 of NPID, one number at a time."""
+    """Section 3.2 of NPID, one number at a time."""
     noise, total = (len(logits[0]) - 1) / num_images, 0.0
     for row in logits:
         probability = [math.exp(logit) / z for logit in row]
