@@ -71,7 +71,7 @@ RECIPES = {
         arch="resnet_tiny", stem="small", image_size=16, in_chans=3, mean=[0.5, 0.5, 0.5],
         std=[0.5, 0.5, 0.5], views="digits", crop_scale=[0.6, 1.0], flip=False, blur=False,
         mlp_head=False, embedding_dim=64, loss="cross_entropy", num_negatives=512,
-        temperature=0.1, memory_momentum=0.5, epochs=100, batch_size=128, lr=0.12,
+        temperature=0.1, memory_momentum=0.5, epochs=60, batch_size=128, lr=0.12,
         weight_decay=1e-4, decay_norms=True, warmup_epochs=5, schedule="cosine", sync_bn=False,
     ),
 }
@@ -90,7 +90,7 @@ PIRL = {  # what `--method pirl` changes
     # Ours, on NPID's settings.
     "cifar10": dict(views="pirl", flip=True, jigsaw_size=48, jigsaw_crop_scale=[0.6, 1.0],
                     patch_size=12),
-    "digits": dict(jigsaw_size=24, jigsaw_crop_scale=[0.6, 1.0], patch_size=7, epochs=60),
+    "digits": dict(jigsaw_size=24, jigsaw_crop_scale=[0.6, 1.0], patch_size=7, epochs=40),
 }
 
 
