@@ -205,16 +205,19 @@ def pool_to_grid(name: str, x: Tensor) -> Tensor:
     return nn.functional.adaptive_avg_pool2d(x, [min(cells, s) for s in x.shape[2:]])
 
 
-def flat_layers(backbone: nn.Module, images: Tensor, names) -> dict[str, Tensor]:
+def flat_layers(backbone: nn.Module, images: Tensor, names=None) -> dict[str, Tensor]:
     """Compute layers as rows (N, D), in one pass.
 
     Args:
         names: of `layer_widths`, a map being averaged over all of its places; or with `-grid`
-            behind, as in `res4-grid`, averaged to a few cells by `pool_to_grid`.
+            behind, as in `res4-grid`, averaged to a few cells by `pool_to_grid`. None: the usual
+            feature.
 
     Raises:
         ValueError: the backbone has no layer of that name.
     """
+    if names is None:
+        names = list(layer_widths(backbone))[-1:]
     plain = {name: name.removesuffix("-grid") for name in names}
     for name, layer in plain.items():
         if name != layer and layer not in GRIDS:

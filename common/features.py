@@ -1,9 +1,17 @@
-"""Features of a frozen backbone for the evaluations: what to load, and one pass over the images."""
+"""Features of a frozen backbone for the three evaluations: what to load, one pass, keeping them.
+
+An evaluation goes through `sources`, which yields the features of every checkpoint or feature file
+that its command line names (`cli.evaluation_parser`). The pieces serve alone as well:
+`find_checkpoint` and `resolve` say what to load and how to feed it, `models` builds and loads it,
+`extract` applies a function to every image, `Features` holds both splits and is written and read.
+"""
 
 import contextlib
 import json
 import os
 import re
+import statistics
+import zipfile
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,6 +82,133 @@ def resolve(args, checkpoints: list[Checkpoint]) -> dict:
     return settings
 
 
+def resize_of(settings: dict, resize: int | None) -> int:
+    """Shorter side before the crop: as given, else the image size up to 96 px, 8/7 of it above.
+
+    Raises:
+        RunError: less than the image size.
+    """
+    size = settings["image_size"]
+    resize = resize or (size if size <= 96 else round(size * 256 / 224))
+    if resize < size:
+        raise RunError(f"--resize {resize} is less than --image-size {size}")
+    return resize
+
+
+def sources(args, world: World, *, open_split, make_view, build, layers, default_workers: int):
+    """Go through what `--checkpoint` or `--features` name.
+
+    Args:
+        args: of a parser made by `cli.evaluation_parser`.
+        open_split: (settings, "train" or "test") to a source of labelled images; called once for
+            each channel count.
+        make_view: settings to an `augment.View` without random numbers, and words for it.
+        build: settings to a new backbone; "trained_size" among them is the size of its images.
+        layers: (backbone, images, names or None for the usual one) to rows by name.
+        default_workers: loader processes where images are files and no flag says.
+
+    Yields:
+        The name, and its `Features`, one after the other: five for `random`, one for all others.
+
+    Raises:
+        RunError: something named is not there, does not fit or has no labels.
+    """
+    for path in args.features or ():
+        yield path, read_all(path, args.layers)
+    checkpoints = [find_checkpoint(name) for name in args.checkpoint or ()]
+    shared = resolve(args, checkpoints) if checkpoints else {}
+    opened = {}  # both splits, by channel count: listed once for all checkpoints
+    said = set()
+
+    def extracted(checkpoint, settings):
+        view, words = make_view(settings)
+        train, test = opened[settings["in_chans"]]
+        workers = args.workers
+        if workers is None:
+            workers = default_workers if train.reads_files else 0
+        protocol = (f"{settings['data']}: {len(train)} training and {len(test)} test images of "
+                    f"{settings['image_size']} px ({words})")
+        if protocol not in said:
+            dist.say(protocol)
+            said.add(protocol)
+        names = None if checkpoint.name == "pixels" else args.layers
+        for backbone in models(checkpoint, settings, build, args.seed, world):
+
+            def function(images, backbone=backbone):
+                try:
+                    return layers(backbone, images, names)
+                except ValueError as error:
+                    raise RunError(f"{checkpoint.name}: {error}") from error
+
+            parts = [
+                Split(
+                    extract(function, images, view, world, batch_size=args.batch_size,
+                            workers=workers),
+                    np.asarray(images.labels, dtype=np.int64), images.index,
+                )
+                for images in (train, test)
+            ]
+            found = Features(checkpoint.name, protocol, *parts)
+            if args.save_features:
+                write(found, args.save_features, world)
+            yield found
+
+    for checkpoint in checkpoints:
+        settings = dict(shared)
+        if checkpoint.weights is not None:
+            settings = {**resolve(args, [checkpoint]), "data": shared["data"]}
+        settings["trained_size"] = checkpoint.settings.get("image_size", settings["image_size"])
+        if settings["in_chans"] not in opened:
+            splits = [open_split(settings, split) for split in ("train", "test")]
+            if any(images.labels is None for images in splits):
+                raise RunError(f"--data {settings['data']}: no class folders, so no labels")
+            opened[settings["in_chans"]] = splits
+        yield checkpoint.name, extracted(checkpoint, settings)
+
+
+def mean_of(runs: list):
+    """The results of several initialisations, averaged number by number."""
+    first = runs[0]
+    if all(run == first for run in runs):
+        return first
+    if isinstance(first, dict):
+        return {key: mean_of([run[key] for run in runs]) for key in first}
+    if isinstance(first, list):
+        return [mean_of(list(parts)) for parts in zip(*runs, strict=True)]
+    return statistics.fmean(runs)
+
+
+# ---------------------------------------------------------------------------------------- backbones
+
+RANDOM_INITIALISATIONS = 5
+
+
+class Pixels(nn.Module):
+    """The baseline that learns nothing: the normalised image is its feature."""
+
+    def layer_widths(self) -> dict:
+        return {"pixels": None}
+
+    def layers(self, images: Tensor, _names) -> dict[str, Tensor]:
+        return {"pixels": images.flatten(1)}
+
+
+def models(checkpoint: Checkpoint, settings: dict, build, seed: int, world: World):
+    """Yield a checkpoint's frozen backbone; for `random` five untrained ones, of seeds from `seed`.
+
+    Args:
+        build: settings to a new backbone.
+    """
+    if checkpoint.name == "pixels":
+        yield freeze(Pixels(), None, world)
+    elif checkpoint.weights is None:
+        for number in range(RANDOM_INITIALISATIONS):
+            torch.manual_seed(seed + number)
+            yield freeze(build(settings), None, world)
+    else:
+        yield freeze(build(settings), checkpoint.weights, world)
+
+
 def freeze(backbone: nn.Module, weights: str | None, world: World) -> nn.Module:
     """Put a backbone on the device in eval mode, with weights from a file or as it stands."""
     with dist.together():
@@ -117,21 +252,22 @@ def load_backbone(backbone: nn.Module, path: str) -> None:
         dist.say(f"{path}: {len(loaded)} tensors loaded, left out: {' '.join(heads)}")
 
 
-class Chunks(torch.utils.data.Dataset):
-    """Item b is the b-th chunk of a range of images, through one view without random numbers."""
+# ----------------------------------------------------------------------------------------- one pass
 
-    def __init__(self, images, view, first: int, last: int, size: int):
-        self.images, self.view, self.last = images, view, last
-        self.starts = list(range(first, last, size))
-        self.size = size
+
+class Chunks(torch.utils.data.Dataset):
+    """Item b is the b-th of some chunks of the images, through one view without random numbers."""
+
+    def __init__(self, images, view, chunks: range, size: int):
+        self.images, self.view, self.chunks, self.size = images, view, chunks, size
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return len(self.chunks)
 
     def __getitem__(self, item: int):
-        start = self.starts[item]
+        start = self.chunks[item] * self.size
         crops = []
-        for index in range(start, min(start + self.size, self.last)):
+        for index in range(start, min(start + self.size, len(self.images))):
             try:
                 planes = self.images.read(index)
             except Exception as error:  # Pillow's decoders raise what they like
@@ -144,30 +280,124 @@ class Chunks(torch.utils.data.Dataset):
         return torch.stack(crops), torch.from_numpy(colour).expand(len(crops), -1)
 
 
-def extract(function, images, view, world: World, *, batch_size: int, workers: int) -> Tensor:
+@torch.no_grad()
+def extract(
+    function, images, view, world: World, *, batch_size: int, workers: int
+) -> dict[str, Tensor]:
     """Apply `function` to one view of every image, each process taking a contiguous part.
 
+    A process takes whole batches, so the features are the same bit for bit on any number of
+    processes. None needs more memory than for the features of all images.
+
     Args:
-        function: images (n, C, H, W) on the device to features (n, D); called without gradient.
+        function: images (n, C, H, W) on the device to rows (n, D) by name; called without gradient.
         view: an `augment.View` that draws no random numbers.
 
     Returns:
-        Float32 features (len(images), D) on the CPU, in data-set order, equal on every process.
+        By name, float32 rows (len(images), D) on the CPU in data-set order, equal on every process.
 
     Raises:
         RunError: an image cannot be read.
     """
     n = len(images)
-    first, last = n * world.rank // world.size, n * (world.rank + 1) // world.size
-    chunks = Chunks(images, view, first, last, batch_size)
+    num_chunks = -(-n // batch_size)
+    parts = [num_chunks * rank // world.size for rank in range(world.size + 1)]
+    own = range(parts[world.rank], parts[world.rank + 1])
     loader = torch.utils.data.DataLoader(
-        chunks, batch_size=None, num_workers=min(workers, len(chunks))
+        Chunks(images, view, own, batch_size), batch_size=None,
+        num_workers=min(workers, len(own)), pin_memory=world.device.type == "cuda",
     )
-    parts = []
-    with dist.together(), torch.inference_mode():
-        for chunk in loader:
-            if isinstance(chunk, str):
-                raise RunError(chunk)
-            parts.append(function(view.finish(*chunk, world.device)).float().cpu())
-    parts = dist.all_gather_objects(torch.cat(parts).numpy() if parts else None)
-    return torch.from_numpy(np.concatenate([p for p in parts if p is not None]))
+    found, widths = {}, {}
+    with dist.together():
+        for chunk, loaded in zip(own, loader, strict=True):
+            if isinstance(loaded, str):
+                raise RunError(loaded)
+            for name, rows in function(view.finish(*loaded, world.device)).items():
+                if name not in found:
+                    found[name] = torch.empty(n, rows.shape[1])
+                found[name][chunk * batch_size :][: len(rows)] = rows
+    widths = {name: rows.shape[1] for name, rows in found.items()}
+    widths = next(w for w in dist.all_gather_objects(widths) if w)  # some process may have no image
+    bounds = [min(part * batch_size, n) for part in parts]
+    for name, width in widths.items():
+        found.setdefault(name, torch.empty(n, width))
+        dist.share_rows(found[name], bounds)
+    return {name: found[name] for name in widths}
+
+
+# -------------------------------------------------------------------------------------------- files
+
+
+@dataclass(frozen=True)
+class Split:
+    """Features of one split, in data-set order, no image twice."""
+
+    layers: dict[str, Tensor]  # float32 (N, D) on the CPU, by name
+    labels: np.ndarray  # int64 (N,), or (N, C) where an image may have several
+    index: np.ndarray  # int64 (N,), rising: which images of the data set
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of both splits under one backbone."""
+
+    checkpoint: str
+    protocol: str  # what the images were, in words
+    train: Split
+    test: Split
+
+
+def write(features: Features, path: str, world: World) -> None:
+    """Write features to a `.npz`: `train/<layer>`, `train/labels`, `train/index`, `test/...`.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    arrays = {"checkpoint": np.array(features.checkpoint), "protocol": np.array(features.protocol)}
+    for name, split in (("train", features.train), ("test", features.test)):
+        arrays |= {f"{name}/{layer}": rows.numpy() for layer, rows in split.layers.items()}
+        arrays |= {f"{name}/labels": split.labels, f"{name}/index": split.index}
+    folder = os.path.dirname(path) or "."
+    with dist.together(writing=folder):
+        if world.is_main:
+            os.makedirs(folder, exist_ok=True)
+            with open(f"{path}.tmp", "wb") as file:
+                np.savez(file, **arrays)
+            os.replace(f"{path}.tmp", path)
+    dist.say(f"features written to {path}")
+
+
+def read_all(path: str, layers: list[str] | None):
+    """Yield what is in a feature file, once, after saying where it comes from."""
+    with dist.together():
+        found = read(path, layers)
+    dist.say(f"{path}: {found.checkpoint} on {found.protocol}")
+    yield found
+
+
+def read(path: str, layers: list[str] | None = None) -> Features:
+    """Read a file of `write`: all of its layers, or some.
+
+    Raises:
+        RunError: there is no such file or layer, or it is no such file.
+    """
+    if not os.path.isfile(path):
+        raise RunError(f"--features {path}: no such file; --save-features makes one")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            there = [key[len("train/"):] for key in file.files if key.startswith("train/")]
+            there = [name for name in there if name not in ("labels", "index")]
+            for name in layers or ():
+                if name not in there:
+                    raise RunError(f"--features {path}: no layer {name}; there are "
+                                   f"{' '.join(there)}")
+            splits = []
+            for split in ("train", "test"):
+                rows = {name: torch.from_numpy(file[f"{split}/{name}"]) for name in layers or there}
+                labels, index = file[f"{split}/labels"], file[f"{split}/index"]
+                if {len(labels), len(index)} != {len(r) for r in rows.values()}:
+                    raise ValueError("parts of different lengths")
+                splits.append(Split(rows, labels, index))
+            return Features(str(file["checkpoint"]), str(file["protocol"]), *splits)
+    except (ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        raise RunError(f"--features {path}: not a file made by --save-features") from error

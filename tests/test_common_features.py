@@ -242,7 +242,7 @@ def centre_view(size):
 
 
 def flat(images):
-    return images.flatten(1)
+    return {"pixels": images.flatten(1)}
 
 
 def noise(n, size=8):
@@ -258,10 +258,17 @@ def expected(pixels):
 def extracted(n, batch_size, workers=0, backbone=False):
     """Features of n images on as many processes as there are."""
     world, images = dist.setup("cpu"), ArrayImages(noise(n), None, 3)
-    function = features.freeze(tiny(1), None, world) if backbone else flat
-    return features.extract(
+    function = flat
+    if backbone:
+        frozen = features.freeze(tiny(1), None, world)
+
+        def function(images):
+            return backbones.flat_layers(frozen, images, ["res3", "avgpool", "res2-grid"])
+
+    found = features.extract(
         function, images, centre_view(8), world, batch_size=batch_size, workers=workers
-    ).numpy()
+    )
+    return np.concatenate([rows.numpy() for rows in found.values()], axis=1)
 
 
 @pytest.mark.parametrize("n, batch_size", [(37, 8), (37, 37), (37, 1000), (1, 1), (16, 8)])
@@ -282,9 +289,9 @@ def test_every_process_has_the_features_of_all(n, batch_size, size, pool):
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_backbone_gives_the_same_on_any_number_of_processes(size, pool):
     alone = extracted(37, 8, backbone=True)
-    assert np.ptp(alone, axis=0).max() > 0.1
+    assert alone.shape == (37, 32 + 128 + 16 * 6 * 6) and np.ptp(alone, axis=0).max() > 0.1
     for part in pool.run(size, extracted, 37, 8, 0, True):
-        np.testing.assert_allclose(part, alone, atol=1e-5)
+        assert np.array_equal(part, alone)  # whole batches: bit for bit
 
 
 def test_loader_processes_change_nothing():
@@ -298,7 +305,7 @@ def test_files_of_odd_sizes_keep_their_order(tmp_path):
     for path, size, colour in zip(paths, sizes, colours.tolist(), strict=True):
         Image.new("RGB", size, tuple(colour)).save(path)
     images = FileImages(paths, None, 3, str(tmp_path))
-    got = features.extract(flat, images, centre_view(9), WORLD, batch_size=4, workers=0)
+    got = features.extract(flat, images, centre_view(9), WORLD, batch_size=4, workers=0)["pixels"]
     wanted = expected(np.broadcast_to(colours[:, None, None], (len(sizes), 9, 9, 3)))
     np.testing.assert_allclose(got, wanted, atol=1e-5)
 
@@ -307,8 +314,8 @@ def test_extraction_leaves_the_backbone_bit_for_bit_as_it_was():
     backbone = tiny(1)
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     frozen = features.freeze(backbone, None, WORLD)
-    features.extract(frozen, ArrayImages(noise(20), None, 3), centre_view(8), WORLD, batch_size=8,
-                     workers=0)
+    features.extract(lambda x: {"h": frozen(x)}, ArrayImages(noise(20), None, 3), centre_view(8),
+                     WORLD, batch_size=8, workers=0)
     assert same(backbone.state_dict(), before)
     assert not any(module.training for module in frozen.modules())
     assert all(p.grad is None and not p.requires_grad for p in frozen.parameters())
@@ -348,3 +355,77 @@ def test_files_without_batch_counters_load(tmp_path):
     kept = {k: v for k, v in model.state_dict().items() if "num_batches_tracked" not in k}
     torch.save(kept, tmp_path / "old.pth")
     features.load_backbone(tiny(), str(tmp_path / "old.pth"))
+
+
+def test_the_chunk_of_sharing_does_not_count(pool):
+    for part in pool.run(3, shared_rows):
+        assert np.array_equal(part, np.arange(40).reshape(10, 4))
+
+
+def shared_rows():
+    x, rank = torch.zeros(10, 4), dist.setup("cpu").rank
+    bounds = [0, 3, 3, 10]  # the second process has none
+    for row in range(bounds[rank], bounds[rank + 1]):
+        x[row] = torch.arange(4 * row, 4 * row + 4)
+    dist.share_rows(x, bounds, piece=9)
+    return x.numpy()
+
+
+# ------------------------------------------------------------------------------------ feature files
+
+
+def some_features():
+    rng = torch.Generator().manual_seed(0)
+    splits = [
+        features.Split(
+            {"res4": torch.rand(n, 3, generator=rng), "avgpool": torch.rand(n, 2, generator=rng)},
+            np.arange(n) % 3, np.arange(n) * 2,
+        )
+        for n in (8, 5)
+    ]
+    return features.Features("runs/some", "some images", *splits)
+
+
+def test_features_are_read_as_they_were_written(tmp_path):
+    written, path = some_features(), str(tmp_path / "new" / "file.npz")
+    features.write(written, path, WORLD)
+    assert os.listdir(tmp_path / "new") == ["file.npz"]
+    found = features.read(path)
+    assert (found.checkpoint, found.protocol) == ("runs/some", "some images")
+    for one, other in ((found.train, written.train), (found.test, written.test)):
+        assert same(one.layers, other.layers)
+        assert np.array_equal(one.labels, other.labels) and np.array_equal(one.index, other.index)
+    assert list(features.read(path, ["avgpool"]).train.layers) == ["avgpool"]
+    with np.load(path, allow_pickle=False) as file:
+        assert {"train/avgpool", "test/res4", "train/labels", "test/index"} < set(file.files)
+
+
+@pytest.mark.parametrize("content", ["none", "text", "npy", "npz", "objects", "torn", "uneven"])
+def test_what_is_no_feature_file_is_one_line_with_its_name(content, tmp_path):
+    path = tmp_path / "file.npz"
+    if content == "text":
+        path.write_bytes(b"nothing of the kind")
+    elif content == "npy":
+        with path.open("wb") as file:
+            np.save(file, np.arange(3))
+    elif content == "npz":
+        np.savez(path, other=np.arange(3))
+    elif content == "objects":
+        np.savez(path, **{"train/labels": np.array([{}]), "train/avgpool": np.array([{}])})
+    elif content != "none":
+        features.write(some_features(), str(path), WORLD)
+        if content == "torn":
+            path.write_bytes(path.read_bytes()[:-100])
+        else:
+            with np.load(path) as file:
+                arrays = dict(file)
+            np.savez(path, **{**arrays, "test/labels": np.arange(3)})
+    with pytest.raises(RunError) as error:
+        features.read(str(path))
+    assert f"--features {path}" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_layer_that_is_not_in_a_feature_file_is_named_with_those_that_are(tmp_path):
+    features.write(some_features(), str(tmp_path / "file.npz"), WORLD)
+    with pytest.raises(RunError, match="no layer res2; there are res4 avgpool"):
+        features.read(str(tmp_path / "file.npz"), ["avgpool", "res2"])

@@ -111,10 +111,14 @@ def test_a_small_temperature_does_not_overflow():
     assert (scores.argmax(1) == expected.argmax(1)).all()
 
 
+def few_label_bank(labels, *arguments):
+    return eval_knn.few_label_bank(eval_knn.class_members(labels), *arguments)
+
+
 def test_a_few_label_bank_has_so_many_images_of_every_class():
     labels = np.array([0, 1, 2, 5] * 10)
     for shots in (1, 3):
-        rows = eval_knn.few_label_bank(labels, shots, 0, 0)
+        rows = few_label_bank(labels, shots, 0, 0)
         assert len(set(rows)) == len(rows)
         assert {c: list(labels[rows]).count(c) for c in (0, 1, 2, 5)} == dict.fromkeys(
             (0, 1, 2, 5), shots
@@ -123,23 +127,23 @@ def test_a_few_label_bank_has_so_many_images_of_every_class():
 
 def test_a_few_label_bank_takes_all_of_a_class_with_fewer():
     labels = np.array([7] * 20 + [3] * 2)
-    rows = eval_knn.few_label_bank(labels, 5, 0, 0)
+    rows = few_label_bank(labels, 5, 0, 0)
     assert len(rows) == 7 and {20, 21} < set(rows)
 
 
 def test_few_label_banks_are_reproducible_and_differ_from_draw_to_draw():
     labels = np.arange(300) % 3
-    draws = [eval_knn.few_label_bank(labels, 5, 0, draw).tolist() for draw in range(10)]
-    assert draws == [eval_knn.few_label_bank(labels, 5, 0, draw).tolist() for draw in range(10)]
+    draws = [few_label_bank(labels, 5, 0, draw).tolist() for draw in range(10)]
+    assert draws == [few_label_bank(labels, 5, 0, draw).tolist() for draw in range(10)]
     assert len({tuple(sorted(rows)) for rows in draws}) == 10
-    assert draws[0] != eval_knn.few_label_bank(labels, 5, 1, 0).tolist()
+    assert draws[0] != few_label_bank(labels, 5, 1, 0).tolist()
 
 
 def test_few_label_banks_take_every_image_equally_often():
     labels = np.repeat([0, 1], 10)
     counts = np.zeros(20)
     for draw in range(1000):
-        counts[eval_knn.few_label_bank(labels, 2, 0, draw)] += 1
+        counts[few_label_bank(labels, 2, 0, draw)] += 1
     assert (abs(counts - 200) < 5 * math.sqrt(1000 * 0.2 * 0.8)).all()
 
 
@@ -164,7 +168,7 @@ def save_backbone(path, seed, arch="resnet_tiny", in_chans=3):
     return path
 
 
-FEW = ["--limit", 100, "--draws", 3]
+FEW = ["--limit", 100, "--draws", 50]
 
 
 def test_the_json_line_has_the_documented_keys():
@@ -202,11 +206,11 @@ def test_pixels_are_classified_as_the_images_themselves_are():
     queries, truth = pixel_features("test")
     scores = loops(bank, labels, queries, 20, 0.07, 10)
     few = []
-    for draw in range(4):
-        rows = eval_knn.few_label_bank(labels, 1, 0, draw)
+    for draw in range(50):
+        rows = few_label_bank(labels, 1, 0, draw)
         guess = loops(bank[rows], labels[rows], queries, 20, 0.07, 10).argmax(1)
         few.append((guess == truth).mean())
-    line = evaluate("--checkpoint", "pixels", "--shots", 1, "--draws", 4)
+    line = evaluate("--checkpoint", "pixels", "--shots", 1, "--draws", 50)
     assert line["num_train"] == len(labels) == 1442 and line["num_test"] == len(truth) == 355
     assert line["top1"] == pytest.approx((scores.argmax(1) == truth).mean(), abs=1e-12)
     assert line["shots"]["1"]["mean"] == pytest.approx(np.mean(few), abs=1e-12)
@@ -267,7 +271,7 @@ def test_any_number_of_processes_gives_the_same_line(size, pool, tmp_path):
 
 
 def test_fewer_test_images_than_processes_are_enough(pool):
-    flags = ["--checkpoint", "pixels", "--limit", "2", "--draws", "2"]
+    flags = ["--checkpoint", "pixels", "--limit", "2", "--draws", "50"]
     assert pool.run(3, evaluate, *flags)[0] == evaluate(*flags)
 
 
@@ -276,7 +280,7 @@ def test_loader_processes_change_nothing():
     assert evaluate(*flags, "--workers", 2) == evaluate(*flags)
 
 
-TINY = ["--arch", "resnet_tiny", "--stem", "small", "--image-size", 16, "--draws", 3]
+TINY = ["--arch", "resnet_tiny", "--stem", "small", "--image-size", 16, "--draws", 50]
 
 
 def test_a_folder_of_sixteen_images_is_enough(image_folder):
