@@ -87,6 +87,7 @@ def nearest(
         rows = candidates(bank, queries, wanted).sort(dim=1).values
         parts = zip(queries.split(64), rows.split(64), strict=True)
         cosines = torch.cat([(bank[r].double() @ q.double()[:, :, None])[..., 0] for q, r in parts])
+    cosines = cosines.round(decimals=13)  # float64's own rounding must not decide among equals
     if itself is not None:
         cosines = cosines.masked_fill(rows == itself[:, None], -math.inf)
     cosines, order = cosines.sort(dim=1, descending=True, stable=True)
