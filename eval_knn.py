@@ -34,8 +34,9 @@ from torch import Tensor
 from common import augment, backbones, cli, data, dist, features
 
 SPARE = 8  # candidates beyond k, so that rounding does not decide who is among the k
+TIE = 1e-6  # cosines nearer than this are computed again in float64
 SMALL_BANK = 256  # rows that are compared in float64 at once
-BLOCK = 2**16  # rows of a bank on the GPU that a query is compared with at a time
+BLOCK = 2**15  # rows of a bank on the GPU that queries are compared with at a time
 
 
 def parse_args(argv=None):
@@ -50,7 +51,7 @@ def parse_args(argv=None):
                        help="labelled images a class in the few-label banks")
     group.add_argument("--draws", type=cli.count, default=100,
                        help="few-label banks to average over, at least 50")
-    group.add_argument("--chunk", type=cli.count, default=1024,
+    group.add_argument("--chunk", type=cli.count, default=2048,
                        help="queries at a time, which bounds the memory")
     args = cli.parse_evaluation(parser, argv)
     if args.shots and args.draws < 50:
@@ -67,8 +68,8 @@ def nearest(
 ) -> tuple[Tensor, Tensor]:
     """Find each query's k nearest bank rows by cosine, nearest first, of equal ones the lower row.
 
-    Candidates are found in the features' own precision; the order among them is decided in float64,
-    so that neither a chunk's size nor the number of processes changes the result.
+    They are found in the features' own precision. Where that cannot tell one from the next, float64
+    decides, so that neither a chunk's size nor the number of processes changes the result.
 
     Args:
         bank: unit rows (N, D).
@@ -79,38 +80,46 @@ def nearest(
     Returns:
         Float64 cosines and bank rows (M, k); cosine -inf where there are fewer than k.
     """
-    wanted = min(k + SPARE + (itself is not None), len(bank))
     if len(bank) <= SMALL_BANK:
         rows = torch.arange(len(bank), device=bank.device).expand(len(queries), -1)
-        cosines = queries.double() @ bank.double().T
+        cosines, rows = by_cosine(queries.double() @ bank.double().T, rows, itself)
     else:
-        rows = candidates(bank, queries, wanted).sort(dim=1).values
-        parts = zip(queries.split(64), rows.split(64), strict=True)
-        cosines = torch.cat([(bank[r].double() @ q.double()[:, :, None])[..., 0] for q, r in parts])
-    cosines = cosines.round(decimals=13)  # float64's own rounding must not decide among equals
+        cosines, rows = candidates(bank, queries, min(k + SPARE, len(bank)))
+        cosines, rows = by_cosine(cosines.double(), rows, itself)
+        close = (cosines[:, : k + 1].diff(dim=1) > -TIE).any(1).nonzero()[:, 0]
+        for part in close.split(64):
+            near = rows[part].sort(dim=1).values
+            exact = (bank[near].double() @ queries[part].double()[:, :, None])[..., 0]
+            left_out = None if itself is None else itself[part]
+            cosines[part], rows[part] = by_cosine(exact, near, left_out)
+    return cosines[:, :k], rows[:, :k]
+
+
+def by_cosine(cosines: Tensor, rows: Tensor, itself: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sort float64 cosines and their rows (M, C), the highest first; `itself` becomes -inf."""
+    cosines = cosines.round(decimals=13)  # equal images have equal cosines, up to rounding
     if itself is not None:
         cosines = cosines.masked_fill(rows == itself[:, None], -math.inf)
     cosines, order = cosines.sort(dim=1, descending=True, stable=True)
-    return cosines[:, :k], rows.gather(1, order[:, :k])
+    return cosines, rows.gather(1, order)
 
 
-def candidates(bank: Tensor, queries: Tensor, k: int) -> Tensor:
-    """Rows (M, k) of the bank nearest to each query, in any order, up to rounding."""
+def candidates(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Cosines and rows (M, k) of the bank nearest to each query, up to rounding."""
     if bank.device.type == "cpu" and bank.dtype == torch.float32:
         import faiss  # after torch, and never in a loader process: the other order can hang
 
         bank, queries = bank.contiguous().numpy(), queries.contiguous().numpy()
-        rows = faiss.knn(queries, bank, k, metric=faiss.METRIC_INNER_PRODUCT)[1]
-        return torch.from_numpy(rows)
-    best = rows = None
+        cosines, rows = faiss.knn(queries, bank, k, metric=faiss.METRIC_INNER_PRODUCT)
+        return torch.from_numpy(cosines), torch.from_numpy(rows)
+    best, rows = queries[:, :0], torch.empty_like(queries[:, :0], dtype=torch.int64)
     for start in range(0, len(bank), BLOCK):
         found = queries @ bank[start : start + BLOCK].T
         found, places = found.topk(min(k, found.shape[1]), dim=1)
-        best = found if best is None else torch.cat([best, found], dim=1)
-        rows = places if rows is None else torch.cat([rows, places + start], dim=1)
+        best, rows = torch.cat([best, found], dim=1), torch.cat([rows, places + start], dim=1)
         best, places = best.topk(min(k, best.shape[1]), dim=1)
         rows = rows.gather(1, places)
-    return rows
+    return best, rows
 
 
 def vote(cosines: Tensor, labels: Tensor, temperature: float, num_classes: int) -> Tensor:
@@ -121,7 +130,7 @@ def vote(cosines: Tensor, labels: Tensor, temperature: float, num_classes: int) 
 
 def knn_predict(
     bank: Tensor, labels: Tensor, queries: Tensor, k: int, temperature: float, num_classes: int,
-    itself: Tensor | None = None, chunk: int = 1024,
+    itself: Tensor | None = None, chunk: int = 2048,
 ) -> Tensor:
     """Classify queries by their k nearest bank rows.
 

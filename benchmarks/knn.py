@@ -30,7 +30,7 @@ def parse_args(argv=None):
     parser.add_argument("--dim", type=int, default=2048, help="numbers in a feature")
     parser.add_argument("--k", type=int, default=20, help="neighbours")
     parser.add_argument("--temperature", type=float, default=0.07, help="of the votes")
-    parser.add_argument("--chunk", type=int, default=1024, help="our queries at a time")
+    parser.add_argument("--chunk", type=int, default=2048, help="our queries at a time")
     parser.add_argument("--pairs", type=int, default=1, help="ours and theirs in turn")
     return parser.parse_args(argv)
 
