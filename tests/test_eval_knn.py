@@ -117,6 +117,21 @@ def test_chunks_change_nothing_not_even_ties(dtype, num_bank):
         torch.testing.assert_close(scores(chunk), whole, rtol=1e-12, atol=0)
 
 
+def test_neighbours_that_float32_cannot_tell_apart_are_told_apart():
+    bank, _, queries = features(num_bank=150, num_queries=50, d=64)
+    noise = np.random.default_rng(1).normal(size=(600, 64))
+    bank, queries = bank.repeat(4, axis=0) + 3e-7 * noise, queries
+    bank, queries = (torch.as_tensor(x / np.linalg.norm(x, axis=1, keepdims=True)).float()
+                     for x in (bank, queries))
+    exact = queries.double() @ bank.double().T
+    assert (exact.sort(dim=1).values.diff(dim=1) < 1e-7).sum() > 1000
+    for chunk in (1, 50):
+        found = [eval_knn.nearest(bank, part, 10) for part in queries.split(chunk)]
+        rows = torch.cat([rows for _, rows in found])
+        expected = exact.round(decimals=13).argsort(dim=1, descending=True, stable=True)[:, :10]
+        assert torch.equal(rows, expected)
+
+
 @pytest.mark.parametrize("num_bank", [60, 600])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_row_that_is_left_out_is_as_if_it_were_not_there(dtype, num_bank):
