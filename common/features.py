@@ -6,8 +6,10 @@ that its command line names (`cli.evaluation_parser`). The pieces serve alone as
 `extract` applies a function to every image, `Features` holds both splits and is written and read.
 """
 
+import argparse
 import contextlib
 import json
+import math
 import os
 import re
 import statistics
@@ -217,39 +219,168 @@ def freeze(backbone: nn.Module, weights: str | None, world: World) -> nn.Module:
     return backbone.to(world.device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
-def load_backbone(backbone: nn.Module, path: str) -> None:
-    """Load a flat state dict; every tensor of the backbone must be there, in its shape.
+# ----------------------------------------------------------------------------------- weights files
 
-    A classifier (`fc.*`, as in torchvision's files) is left out, and said.
+# What is known of the files that others release: words for it; the keys to go down to the state
+# dict; what stands before the names of the backbone's tensors; what else stands there (heads). The
+# first layout that fits counts, so a teacher comes before its student.
+LAYOUTS = (
+    ("VISSL, teacher of DINO", "loss",
+     r"momentum_teacher\.(module\.)?(trunk\.)?(_feature_blocks\.)?", r"heads\."),
+    ("VISSL, teacher of DINO", "classy_state_dict.loss",
+     r"momentum_teacher\.(module\.)?(trunk\.)?(_feature_blocks\.)?", r"heads\."),
+    ("VISSL, teacher of DINO", "loss.teacher",
+     r"(module\.)?(trunk\.)?(_feature_blocks\.)?", r"heads\."),
+    ("VISSL", "classy_state_dict.base_model.model.trunk", r"(_feature_blocks\.)?", None),
+    ("VISSL, converted", "model_state_dict", r"(trunk\.)?(_feature_blocks\.)?", r"heads\.|fc\."),
+    ("DINO, teacher", "teacher", r"(module\.)?backbone\.", None),
+    ("MoCo", "state_dict", r"(module\.)?encoder_q\.", r"fc\."),
+    ("MoCo v3", "state_dict", r"(module\.)?base_encoder\.", r"(fc|head)\."),
+    ("MMSelfSup, lightly or solo-learn", "state_dict", r"(model\.)?backbone\.", r"(fc|head)\."),
+    ("SimSiam or an older solo-learn", "state_dict", r"(module\.)?encoder\.", r"fc\."),
+    ("Barlow Twins", "model", r"(module\.)?backbone\.", r"fc\."),
+    ("MAE", "model", r"(module\.)?", r"decoder_|mask_token$|head\."),
+    ("state_dict with a head, as SwAV's or lemniscate's", "state_dict", r"(module\.)?",
+     r"projection_head\.|prototypes|(fc|head)\."),
+    ("plain state dict", "", r"(module\.)?", r"projection_head\.|prototypes|(fc|head)\."),
+)
+# Other names of the same tensors: a Sequential of torchvision's ResNet (lightly), OpenMMLab's
+# transformer, and the last norm of a transformer that was fine-tuned with pooled patches.
+RENAMED = (
+    (r"0\.", "conv1."), (r"1\.", "bn1."), (r"4\.", "layer1."), (r"5\.", "layer2."),
+    (r"6\.", "layer3."), (r"7\.", "layer4."),
+    (r"patch_embed\.projection\.", "patch_embed.proj."), (r"(ln1|fc_norm)\.", "norm."),
+    (r"layers\.(\d+)\.attn\.", r"blocks.\1.attn."),
+    (r"layers\.(\d+)\.ln([12])\.", r"blocks.\1.norm\2."),
+    (r"layers\.(\d+)\.ffn\.layers\.0\.0\.", r"blocks.\1.mlp.fc1."),
+    (r"layers\.(\d+)\.ffn\.layers\.1\.", r"blocks.\1.mlp.fc2."),
+)
+
+
+def load_backbone(backbone: nn.Module, path: str) -> None:
+    """Load a weights file of a layout in `LAYOUTS`, and say which and what was left out.
+
+    Every tensor of the backbone must be there, in its shape.
 
     Raises:
         RunError: the file does not load, or a tensor is missing, unknown or of another shape.
     """
+    loaded = load_tensors(path)
+    wanted = backbone.state_dict()
+    layout, found, ignored = recognise(loaded, wanted, path)
+    fit_positions(backbone, found.get("pos_embed"))
+    wanted = backbone.state_dict()
+    for key in wanted:  # a counter that older files do not have and no forward uses
+        if key.endswith("num_batches_tracked"):
+            found.setdefault(key, wanted[key])
+    for key in (*wanted, *sorted(found.keys() - wanted.keys())):
+        if key not in found or key not in wanted:
+            what = "has no" if key not in found else "has an unknown"
+            raise RunError(f"{path} ({layout}) {what} tensor {key}; is --arch right?")
+        if getattr(found[key], "shape", None) != wanted[key].shape:
+            got = tuple(getattr(found[key], "shape", ())) or type(found[key]).__name__
+            raise RunError(f"{path} ({layout}): {key} is {got}, not {tuple(wanted[key].shape)}; "
+                           "are --arch, --stem, --in-chans, --image-size and --patch-size right?")
+    backbone.load_state_dict(found)
+    dist.say(f"{path}: {layout}, {len(wanted)} of {len(wanted)} tensors of the backbone loaded"
+             f"{', left out: ' if ignored else ''}{' '.join(ignored)}")
+
+
+def fit_positions(backbone: nn.Module, table) -> None:
+    """Give a transformer room for positions of another image size; it interpolates them itself."""
+    own = getattr(backbone, "pos_embed", None)
+    if own is None or getattr(table, "shape", own.shape)[::2] != own.shape[::2]:
+        return
+    side = math.isqrt(table.shape[1] - 1)
+    if table.shape != own.shape and side**2 == table.shape[1] - 1:
+        backbone.pos_embed = nn.Parameter(torch.zeros_like(table), own.requires_grad)
+        backbone.grid = (side, side)
+
+
+def load_tensors(path: str) -> dict:
+    """Read what `torch.save` wrote: tensors, plain values, argparse's namespaces, NumPy's scalars.
+
+    Raises:
+        RunError: the file does not load, asks for anything else, or holds no dictionary.
+    """
+    scalar = np.float64(0).__reduce__()[0]  # NumPy's, under the names that it had and has
+    allowed = [argparse.Namespace, np.dtype, (scalar, "numpy.core.multiarray.scalar"),
+               (scalar, "numpy._core.multiarray.scalar"),
+               *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"}]
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(allowed):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a foreign file raises many things
         code = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it asks to run {code[1]}, which is refused" if code else type(error).__name__
         raise RunError(f"{path} does not load: {reason}") from error
-    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
+    if not isinstance(loaded, dict):
         raise RunError(f"{path} is no state dict: it holds a {type(loaded).__name__}")
-    heads = [key for key in loaded if key.startswith("fc.")]
-    loaded = {key: value for key, value in loaded.items() if key not in heads}
-    wanted = backbone.state_dict()
-    for key in wanted:  # a counter that older files do not have and no forward uses
-        if key.endswith("num_batches_tracked"):
-            loaded.setdefault(key, wanted[key])
-    for key in sorted({*wanted, *loaded}):
-        if key not in loaded or key not in wanted:
-            what = "has no" if key not in loaded else "has an unknown"
-            raise RunError(f"{path} {what} tensor {key}; is --arch right?")
-        if getattr(loaded[key], "shape", None) != wanted[key].shape:
-            got = tuple(getattr(loaded[key], "shape", ())) or type(loaded[key]).__name__
-            raise RunError(f"{path}: {key} is {got}, not {tuple(wanted[key].shape)}; are --arch, "
-                           "--stem and --in-chans right?")
-    backbone.load_state_dict(loaded)
-    if heads:
-        dist.say(f"{path}: {len(loaded)} tensors loaded, left out: {' '.join(heads)}")
+    return loaded
+
+
+def recognise(loaded: dict, wanted: dict, path: str) -> tuple[str, dict, list[str]]:
+    """Find the layout of a file by its keys: words, tensors under our names, and what is left out.
+
+    Raises:
+        RunError: no layout has a tensor of the backbone.
+    """
+    best, most = None, 0
+    for words, container, prefix, heads in LAYOUTS:
+        inner, beside = loaded, []
+        for name in filter(None, container.split(".")):
+            beside += [str(key) for key in inner if key != name]
+            inner = inner.get(name)
+            if not isinstance(inner, dict):
+                break
+        else:
+            found, ignored = {}, []
+            for key, value in inner.items():
+                start = re.match(prefix, str(key))
+                name = our_name(key[start.end() :], wanted) if start and key == str(key) else None
+                if name is None or (name not in wanted and heads and re.match(heads, name)):
+                    ignored.append(str(key))
+                elif name in found:
+                    raise RunError(f"{path} ({words}) has two tensors {name}")
+                else:
+                    found[name] = value
+            if any(re.search(r"\bfc_norm\.", key) for key in map(str, inner)):
+                words += ", fc_norm taken for norm"
+            share = len(found.keys() & wanted.keys()) / len(wanted)
+            if share > most:
+                best, most = (words, found, [*in_groups(ignored), *sorted(beside)]), share
+            if share > 0.5:
+                break
+    if best is None:
+        keys = [str(key) for key in loaded]
+        if isinstance(loaded.get("state_dict"), dict):
+            keys = [f"state_dict.{key}" for key in loaded["state_dict"]]
+        if any(re.match(r"(state_dict\.)?(module\.)?features\.", key) for key in keys):
+            raise RunError(f"{path} is an AlexNet or a VGG, as DeepCluster's are, which is not "
+                           "among the backbones")
+        raise RunError(f"{path} is in no known layout, or of another --arch: it holds "
+                       f"{' '.join(keys[:4]) or 'nothing'}")
+    return best
+
+
+def our_name(name: str, wanted: dict) -> str:
+    """A tensor's name as our backbones have it."""
+    if name in wanted:
+        return name
+    for pattern, ours in RENAMED:
+        renamed, times = re.subn(f"^{pattern}", ours, name)
+        if times and renamed in wanted:
+            return renamed
+    return name
+
+
+def in_groups(keys: list[str]) -> list[str]:
+    """Name keys, or where more than four begin alike, their beginning and number."""
+    groups = {}
+    for key in keys:
+        groups.setdefault(re.match(r"(module\.)?[^.]*", key)[0], []).append(key)
+    return [text for start, own in groups.items()
+            for text in (own if len(own) <= 4 else [f"{start}.* ({len(own)})"])]
 
 
 # ----------------------------------------------------------------------------------------- one pass
