@@ -168,60 +168,66 @@ def few_label_bank(members: list[np.ndarray], shots: int, *seed: int) -> np.ndar
     return np.concatenate([rng.permutation(rows)[:shots] for rows in members])
 
 
-def evaluate(found: features.Features, args, world) -> dict:
+def count_right(
+    bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, settings: list, num_classes: int,
+    itself: Tensor | None, chunk: int,
+) -> Tensor:
+    """How many queries each (k, T) of `settings` classifies rightly: float64 (len(settings),).
+
+    Rows are unit rows; the other arguments are those of `knn_predict`.
+    """
+    right = torch.zeros(len(settings), dtype=torch.float64, device=bank.device)
+    most = min(max(k for k, _ in settings), len(bank))
+    for start in range(0, len(queries), chunk):
+        own = slice(start, start + chunk)
+        cosines, rows = nearest(bank, queries[own], most, None if itself is None else itself[own])
+        for number, (k, temperature) in enumerate(settings):
+            scores = vote(cosines[:, :k], labels[rows[:, :k]], temperature, num_classes)
+            right[number] += (scores.argmax(1) == truth[own]).sum()
+    return right
+
+
+def evaluate(given: features.Features, args, world) -> dict:
     """Accuracies of one backbone's features, each process taking a part of the queries."""
-    train, test = found.train, found.test
+    train, test = given.train, given.test
     if args.leave_one_out:
-        train = test = getattr(found, args.leave_one_out)
+        train = test = getattr(given, args.leave_one_out)
     if train.labels.ndim != 1:
-        raise dist.RunError(f"{found.checkpoint}: k-NN needs images of one class each")
-    members, few_rows = class_members(train.labels), np.full(len(train.labels), -1)
-    num_classes = int(max(train.labels.max(), test.labels.max())) + 1
-    own = range(*(len(test.labels) * r // world.size for r in (world.rank, world.rank + 1)))
+        raise dist.RunError(f"{given.checkpoint}: k-NN needs images of one class each")
+    n, m = len(train.labels), len(test.labels)
+    own = slice(m * world.rank // world.size, m * (world.rank + 1) // world.size)
     labels = torch.from_numpy(train.labels).to(world.device)
-    truth = torch.from_numpy(test.labels[own.start : own.stop]).to(world.device)
+    truth = torch.from_numpy(test.labels[own]).to(world.device)
+    num_classes = int(max(train.labels.max(), test.labels.max())) + 1
     settings = [(k, temperature) for k in args.k for temperature in args.temperature]
 
+    def accuracies(bank, queries, chosen, settings):
+        """Accuracy of each (k, T) with the chosen rows of the bank."""
+        itself = None
+        if args.leave_one_out:  # where each query stands among the chosen rows, if it does
+            itself = torch.full((n,), -1, device=world.device)
+            itself[chosen] = torch.arange(len(itself[chosen]), device=world.device)
+            itself = itself[own]
+        right = count_right(bank[chosen], labels[chosen], queries, truth, settings, num_classes,
+                            itself, args.chunk)
+        return (dist.all_gather_no_grad(right[None]).sum(0) / m).tolist()
+
     results, shots = [], {}
-    for layer, rows in train.layers.items():
+    members, everything = class_members(train.labels), slice(None)
+    for number, (layer, rows) in enumerate(train.layers.items()):
         bank = torch.nn.functional.normalize(rows.to(world.device), dim=1)
-        queries = test.layers[layer][own.start : own.stop].to(world.device)
-
-        # All labels
-        right = torch.zeros(len(settings), dtype=torch.float64, device=world.device)
-        for start in range(0, len(own), args.chunk):
-            part = slice(start, start + args.chunk)
-            unit = torch.nn.functional.normalize(queries[part], dim=1)
-            itself = None
-            if args.leave_one_out:
-                itself = torch.tensor(own[part], device=world.device)
-            cosines, near = nearest(bank, unit, min(max(args.k), len(bank)), itself)
-            for number, (k, temperature) in enumerate(settings):
-                scores = vote(cosines[:, :k], labels[near[:, :k]], temperature, num_classes)
-                right[number] += (scores.argmax(1) == truth[part]).sum()
-        shares = dist.all_gather_no_grad(right[None]).sum(0) / len(test.labels)
-        for (k, temperature), share in zip(settings, shares.tolist(), strict=True):
-            results.append({"layer": layer, "k": k, "temperature": temperature, "top1": share})
-
-        # Few labels
-        for count in args.shots if not shots else ():
-            right = torch.zeros(args.draws, dtype=torch.float64, device=world.device)
+        queries = torch.nn.functional.normalize(test.layers[layer][own].to(world.device), dim=1)
+        found = accuracies(bank, queries, everything, settings)
+        for (k, temperature), top1 in zip(settings, found, strict=True):
+            results.append({"layer": layer, "k": k, "temperature": temperature, "top1": top1})
+        for count in args.shots if number == 0 else ():
+            draws = []
             for draw in range(args.draws):
-                few = few_label_bank(members, count, args.seed, draw)
-                itself = None
-                if args.leave_one_out:
-                    few_rows[:] = -1
-                    few_rows[few] = np.arange(len(few))
-                    itself = torch.from_numpy(few_rows[own.start : own.stop]).to(world.device)
-                few = torch.from_numpy(few).to(world.device)
-                scores = knn_predict(bank[few], labels[few], queries, args.k[0],
-                                     args.temperature[0], num_classes, itself, args.chunk)
-                right[draw] = (scores.argmax(1) == truth).sum()
-            shares = (dist.all_gather_no_grad(right[None]).sum(0) / len(test.labels)).tolist()
-            few = {"mean": statistics.fmean(shares), "std": statistics.pstdev(shares)}
-            shots[str(count)] = few
-    sizes = {"num_train": len(train.labels), "num_test": len(test.labels)}
-    return {"top1": results[0]["top1"], "results": results, "shots": shots, **sizes}
+                few = torch.from_numpy(few_label_bank(members, count, args.seed, draw))
+                draws += accuracies(bank, queries, few.to(world.device), settings[:1])
+            shots[str(count)] = {"mean": statistics.fmean(draws), "std": statistics.pstdev(draws)}
+    return {"top1": results[0]["top1"], "results": results, "shots": shots,
+            "num_train": n, "num_test": m}
 
 
 # --------------------------------------------------------------------------------------------- main
