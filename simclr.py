@@ -4,9 +4,9 @@
 2. Embed both: backbone h, projector z.
 3. For every embedding, the other view of the same image is the positive, and both views of all
    other images, of all processes, are the negatives. NT-Xent is the cross-entropy of finding the
-   positive.
+   positive. With more crops than two (multi-crop, from SwAV) every pair of crops counts.
 
-Letters: N images per process, W processes, D embedding size, H backbone width.
+Letters: N images per process, W processes, V views, D embedding size, H backbone width.
 
 Differs from the official code (google-research/simclr, TensorFlow): the loss is the paper's mean
 over the 2N rows where the code adds the two directions, which is twice that (LARS does not see the
@@ -18,6 +18,7 @@ for short runs of small batches (pass its value times 256 / batch size as --lr).
     torchrun --nproc_per_node=8 simclr.py --data /path/to/imagenet --output runs/simclr
 """
 
+import itertools
 import math
 import sys
 
@@ -32,24 +33,31 @@ from common.log import Log
 RECIPES = {
     # Paper, section 2 and appendix B.9; no normalisation of the input, as in the official code.
     "imagenet": dict(
-        arch="resnet50", stem="imagenet", image_size=224, in_chans=3, mean=[0.0, 0.0, 0.0],
-        std=[1.0, 1.0, 1.0], views="photo", crop_scale=[0.08, 1.0], jitter_strength=1.0, blur=True,
-        projector_dim=2048, embedding_dim=128, temperature=0.1, epochs=100, batch_size=4096, lr=0.3,
-        weight_decay=1e-6, warmup_epochs=10, sync_bn=True,
+        arch="resnet50", stem="imagenet", in_chans=3, mean=[0.0, 0.0, 0.0], std=[1.0, 1.0, 1.0],
+        views="photo", num_crops=[2], crop_sizes=[224], crop_scales=[0.08, 1.0],
+        jitter_strength=1.0, blur=True, projector_dim=2048, embedding_dim=128, temperature=0.1,
+        epochs=100, batch_size=4096, lr=0.3, weight_decay=1e-6, warmup_epochs=10, sync_bn=True,
+    ),
+    # The same with the crops of SwAV's paper (section 4.4 there): two of 160 and four of 96 px.
+    "imagenet_multicrop": dict(
+        arch="resnet50", stem="imagenet", in_chans=3, mean=[0.0, 0.0, 0.0], std=[1.0, 1.0, 1.0],
+        views="photo", num_crops=[2, 4], crop_sizes=[160, 96], crop_scales=[0.08, 1.0, 0.05, 0.14],
+        jitter_strength=1.0, blur=True, projector_dim=2048, embedding_dim=128, temperature=0.1,
+        epochs=100, batch_size=4096, lr=0.3, weight_decay=1e-6, warmup_epochs=10, sync_bn=True,
     ),
     # README of the official code: ResNet-18, small stem, about 91 % linear after 1,000 epochs.
     "cifar10": dict(
-        arch="resnet18", stem="small", image_size=32, in_chans=3, mean=[0.0, 0.0, 0.0],
-        std=[1.0, 1.0, 1.0], views="photo", crop_scale=[0.08, 1.0], jitter_strength=0.5, blur=False,
-        projector_dim=512, embedding_dim=128, temperature=0.5, epochs=1000, batch_size=512, lr=1.0,
-        weight_decay=1e-6, warmup_epochs=10, sync_bn=True,
+        arch="resnet18", stem="small", in_chans=3, mean=[0.0, 0.0, 0.0], std=[1.0, 1.0, 1.0],
+        views="photo", num_crops=[2], crop_sizes=[32], crop_scales=[0.08, 1.0],
+        jitter_strength=0.5, blur=False, projector_dim=512, embedding_dim=128, temperature=0.5,
+        epochs=1000, batch_size=512, lr=1.0, weight_decay=1e-6, warmup_epochs=10, sync_bn=True,
     ),
     # Ours, chosen on the built-in digits: a minute on two cores.
     "digits": dict(
-        arch="resnet_tiny", stem="small", image_size=16, in_chans=3, mean=[0.5, 0.5, 0.5],
-        std=[0.5, 0.5, 0.5], views="digits", crop_scale=[0.6, 1.0], jitter_strength=0.5, blur=False,
-        projector_dim=128, embedding_dim=64, temperature=0.5, epochs=60, batch_size=256, lr=1.0,
-        weight_decay=1e-6, warmup_epochs=5, sync_bn=True,
+        arch="resnet_tiny", stem="small", in_chans=3, mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5],
+        views="digits", num_crops=[2], crop_sizes=[16], crop_scales=[0.6, 1.0],
+        jitter_strength=0.5, blur=False, projector_dim=128, embedding_dim=64, temperature=0.5,
+        epochs=60, batch_size=256, lr=1.0, weight_decay=1e-6, warmup_epochs=5, sync_bn=True,
     ),
 }
 
@@ -57,7 +65,8 @@ RECIPES = {
 def parse_args(argv=None):
     parser = cli.parser(__file__, __doc__)
     group = parser.add_argument_group("images")
-    group.add_argument("--image-size", type=cli.count, help="side of a view in pixels")
+    group.add_argument("--image-size", type=cli.count,
+                       help="side of a full crop in pixels: the first of --crop-sizes")
     group.add_argument("--in-chans", type=cli.count, help="channels of the images")
     group.add_argument("--mean", type=cli.number, nargs="+", help="subtracted from each channel")
     group.add_argument("--std", type=cli.positive, nargs="+", help="each channel is divided by it")
@@ -65,7 +74,10 @@ def parse_args(argv=None):
     group.add_argument("--arch", choices=backbones.RESNETS, help="backbone")
     group.add_argument("--stem", choices=("imagenet", "small"), help="small: 3x3 stride 1, no pool")
     group.add_argument("--views", choices=("photo", "digits"), help="what views are made of")
-    group.add_argument("--crop-scale", type=cli.share, nargs=2, help="smallest, largest area share")
+    group.add_argument("--num-crops", type=cli.count, nargs="+", help="views of each size")
+    group.add_argument("--crop-sizes", type=cli.count, nargs="+", help="their sides in pixels")
+    group.add_argument("--crop-scales", type=cli.share, nargs="+",
+                       help="smallest, largest area share for each size")
     group.add_argument("--jitter-strength", type=cli.not_negative, help="of the colour changes")
     group.add_argument("--blur", action=cli.Switch, help="Gaussian blur of half of the views")
     group.add_argument("--projector-dim", type=cli.count, help="hidden width of the projector")
@@ -79,38 +91,44 @@ def parse_args(argv=None):
     group.add_argument("--warmup-epochs", type=cli.whole, help="linear from 0")
     group.add_argument("--sync-bn", action=cli.Switch, help="batch norm over all processes")
     group.add_argument("--seed", type=cli.whole, default=0, help="of every random choice")
-    return cli.parse(parser, RECIPES, argv)
+    args = cli.parse(parser, RECIPES, argv)
+    cli.check_crops(parser, args)
+    return args
 
 
 # -------------------------------------------------------------------------------------------- views
 
 
-def photo_views(image_size, channels, crop_scale, jitter_strength, blur, mean, std):
-    """Two views of the same kind (paper, appendix A)."""
-    s = jitter_strength
-    steps = [
-        augment.RandomResizedCrop(scale=crop_scale, ratio=(3 / 4, 4 / 3), interpolation="bicubic"),
-        augment.HorizontalFlip(p=0.5),
-        augment.ColorJitter(0.8 * s, 0.8 * s, saturation=0.8 * s, hue=0.2 * s, p=0.8),
-        augment.Grayscale(p=0.2),
-        augment.GaussianBlur(sigma=(0.1, 2.0), p=0.5 if blur else 0.0),
-        augment.Normalize(mean, std),
-    ]
-    return [augment.View(image_size, steps, channels)] * 2
+def photo_views(num_crops, crop_sizes, crop_scales, channels, jitter_strength, blur, mean, std):
+    """Views of the same kind (paper, appendix A), of some sizes."""
+    s, views = jitter_strength, []
+    for count, size, scale in zip(num_crops, crop_sizes, crop_scales, strict=True):
+        steps = [
+            augment.RandomResizedCrop(scale, ratio=(3 / 4, 4 / 3), interpolation="bicubic"),
+            augment.HorizontalFlip(p=0.5),
+            augment.ColorJitter(0.8 * s, 0.8 * s, saturation=0.8 * s, hue=0.2 * s, p=0.8),
+            augment.Grayscale(p=0.2),
+            augment.GaussianBlur(sigma=(0.1, 2.0), p=0.5 if blur else 0.0),
+            augment.Normalize(mean, std),
+        ]
+        views += [augment.View(size, steps, channels)] * count
+    return views
 
 
-def digit_views(image_size, channels, crop_scale, jitter_strength, blur, mean, std):
-    """Two views that leave a digit what it is: it is moved and shaded, never mirrored."""
-    s = jitter_strength
-    steps = [
-        augment.RandomAffine(degrees=15, translate=0.1, scale=(0.8, 1.2), shear=10, fill=0,
-                             interpolation="bilinear"),
-        augment.RandomResizedCrop(scale=crop_scale, ratio=(3 / 4, 4 / 3), interpolation="bilinear"),
-        augment.ColorJitter(brightness=s, contrast=s, saturation=0.0, hue=0.0, p=0.8),
-        augment.GaussianBlur(sigma=(0.1, 1.0), p=0.5 if blur else 0.0),
-        augment.Normalize(mean, std),
-    ]
-    return [augment.View(image_size, steps, channels)] * 2
+def digit_views(num_crops, crop_sizes, crop_scales, channels, jitter_strength, blur, mean, std):
+    """Views that leave a digit what it is: it is moved and shaded, never mirrored."""
+    s, views = jitter_strength, []
+    for count, size, scale in zip(num_crops, crop_sizes, crop_scales, strict=True):
+        steps = [
+            augment.RandomAffine(degrees=15, translate=0.1, scale=(0.8, 1.2), shear=10, fill=0,
+                                 interpolation="bilinear"),
+            augment.RandomResizedCrop(scale, ratio=(3 / 4, 4 / 3), interpolation="bilinear"),
+            augment.ColorJitter(brightness=s, contrast=s, saturation=0.0, hue=0.0, p=0.8),
+            augment.GaussianBlur(sigma=(0.1, 1.0), p=0.5 if blur else 0.0),
+            augment.Normalize(mean, std),
+        ]
+        views += [augment.View(size, steps, channels)] * count
+    return views
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -134,8 +152,10 @@ class SimCLR(nn.Module):
             nn.init.normal_(layer.weight, std=0.01)
 
     def forward(self, views: list[Tensor]) -> Tensor:
-        """Embed a list of V views (N, C, H, W) in one pass; embeddings (V, N, D)."""
-        z = self.projector(self.backbone(torch.cat(views)))
+        """Embed V views (N, C, H, W), sorted by size, in one pass a size; (V, N, D)."""
+        sizes = itertools.groupby(views, key=lambda view: view.shape[-2:])
+        h = torch.cat([self.backbone(torch.cat(list(same))) for _, same in sizes])
+        z = self.projector(h)
         return z.view(len(views), -1, z.shape[1])
 
 
@@ -168,6 +188,38 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     return nn.functional.cross_entropy(logits, itself ^ 1)  # the neighbour: row 2i and row 2i + 1
 
 
+def multicrop_nt_xent(z: Tensor, num_views: int, temperature: float) -> Tensor:
+    """Compute the normalised temperature-scaled cross-entropy of any number of views.
+
+    One term for each ordered pair of views of an image: the positive is found among itself and all
+    views of all other images; the image's remaining views are left out. Two views: `nt_xent`. The
+    mean over processes is the loss of the joined batch.
+
+    Args:
+        z: embeddings (V*N, D), view by view; normalised here.
+        num_views: V, at least 2.
+        temperature: divides the cosines.
+
+    Returns:
+        Scalar: mean over this process's V(V-1)N pairs.
+
+    Reference: the multi-crop of 2006.09882, section 3.2, applied to SimCLR's equation 1.
+    """
+    z = nn.functional.normalize(z if z.dtype == torch.float64 else z.float(), dim=1)
+    n = len(z) // num_views
+    z = z.view(num_views, n, -1).transpose(0, 1)  # (N, V, D): views of an image adjacent
+    everyone = dist.all_gather_with_grad(z)  # (W*N, V, D)
+    logits = torch.einsum("nvd,mud->nvmu", z, everyone) / temperature  # (N, V, W*N, V)
+    image = torch.arange(n, device=z.device)
+    same = logits[image, :, image + dist.rank() * n]  # (N, V, V): the views of the image itself
+    own = torch.eye(n, dtype=torch.bool, device=z.device)
+    own = nn.functional.pad(own, (dist.rank() * n, len(everyone) - (dist.rank() + 1) * n))
+    others = logits.masked_fill(own[:, None, :, None], -math.inf).flatten(2).logsumexp(2)  # (N, V)
+    terms = torch.logaddexp(same, others[:, :, None]) - same  # (N, V, V)
+    pairs = ~torch.eye(num_views, dtype=torch.bool, device=z.device)
+    return terms[:, pairs].mean()
+
+
 @torch.no_grad()
 def indicators(z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
     """What tells learning from collapse, on this process's embeddings (N, D) of the two views."""
@@ -191,9 +243,10 @@ def main(args):
     # Data
     images = data.open_images(args.data, "pretrain", args.in_chans, root=args.data_root,
                               download=args.download, limit=args.limit)
+    scales = list(zip(args.crop_scales[::2], args.crop_scales[1::2], strict=True))
     make_views = {"photo": photo_views, "digits": digit_views}[args.views]
-    views = make_views(args.image_size, args.in_chans, args.crop_scale, args.jitter_strength,
-                       args.blur, args.mean, args.std)
+    views = make_views(args.num_crops, args.crop_sizes, scales, args.in_chans,
+                       args.jitter_strength, args.blur, args.mean, args.std)
 
     # Model
     backbone = backbones.build_backbone(args.arch, stem=args.stem, in_chans=args.in_chans,
@@ -226,7 +279,7 @@ def main(args):
         )
         log = Log(args.output, world, batch_size=args.batch_size, total_steps=len(lr_of_step),
                   first_step=step, every=args.log_every,
-                  chance_loss=math.log(2 * args.batch_size - 1),
+                  chance_loss=math.log(1 + len(views) * (args.batch_size - 1)),
                   floors={"z_std": 0.1 / math.sqrt(args.embedding_dim)})
         ddp_model = DistributedDataParallel(model) if world.size > 1 else model
 
@@ -236,15 +289,18 @@ def main(args):
                 for group in optimizer.param_groups:
                     group["lr"] = lr_of_step[step]
                 with autocast():
-                    z1, z2 = ddp_model(batch.views)  # 2. embeddings
-                loss = nt_xent(z1, z2, args.temperature)  # 3. find the other view
+                    z = ddp_model(batch.views)  # 2. embeddings
+                if len(z) == 2:  # 3. find the other view
+                    loss = nt_xent(z[0], z[1], args.temperature)
+                else:
+                    loss = multicrop_nt_xent(z.flatten(0, 1), len(z), args.temperature)
                 optimizer.zero_grad(set_to_none=True)
                 scaler.scale(loss).backward()
                 scaler.step(optimizer)
                 scaler.update()
 
                 step += 1
-                seen = indicators(z1, z2) if log.due(step) else {}
+                seen = indicators(z[0], z[1]) if log.due(step) else {}
                 log.write(step, epoch=epoch, loss=loss, lr=lr_of_step[step - 1],
                           waited=loader.waited, **seen)
                 save, stop = run.agree(step % loader.steps_per_epoch == 0)

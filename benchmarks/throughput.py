@@ -32,6 +32,10 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 PARTS = ("data", "step", "both")
+SMALL_CROP_SCALES = {  # of the full and of the small crops, as the peer's
+    "swav": (0.14, 1, 0.05, 0.14), "deepcluster_v2": (0.14, 1, 0.05, 0.14),
+    "dino": (0.4, 1, 0.05, 0.4), "simclr": (0.08, 1, 0.05, 0.14),
+}
 
 
 def parse_args(argv):
@@ -47,6 +51,8 @@ def parse_args(argv):
     parser.add_argument("--stem", default="imagenet", help="torchvision's, as lightly's")
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--small-crops", type=int, default=0,
+                        help="swav, dino, deepcluster_v2: crops of half the size beside the two")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--threads", type=int, help="default: cores / processes")
@@ -120,11 +126,17 @@ def measure_ours(args, part: str) -> dict:
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Done):
         workers = 0 if part == "step" else args.workers
         flags = [
-            "--data", args.data, "--recipe", args.recipe, "--arch", args.arch, "--stem", args.stem,
+            "--data", args.data, "--recipe", args.recipe, "--arch", args.arch,
             "--image-size", args.image_size, "--batch-size", args.batch_size, "--workers", workers,
             "--device", args.device, "--amp", args.amp, "--output", folder, "--log-every", 1000,
-            *args.flags,
         ]
+        if not args.arch.startswith("vit"):
+            flags += ["--stem", args.stem]
+        if args.small_crops:
+            size, half = args.image_size, args.image_size // 2
+            flags += ["--num-crops", 2, args.small_crops, "--crop-sizes", size, half,
+                      "--crop-scales", *SMALL_CROP_SCALES[args.script]]
+        flags += args.flags
         module.main(module.parse_args([str(flag) for flag in flags]))
     share = (waited.get("after", 0) - waited.get("before", 0)) / clock.seconds
     return {"seconds": clock.seconds, "data_wait": share if part == "both" else None}
@@ -224,8 +236,10 @@ def spread(values: list[float]) -> dict:
 def main(args, argv):
     import torch
 
-    if args.peer and (args.arch, args.stem, args.recipe) != ("resnet18", "imagenet", "cifar10"):
-        raise SystemExit("--peer lightly is written for resnet18, torchvision's stem and cifar10")
+    fits = (args.arch, args.stem) == ("resnet18", "imagenet") or args.arch == "vit_tiny"
+    if args.peer and not (fits and args.recipe == "cifar10"):
+        raise SystemExit("--peer lightly is written for --recipe cifar10, and for resnet18 with "
+                         "torchvision's stem or vit_tiny")
 
     sides = ["ours", *([args.peer] if args.peer else [])]
     found = {(side, part): [] for side in sides for part in args.parts}

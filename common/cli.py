@@ -12,8 +12,8 @@ import sys
 
 # Settings that do not change what is computed beyond rounding: they may differ when a run resumes.
 RUN_FLAGS = {
-    "amp", "data_root", "deterministic", "device", "download", "log_every", "output", "recipe",
-    "resume", "save_every_minutes", "workers",
+    "accum_steps", "amp", "data_root", "deterministic", "device", "download", "log_every", "output",
+    "recipe", "resume", "save_every_minutes", "workers",
 }
 Switch = argparse.BooleanOptionalAction  # --flag and --no-flag
 
@@ -193,6 +193,28 @@ def peek(argv, flag: str) -> int | None:
     first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument(flag, type=int, dest="value")
     return first.parse_known_args(argv)[0].value
+
+
+def check_crops(made: Parser, args: argparse.Namespace) -> None:
+    """Check the flags of a script with crops of several sizes, and set the size of the full ones.
+
+    `--num-crops`, `--crop-sizes` and `--crop-scales` describe the same groups of crops; the full
+    crops, the first group, are at least two; the evaluations use their size, `--image-size`.
+    """
+    groups = len(args.num_crops)
+    if len(args.crop_sizes) != groups or len(args.crop_scales) != 2 * groups:
+        made.error(f"--num-crops has {groups} values, --crop-sizes {len(args.crop_sizes)} and "
+                   f"--crop-scales {len(args.crop_scales)}; give one, one and two for each size")
+    for low, high in zip(args.crop_scales[::2], args.crop_scales[1::2], strict=True):
+        if not 0 < low <= high:
+            made.error(f"--crop-scales {low:g} {high:g} is no range of area shares above 0")
+    if args.num_crops[0] < 2:
+        made.error(f"--num-crops {args.num_crops[0]}: the first size needs at least two crops")
+    if args.image_size is None:
+        args.image_size = args.crop_sizes[0]
+    if args.image_size != args.crop_sizes[0]:
+        made.error(f"--image-size {args.image_size} is not the first of --crop-sizes "
+                   f"{args.crop_sizes[0]}; give --crop-sizes alone")
 
 
 def settings(args: argparse.Namespace) -> dict:

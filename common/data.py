@@ -33,7 +33,8 @@ TORCHVISION = {
 }
 FATAL = -1  # in a worker's report: stop the run
 BUILT_IN = ("digits", *TORCHVISION, "fake")
-SAMPLE, ORDER, FAKE, SHUFFLE = 1, 2, 3, 4  # streams of random numbers that never meet
+# Streams of random numbers that never meet.
+SAMPLE, ORDER, FAKE, SHUFFLE, CLUSTERS, MASK, NEGATIVES = range(1, 8)
 
 
 def philox(seed: int, stream: int, *key: int) -> np.random.Generator:

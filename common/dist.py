@@ -220,13 +220,18 @@ def share_rows(x: Tensor, bounds: list[int], piece: int = 2**24) -> None:
 
 
 @torch.no_grad()
+def sum_over_processes(x: Tensor) -> Tensor:
+    """Add a tensor over processes, detached."""
+    total = x.detach().clone()
+    if size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+@torch.no_grad()
 def mean_over_processes(x: Tensor) -> Tensor:
     """Average a tensor over processes, detached."""
-    if size() == 1:
-        return x.detach()
-    total = x.detach().clone()
-    dist.all_reduce(total)
-    return total / size()
+    return x.detach() if size() == 1 else sum_over_processes(x) / size()
 
 
 def all_gather_objects(value) -> list:

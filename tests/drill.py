@@ -60,13 +60,13 @@ def log_of(folder):
     return lines
 
 
-def wait_for(condition, process, timeout=90):
+def wait_for(condition, process, timeout=90, pause=0.01):
     """Wait until a condition holds while a process runs."""
     end = time.monotonic() + timeout
     while not condition():
         assert process.poll() is None, f"ended too early:\n{process.communicate()[0]}"
         assert time.monotonic() < end, "the awaited moment did not come"
-        time.sleep(0.0002)
+        time.sleep(pause)
 
 
 def tree(pid):

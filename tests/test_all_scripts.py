@@ -22,12 +22,18 @@ import drill
 from common import cli
 from common.checkpoint import Run
 from common.dist import RunError
+from common.log import Log
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py") if "\nRECIPES = " in p.read_text())
 TINY = ["--limit", "32", "--batch-size", "16", "--epochs", "1", "--warmup-epochs", "0",
         "--workers", "0", "--log-every", "1"]
-EXTRA: dict[str, list[str]] = {"moco": ["--bn-groups", "2"]}  # what a script needs for a tiny run
+EXTRA: dict[str, list[str]] = {  # what a script needs for a tiny run
+    "deepcluster_v2": ["--num-clusters", "8", "8"],
+    "moco": ["--bn-groups", "2"],
+    "swav": ["--freeze-prototypes-epochs", "0", "--num-crops", "2", "1", "--crop-sizes", "16", "8",
+             "--crop-scales", "0.6", "1", "0.3", "0.6", "--queue-length", "32"],
+}
 STILL: dict[str, set[str]] = {}  # trainable parameters that two steps need not move
 SHARED = {
     "data", "limit", "recipe", "arch", "image_size", "in_chans", "mean", "std", "epochs",
@@ -104,8 +110,10 @@ def flags_of(script, monkeypatch):
 @every_script
 def test_shared_flags_are_the_same_everywhere(script, monkeypatch):
     flags, reference = flags_of(script, monkeypatch), flags_of("simclr", monkeypatch)
-    assert flags.keys() >= SHARED
-    for name in SHARED - {"arch"}:
+    recipe = importlib.import_module(script).RECIPES["digits"]
+    shared = SHARED if "sync_bn" in recipe else SHARED - {"sync_bn"}  # there is no batch norm
+    assert flags.keys() >= shared and ("sync_bn" in flags) == ("sync_bn" in recipe)
+    for name in shared - {"arch"}:
         assert flags[name] == reference[name], name
 
 
@@ -249,15 +257,62 @@ def test_a_broken_checkpoint_gives_way_to_the_one_before(script, tmp_path, capsy
 # --------------------------------------------------------------------- real processes, real signals
 
 
-@pytest.mark.parametrize(
-    "script, processes", [("simclr", 1), *[(script, 2) for script in SCRIPTS]]
-)
-def test_killed_at_any_moment_it_ends_with_the_same_weights(script, processes, tmp_path):
-    """SimCLR is killed three times, once during a save; the others, whose loop is alike, once."""
+def run_to_the_end(script, flags):
+    """Run a script in a process of the pool."""
+    module = importlib.import_module(script)
+    module.main(module.parse_args(list(map(str, flags))))
+
+
+def run_until(script, flags, last_step):
+    """The same, with a stop signal to the first process in a certain step."""
+    write = Log.write
+
+    def write_and_signal(self, step, **values):
+        write(self, step, **values)
+        if step == last_step and self.world.is_main:
+            signal.raise_signal(signal.SIGUSR1)
+
+    Log.write = write_and_signal
+    try:
+        run_to_the_end(script, flags)
+    finally:
+        Log.write = write
+
+
+@every_script
+def test_killed_or_stopped_it_goes_on_as_if_nothing_had_been(script, pool, tmp_path):
+    """Killed for real in the middle of an epoch, and stopped; on two processes, then on one."""
+    whole, cut, stopped = tmp_path / "whole", tmp_path / "cut", tmp_path / "stopped"
+    flags = [*drill.SMALL, "--epochs", 6, *EXTRA.get(script, [])]  # 16 steps an epoch
+    pooled = [*flags, "--workers", 0, "--output"]
+    pool.run(2, run_to_the_end, script, [*pooled, whole])
+    wanted = lines(whole)
+    assert [line["step"] for line in wanted] == list(range(1, 97))
+
+    process = drill.start(f"{script}.py", *flags, "--output", cut, processes=2)
+    drill.wait_for(lambda: max((x["step"] for x in drill.log_of(cut)), default=0) >= 20, process)
+    drill.kill(process)
+    assert list(cut.glob("checkpoint*.pt")) and lines(cut)[-1]["step"] < 96
+    pool.run(2, run_to_the_end, script, [*pooled, cut])
+    assert same_tensors(whole / "backbone.pth", cut / "backbone.pth")
+    assert [x["loss"] for x in lines(cut)] == [x["loss"] for x in wanted]
+
+    pool.run(2, run_until, script, [*pooled, stopped], 21)
+    saved = torch.load(stopped / "checkpoint.pt", weights_only=True)
+    assert (saved["step"], saved["processes"], len(lines(stopped))) == (21, 2, 21)
+    pool.run(1, run_to_the_end, script, [*pooled, stopped])
+    found = lines(stopped)
+    assert [line["step"] for line in found] == list(range(1, 97))
+    near = [x["loss"] for x in found[:24]], [x["loss"] for x in wanted[:24]]
+    np.testing.assert_allclose(*near, rtol=1e-3)  # other sums, so other roundings
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_three_times_it_ends_with_the_same_weights(processes, tmp_path):
+    """The loop of SimCLR, which the others repeat; once it is killed during a save."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    epochs = 10 if script == "simclr" else 6  # 16 steps each
-    flags = [*drill.SMALL, "--epochs", epochs, *EXTRA.get(script, [])]
-    status, printed = drill.run(f"{script}.py", *flags, "--output", whole, processes=processes)
+    flags = [*drill.SMALL, "--epochs", 10]  # 16 steps each
+    status, printed = drill.run("simclr.py", *flags, "--output", whole, processes=processes)
     assert status == 0, printed
 
     saving = cut / "checkpoint.pt.tmp"
@@ -265,53 +320,38 @@ def test_killed_at_any_moment_it_ends_with_the_same_weights(script, processes, t
     def step():
         return max((line["step"] for line in drill.log_of(cut)), default=0)
 
-    moments = [
+    for number, moment in enumerate([
         lambda: step() >= 20, lambda: step() >= 60 and saving.exists(), lambda: step() >= 100
-    ]
-    for number, moment in enumerate(moments if script == "simclr" else moments[:1]):
-        process = drill.start(f"{script}.py", *flags, "--output", cut, processes=processes)
-        drill.wait_for(moment, process)
+    ]):
+        process = drill.start("simclr.py", *flags, "--output", cut, processes=processes)
+        drill.wait_for(moment, process, pause=0.0002 if number == 1 else 0.01)
         drill.kill(process)
-        assert list(cut.glob("checkpoint*.pt")) and step() < 16 * epochs, number
-    status, printed = drill.run(f"{script}.py", *flags, "--output", cut, processes=processes)
+        assert list(cut.glob("checkpoint*.pt")) and step() < 160, number
+    status, printed = drill.run("simclr.py", *flags, "--output", cut, processes=processes)
     assert status == 0 and "resuming" in printed, printed
     assert same_tensors(whole / "backbone.pth", cut / "backbone.pth")
-    assert [line["step"] for line in lines(cut)] == list(range(1, 16 * epochs + 1))
+    assert [line["step"] for line in lines(cut)] == list(range(1, 161))
     assert [line["loss"] for line in lines(cut)] == [line["loss"] for line in lines(whole)]
 
 
-@every_script
-def test_a_stop_signal_saves_and_another_world_size_goes_on(script, tmp_path):
-    flags = [*drill.SMALL, "--epochs", 20, *EXTRA.get(script, []), "--output", tmp_path]
-    process = drill.start(f"{script}.py", *flags, processes=2)
+def test_a_stop_signal_saves_and_another_world_size_goes_on(tmp_path):
+    flags = [*drill.SMALL, "--epochs", 20, "--output", tmp_path]
+    process = drill.start("simclr.py", *flags, processes=2)
     drill.wait_for(lambda: len(drill.log_of(tmp_path)) >= 20, process)
-    status, printed = drill.run(f"{script}.py", *flags)  # a second run in the same folder
+    status, printed = drill.run("simclr.py", *flags)  # a second run in the same folder
     assert status == 2 and "is in use by the run with pid" in printed, printed
     process.send_signal(signal.SIGTERM)  # torchrun passes it on
     drill.finish(process)
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert saved["processes"] == 2 and 20 <= saved["step"] < 320
 
-    process = drill.start(f"{script}.py", *flags)
+    process = drill.start("simclr.py", *flags)
     drill.wait_for(lambda: drill.log_of(tmp_path)[-1]["step"] >= saved["step"] + 3, process)
     process.send_signal(signal.SIGUSR1)
     status, printed = drill.finish(process)
     assert status == 0, printed
     assert f"at step {saved['step']} (saved by 2 processes, now 1)" in printed
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] > saved["step"]
-
-
-@every_script
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_loss_that_is_not_finite_stops_all_and_spoils_nothing(script, processes, tmp_path):
-    flags = [*drill.SMALL, *EXTRA.get(script, []), "--output", tmp_path, "--lr", "1e30",
-             "--warmup-epochs", 1, "--epochs", 3]
-    status, printed = drill.run(f"{script}.py", *flags, processes=processes, timeout=60)
-    assert status != 0 and "error: " in printed and "not finite" in printed, printed
-    assert "simclr.py\", line" not in printed and printed.count("error: ") == 1
-    with contextlib.suppress(FileNotFoundError):
-        saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["state"]["model"]
-        assert all(v.isfinite().all() for v in saved.values() if v.is_floating_point())
 
 
 def test_the_contract_sees_the_scripts():

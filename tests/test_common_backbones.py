@@ -232,6 +232,29 @@ def test_the_forward_is_that_of_loops():
         np.testing.assert_allclose(feature, expected[0], rtol=1e-9, atol=1e-9)
 
 
+def test_the_forward_is_that_of_torchvisions_transformer():
+    theirs = torchvision.models.VisionTransformer(
+        image_size=32, patch_size=8, num_layers=2, num_heads=3, hidden_dim=48, mlp_dim=192
+    )
+    theirs.heads = nn.Identity()
+    state = {}
+    for name, value in shuffled(theirs).state_dict().items():
+        for old, new in {
+            "class_token": "cls_token", "encoder.pos_embedding": "pos_embed", "conv_proj":
+            "patch_embed.proj", "encoder.layers.encoder_layer_": "blocks.", "ln_1": "norm1",
+            "ln_2": "norm2", "self_attention.in_proj_": "attn.qkv.", "self_attention.out_proj":
+            "attn.proj", "mlp.0": "mlp.fc1", "mlp.3": "mlp.fc2", "encoder.ln": "norm",
+        }.items():
+            name = name.replace(old, new)
+        state[name] = value
+    ours = backbones.VisionTransformer(48, 2, 3, image_size=32, patch_size=8, in_chans=3,
+                                       positions="learned", drop_path=0.0)
+    ours.load_state_dict(state)
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.eval()(images), theirs.eval()(images))
+
+
 def test_the_last_blocks_are_given_in_order_and_normalised():
     net, images = vit().eval(), torch.rand(2, 3, 16, 16)
     outputs = []
@@ -320,7 +343,7 @@ def test_positions_at_their_own_size_are_used_as_they_are():
     assert backbones.resample_positions(positions, (4, 6), (4, 6)) is positions
 
 
-@pytest.mark.parametrize("wanted", [(6, 6), (7, 20), (16, 14), (1, 3)])
+@pytest.mark.parametrize("wanted", [(6, 6), (7, 28), (16, 14), (1, 3)])
 def test_positions_are_interpolated_bicubically_with_their_gradient(wanted):
     positions = torch.randn(1, 14 * 14, 8, dtype=torch.float64, requires_grad=True)
     found = backbones.resample_positions(positions, (14, 14), wanted)

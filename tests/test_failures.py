@@ -133,6 +133,27 @@ def test_checkpoints_that_do_not_fit(script, pool, tmp_path):
     assert "cannot be read" in fails(pool, script, *flags)
 
 
+@every_script
+def test_a_loss_that_is_not_finite_stops_all_and_spoils_nothing(script, pool, tmp_path):
+    flags = ["--limit", 256, "--epochs", 3, "--warmup-epochs", 1, "--lr", 1e30]
+    flags += ["--output", tmp_path]
+    assert "not finite" in fails(pool, script, *flags)
+    with contextlib.suppress(FileNotFoundError):
+        saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["state"]
+        tensors = [v for part in saved.values() if isinstance(part, dict) for v in part.values()]
+        tensors = [v for v in tensors if isinstance(v, torch.Tensor) and v.is_floating_point()]
+        assert tensors and all(v.isfinite().all() for v in tensors)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_loss_that_is_not_finite_ends_real_processes(processes, tmp_path):
+    flags = [*drill.SMALL, "--lr", "1e30", "--warmup-epochs", 1, "--epochs", 3]
+    flags += ["--output", tmp_path]
+    status, printed = drill.run("simclr.py", *flags, processes=processes, timeout=60)
+    assert status != 0 and "not finite" in printed and printed.count("error: ") == 1, printed
+    assert 'simclr.py", line' not in printed
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_real_processes_say_one_line_and_exit_without_a_traceback_of_ours(processes, tmp_path):
     status, printed = drill.run("simclr.py", "--data", tmp_path / "nowhere", processes=processes)

@@ -18,7 +18,29 @@ def test_the_imagenet_recipe_is_the_papers():
     assert (args.arch, args.image_size, args.projector_dim, args.embedding_dim) == ("resnet50", 224, 2048, 128)  # noqa: E501
     assert (args.batch_size, args.epochs, args.lr, args.weight_decay) == (4096, 100, 0.3, 1e-6)
     assert (args.temperature, args.warmup_epochs, args.sync_bn) == (0.1, 10, True)
-    assert (args.crop_scale, args.jitter_strength, args.blur) == ([0.08, 1.0], 1.0, True)
+    assert (args.num_crops, args.crop_scales) == ([2], [0.08, 1.0])
+    assert (args.jitter_strength, args.blur) == (1.0, True)
+
+
+def test_the_multicrop_recipe_is_the_one_of_swavs_paper():
+    args = simclr.parse_args(["--recipe", "imagenet_multicrop"])
+    assert (args.num_crops, args.crop_sizes, args.image_size) == ([2, 4], [160, 96], 160)
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--num-crops", "2", "4"], "--num-crops has 2 values, --crop-sizes 1"),
+        (["--num-crops", "1"], "--num-crops 1"),
+        (["--crop-scales", "1", "0.2"], "--crop-scales 1 0.2"),
+        (["--image-size", "32"], "--image-size 32"),
+    ],
+)
+def test_crops_that_do_not_fit_together_are_refused(flags, named, capsys):
+    with pytest.raises(SystemExit):
+        simclr.parse_args(flags)
+    printed = capsys.readouterr().err
+    assert named in printed and printed.count("\n") == 1
 
 
 def test_the_cifar10_recipe_is_that_of_the_official_readme():
@@ -32,7 +54,7 @@ def test_the_cifar10_recipe_is_that_of_the_official_readme():
 
 
 def test_photo_views_have_the_papers_strengths():
-    first, second = simclr.photo_views(224, 3, (0.08, 1), 1.0, True, [0.0] * 3, [1.0] * 3)
+    first, second = simclr.photo_views([2], [224], [(0.08, 1)], 3, 1.0, True, [0.0] * 3, [1.0] * 3)
     assert first is second and first.size == (224, 224)
     jitter = next(s for s in first.colour if type(s).__name__ == "ColorJitter")
     assert (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue, jitter.p) == (0.8, 0.8, 0.8, 0.2, 0.8)  # noqa: E501
@@ -41,7 +63,7 @@ def test_photo_views_have_the_papers_strengths():
 
 
 def test_digit_views_never_mirror():
-    view, _ = simclr.digit_views(16, 3, (0.6, 1), 0.5, False, [0.5], [0.5])
+    view, _ = simclr.digit_views([2], [16], [(0.6, 1)], 3, 0.5, False, [0.5], [0.5])
     assert not any("Flip" in type(step).__name__ for step in view.geometry)
 
 
@@ -55,11 +77,12 @@ def small_model():
     return simclr.SimCLR(backbone, projector_dim=32, embedding_dim=8)
 
 
-def test_model_embeds_all_views_in_one_backbone_pass():
+def test_views_of_one_size_go_through_the_backbone_in_one_pass():
     model, calls = small_model(), []
     model.backbone.register_forward_hook(lambda *_: calls.append(1))
-    z = model([torch.rand(4, 3, 16, 16), torch.rand(4, 3, 16, 16)])
-    assert z.shape == (2, 4, 8) and len(calls) == 1
+    views = [torch.rand(4, 3, side, side) for side in (16, 16, 8, 8, 8)]
+    assert model(views[:2]).shape == (2, 4, 8) and len(calls) == 1
+    assert model(views).shape == (5, 4, 8) and len(calls) == 3
 
 
 def test_the_last_batch_norm_has_a_scale_and_no_shift():
@@ -173,6 +196,68 @@ def test_the_gradient_test_fails_for_the_raw_collective(pool):
     assert np.abs(grad - alone[1]).max() > 1e-2 * np.abs(alone[1]).max()
 
 
+def multicrop_loops(z, temperature):
+    """z (V, N, D): one term for each ordered pair of views, one number at a time."""
+    v, n, _ = z.shape
+    z = z / np.sqrt((z**2).sum(2, keepdims=True))
+    terms = []
+    for i in range(n):
+        for a in range(v):
+            others = sum(math.exp(z[a, i] @ z[b, j] / temperature)
+                         for j in range(n) if j != i for b in range(v))
+            for p in range(v):
+                if p != a:
+                    positive = math.exp(z[a, i] @ z[p, i] / temperature)
+                    terms.append(-math.log(positive / (positive + others)))
+    return np.mean(terms)
+
+
+@pytest.mark.parametrize("views", [2, 3, 5])
+def test_multicrop_nt_xent_equals_loops(views):
+    z = np.random.default_rng(2).normal(size=(views, 6, 5))
+    loss = simclr.multicrop_nt_xent(torch.from_numpy(z).flatten(0, 1), views, 0.2)
+    assert loss.item() == pytest.approx(multicrop_loops(z, 0.2), rel=1e-12)
+
+
+def test_multicrop_nt_xent_of_two_views_is_nt_xent():
+    z1, z2 = map(torch.from_numpy, embeddings())
+    two = simclr.multicrop_nt_xent(torch.cat([z1, z2]), 2, 0.2)
+    assert two.item() == pytest.approx(simclr.nt_xent(z1, z2, 0.2).item(), rel=1e-12)
+
+
+def test_multicrop_nt_xent_of_embeddings_that_are_all_alike_is_chance():
+    z = torch.ones(4 * 6, 3)
+    assert simclr.multicrop_nt_xent(z, 4, 0.1).item() == pytest.approx(math.log(21), rel=1e-6)
+
+
+def own_multicrop_gradient(z, raw):
+    kept = dist.all_gather_with_grad
+    if raw:
+        dist.all_gather_with_grad = dist.all_gather_no_grad
+    try:
+        share = z.shape[1] // dist.size()
+        own = z[:, dist.rank() * share : (dist.rank() + 1) * share]
+        leaf = torch.from_numpy(own.reshape(-1, z.shape[2]).copy()).requires_grad_()
+        loss = simclr.multicrop_nt_xent(leaf, len(z), 0.2)
+        loss.backward()
+        return loss.item(), (leaf.grad / dist.size()).view(len(z), share, -1).numpy()
+    finally:
+        dist.all_gather_with_grad = kept
+
+
+@pytest.mark.parametrize("size, raw", [(2, False), (4, False), (2, True)])
+def test_multicrop_gradients_are_those_of_the_joined_batch_unless_gathered_raw(pool, size, raw):
+    z = np.random.default_rng(3).normal(size=(3, 8, 5))
+    loss, grad = own_multicrop_gradient(z, False)
+    parts = pool.run(size, own_multicrop_gradient, z, raw)
+    found = np.concatenate([g for _, g in parts], axis=1)
+    assert np.mean([part[0] for part in parts]) == pytest.approx(loss, rel=1e-9)
+    if raw:
+        assert np.abs(found - grad).max() > 1e-2 * np.abs(grad).max()
+    else:
+        np.testing.assert_allclose(found, grad, rtol=1e-6, atol=1e-12)
+
+
 # --------------------------------------------------------------------------------------------- main
 
 
@@ -189,6 +274,14 @@ def test_with_sync_bn_two_processes_compute_what_one_does(pool, tmp_path):
     two = pool.run(2, train, str(tmp_path / "two"), "float64", 20)[0]
     assert len(one) == 20
     np.testing.assert_allclose(two, one, atol=1e-9)
+
+
+def test_multicrop_trains(tmp_path):
+    flags = ["--output", str(tmp_path), "--limit", "32", "--batch-size", "16", "--epochs", "1",
+             "--warmup-epochs", "0", "--workers", "0", "--log-every", "1", "--num-crops", "2", "2",
+             "--crop-sizes", "16", "8", "--crop-scales", "0.6", "1", "0.3", "0.6"]
+    simclr.main(simclr.parse_args(flags))
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
 
 
 def test_in_float32_the_first_loss_is_the_same_on_two_processes(pool, tmp_path):

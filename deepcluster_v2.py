@@ -1,0 +1,413 @@
+"""DeepCluster v2: the appendix of SwAV's paper (2006.09882) on DeepCluster (1807.05520).
+
+1. Before each epoch, cluster the embeddings of all images from the epoch before (a memory bank, one
+   for each full crop) by spherical k-means, once for each head. The centroids are the head's
+   prototypes for this epoch, and the clusters the labels of the images.
+2. Make two full crops and some small ones of every image, embed all of them, one pass per crop
+   size: backbone h, projector z on the unit sphere.
+3. Classify every crop into the cluster of its image: softmax over the cosines with the centroids.
+4. Put the embeddings of the full crops into the memory bank, in the rows of their images.
+
+Letters: N images per process, W processes, M images in all, V crops of an image, A of them full, D
+embedding size, K clusters, H heads.
+
+Differs from the official code (facebookresearch/swav): the memory bank is one tensor in the order
+of the data set, equal on every process; k-means starts from images of all processes, there of the
+first; its sums are float64; batch norm is synchronised over all processes, there in groups of
+eight. Images that were not in the last epoch (incomplete batches are dropped) have no label, as
+there.
+
+    python deepcluster_v2.py
+    torchrun --nproc_per_node=8 deepcluster_v2.py --data /path/to/imagenet --output runs/deepcluster
+"""
+
+import itertools
+import math
+import os
+import sys
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common import augment, backbones, cli, data, dist, optim
+from common.checkpoint import Run, replacing
+from common.log import Log
+
+RECIPES = {
+    # SwAV's paper, appendix: batch 4,096, rates .3 to 4.8 to .0048, here per 256 images.
+    "imagenet": dict(
+        arch="resnet50", stem="imagenet", in_chans=3, mean=[0.485, 0.456, 0.406],
+        std=[0.228, 0.224, 0.225],  # .228 as in the released runs
+        views="photo", num_crops=[2, 6], crop_sizes=[224, 96], crop_scales=[0.14, 1.0, 0.05, 0.14],
+        jitter_strength=1.0, blur=True, projector_dim=2048, embedding_dim=128,
+        num_clusters=[3000, 3000, 3000], kmeans_iterations=10, temperature=0.1, epochs=800,
+        batch_size=4096, lr=0.3, start_lr=0.3 / 16, final_lr=0.0048 / 16, weight_decay=1e-6,
+        warmup_epochs=10, sync_bn=True,
+    ),
+    # Sizes, batch and epochs of solo-learn's CIFAR-10 run, with this script's optimiser.
+    "cifar10": dict(
+        arch="resnet18", stem="small", in_chans=3, mean=[0.4914, 0.4822, 0.4465],
+        std=[0.247, 0.2435, 0.2616], views="photo", num_crops=[2], crop_sizes=[32],
+        crop_scales=[0.08, 1.0], jitter_strength=1.0, blur=False, projector_dim=2048,
+        embedding_dim=128, num_clusters=[3000, 3000, 3000], kmeans_iterations=10, temperature=0.1,
+        epochs=1000, batch_size=256, lr=0.6, start_lr=0.0, final_lr=0.0006, weight_decay=1e-6,
+        warmup_epochs=11, sync_bn=True,
+    ),
+    # Ours, chosen on the built-in digits: about a minute on two cores.
+    "digits": dict(
+        arch="resnet_tiny", stem="small", in_chans=3, mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5],
+        views="digits", num_crops=[2, 2], crop_sizes=[16, 8], crop_scales=[0.6, 1.0, 0.3, 0.6],
+        jitter_strength=0.5, blur=False, projector_dim=128, embedding_dim=64,
+        num_clusters=[60, 60, 60], kmeans_iterations=10, temperature=0.1, epochs=40,
+        batch_size=256, lr=4.0, start_lr=0.1, final_lr=0.004, weight_decay=1e-6, warmup_epochs=5,
+        sync_bn=True,
+    ),
+}
+
+
+def parse_args(argv=None):
+    parser = cli.parser(__file__, __doc__)
+    group = parser.add_argument_group("images")
+    group.add_argument("--image-size", type=cli.count,
+                       help="side of a full crop in pixels: the first of --crop-sizes")
+    group.add_argument("--in-chans", type=cli.count, help="channels of the images")
+    group.add_argument("--mean", type=cli.number, nargs="+", help="subtracted from each channel")
+    group.add_argument("--std", type=cli.positive, nargs="+", help="each channel is divided by it")
+    group = parser.add_argument_group("method")
+    group.add_argument("--arch", choices=backbones.RESNETS, help="backbone")
+    group.add_argument("--stem", choices=("imagenet", "small"), help="small: 3x3 stride 1, no pool")
+    group.add_argument("--views", choices=("photo", "digits"), help="what views are made of")
+    group.add_argument("--num-crops", type=cli.count, nargs="+",
+                       help="crops of each size, the full ones (which are clustered) first")
+    group.add_argument("--crop-sizes", type=cli.count, nargs="+", help="their sides in pixels")
+    group.add_argument("--crop-scales", type=cli.share, nargs="+",
+                       help="smallest, largest area share for each size")
+    group.add_argument("--jitter-strength", type=cli.not_negative, help="of the colour changes")
+    group.add_argument("--blur", action=cli.Switch, help="Gaussian blur of half of the crops")
+    group.add_argument("--projector-dim", type=cli.count, help="hidden width of the projector")
+    group.add_argument("--embedding-dim", type=cli.count, help="D, size of an embedding")
+    group.add_argument("--num-clusters", type=cli.count, nargs="+",
+                       help="K of each head; head h labels by full crop h mod A")
+    group.add_argument("--kmeans-iterations", type=cli.count, help="before each epoch")
+    group.add_argument("--temperature", type=cli.positive, help="divides the cosines")
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--epochs", type=cli.count, help="passes over the images")
+    group.add_argument("--batch-size", type=cli.count, help="images over all processes")
+    group.add_argument("--lr", type=cli.positive, help="learning rate per 256 images")
+    group.add_argument("--start-lr", type=cli.not_negative, help="per 256, where warm-up starts")
+    group.add_argument("--final-lr", type=cli.not_negative, help="per 256, where the cosine ends")
+    group.add_argument("--weight-decay", type=cli.not_negative, help="of every parameter")
+    group.add_argument("--warmup-epochs", type=cli.whole, help="linear from --start-lr")
+    group.add_argument("--sync-bn", action=cli.Switch, help="batch norm over all processes")
+    group.add_argument("--seed", type=cli.whole, default=0, help="of every random choice")
+    args = cli.parse(parser, RECIPES, argv)
+    cli.check_crops(parser, args)
+    return args
+
+
+# -------------------------------------------------------------------------------------------- views
+
+
+def photo_views(num_crops, crop_sizes, crop_scales, channels, jitter_strength, blur, mean, std):
+    """Crops of some sizes, all of the same kind otherwise (paper, section 3.2)."""
+    s, views = jitter_strength, []
+    for count, size, scale in zip(num_crops, crop_sizes, crop_scales, strict=True):
+        steps = [
+            augment.RandomResizedCrop(scale, ratio=(3 / 4, 4 / 3), interpolation="bilinear"),
+            augment.HorizontalFlip(p=0.5),
+            augment.ColorJitter(0.8 * s, 0.8 * s, saturation=0.8 * s, hue=0.2 * s, p=0.8),
+            augment.Grayscale(p=0.2),
+            augment.GaussianBlur(sigma=(0.1, 2.0), p=0.5 if blur else 0.0),
+            augment.Normalize(mean, std),
+        ]
+        views += [augment.View(size, steps, channels)] * count
+    return views
+
+
+def digit_views(num_crops, crop_sizes, crop_scales, channels, jitter_strength, blur, mean, std):
+    """Crops that leave a digit what it is: it is moved and shaded, never mirrored."""
+    s, views = jitter_strength, []
+    for count, size, scale in zip(num_crops, crop_sizes, crop_scales, strict=True):
+        steps = [
+            augment.RandomAffine(degrees=15, translate=0.1, scale=(0.8, 1.2), shear=10, fill=0,
+                                 interpolation="bilinear"),
+            augment.RandomResizedCrop(scale, ratio=(3 / 4, 4 / 3), interpolation="bilinear"),
+            augment.ColorJitter(brightness=s, contrast=s, saturation=0.0, hue=0.0, p=0.8),
+            augment.GaussianBlur(sigma=(0.1, 1.0), p=0.5 if blur else 0.0),
+            augment.Normalize(mean, std),
+        ]
+        views += [augment.View(size, steps, channels)] * count
+    return views
+
+
+# -------------------------------------------------------------------------------------------- model
+
+
+class DeepCluster(nn.Module):
+    """Backbone and projector H -> hidden -> D with batch norm inside."""
+
+    def __init__(self, backbone: nn.Module, projector_dim: int, embedding_dim: int):
+        super().__init__()
+        self.backbone = backbone
+        self.projector = nn.Sequential(
+            nn.Linear(backbone.num_features, projector_dim),
+            nn.BatchNorm1d(projector_dim),
+            nn.ReLU(inplace=True),
+            nn.Linear(projector_dim, embedding_dim),
+        )
+
+    def forward(self, views: list[Tensor]) -> Tensor:
+        """Embed V views (N, C, H, W), sorted by size, one backbone pass a size; unit (V, N, D)."""
+        sizes = itertools.groupby(views, key=lambda view: view.shape[-2:])
+        h = torch.cat([self.backbone(torch.cat(list(same))) for _, same in sizes])
+        z = self.projector(h)
+        z = nn.functional.normalize(z if z.dtype == torch.float64 else z.float(), dim=1)
+        return z.view(len(views), -1, z.shape[1])
+
+
+# --------------------------------------------------------------------------------------------- loss
+
+
+def cluster_loss(scores: Tensor, assignment: Tensor, temperature: float) -> Tensor:
+    """Compute the cross-entropy of every crop's cosines with the cluster of its image.
+
+    The mean over processes of the result is the mean over all labelled crops of all processes.
+
+    Args:
+        scores: cosines (V, N, K) with the centroids.
+        assignment: int64 (N,), the clusters; -100: no label.
+        temperature: divides the cosines.
+
+    Returns:
+        Scalar; 0 where no image of any process has a label.
+
+    Reference: 2006.09882, appendix on DeepCluster v2.
+    """
+    scores = scores if scores.dtype == torch.float64 else scores.float()
+    labels = assignment.repeat(len(scores))  # (V*N,)
+    total = nn.functional.cross_entropy(scores.flatten(0, 1) / temperature, labels,
+                                        ignore_index=-100, reduction="sum")
+    labelled = dist.sum_over_processes((labels != -100).sum()).clamp(min=1)
+    return total * dist.size() / labelled
+
+
+@torch.no_grad()
+def nearest_centroids(x: Tensor, centroids: Tensor) -> Tensor:
+    """The row of the centroids (K, D) with the largest dot product, lowest at ties; int64 (N,)."""
+    if x.device.type == "cpu" and x.dtype == torch.float32:
+        import faiss  # after torch, and never in a loader process: the other order can hang
+
+        metric = faiss.METRIC_INNER_PRODUCT
+        _, rows = faiss.knn(x.contiguous().numpy(), centroids.contiguous().numpy(), 1, metric)
+        return torch.from_numpy(rows)[:, 0]
+    return (x @ centroids.T).argmax(1)
+
+
+@torch.no_grad()
+def spherical_kmeans(x: Tensor, num_clusters: int, iterations: int, generator: torch.Generator,
+                     init: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Cluster unit rows by cosine, over all processes.
+
+    Args:
+        x: unit rows (N, D), this process's part; N may differ among processes.
+        num_clusters: K.
+        iterations: assignments followed by new centroids; one more assignment comes last.
+        generator: on the CPU, in the same state on every process; draws the start, which is K
+            different rows of all processes. An empty cluster keeps its centroid.
+        init: start from these centroids (K, D) instead.
+
+    Returns:
+        Centroids (K, D), unit rows, equal on every process; clusters int64 (N,) of the rows here.
+
+    Raises:
+        ValueError: fewer rows on all processes than clusters to start from.
+
+    Reference: Dhillon and Modha, "Concept decompositions for large sparse text data using
+    clustering", 2001; 2006.09882, appendix.
+    """
+    x = x if x.dtype == torch.float64 else x.float()
+    if init is None:
+        counts = dist.all_gather_no_grad(torch.tensor([len(x)], device=x.device)).tolist()
+        if sum(counts) < num_clusters:
+            raise ValueError(f"{sum(counts)} rows do not make {num_clusters} clusters")
+        chosen = torch.randperm(sum(counts), generator=generator)[:num_clusters].to(x.device)
+        chosen -= sum(counts[: dist.rank()])
+        here = (chosen >= 0) & (chosen < len(x))
+        init = x.new_zeros(num_clusters, x.shape[1])
+        init[here] = x[chosen[here]]
+        init = dist.sum_over_processes(init)  # each row is on one process
+    centroids = init.to(x.dtype)
+    for _ in range(iterations):
+        sums = torch.zeros_like(centroids, dtype=torch.float64)
+        for part in x.split(8192):  # bounds the memory
+            sums.index_add_(0, nearest_centroids(part, centroids), part.double())
+        sums = dist.sum_over_processes(sums)
+        norms = sums.norm(dim=1, keepdim=True)  # 0: the cluster is empty
+        means = (sums / norms.clamp(min=1e-12)).to(x.dtype)
+        centroids = torch.where(norms > 0, means, centroids)
+    nearest = [nearest_centroids(part, centroids) for part in x.split(8192)]
+    return centroids, torch.cat(nearest)
+
+
+@torch.no_grad()
+def cluster_memory(memory: Tensor, num_clusters: int, iterations: int, generator: torch.Generator
+                   ) -> tuple[Tensor, Tensor]:
+    """Cluster the rows of one crop's memory bank, each process a contiguous part of them.
+
+    Args:
+        memory: (M, D), unit rows, and zeros for the images that were not seen.
+
+    Returns:
+        Centroids (K, D) and the assignment int64 (M,), -100 for the images not seen.
+    """
+    seen = memory.any(1).nonzero()[:, 0]
+    own = seen.tensor_split(dist.size())[dist.rank()]
+    centroids, nearest = spherical_kmeans(memory[own], num_clusters, iterations, generator)
+    assignment = torch.zeros(len(memory), dtype=torch.int64, device=memory.device)
+    assignment[own] = nearest + 1
+    return centroids, dist.sum_over_processes(assignment).sub_(1).masked_fill_(~memory.any(1), -100)
+
+
+@torch.no_grad()
+def update_memory(memory: Tensor, index: Tensor, z: Tensor) -> None:
+    """Write the embeddings of all processes into the rows of their images.
+
+    Args:
+        memory: (A, M, D), written in place.
+        index: data-set indices (N,) of this process's images.
+        z: their embeddings (A, N, D).
+    """
+    rows = dist.all_gather_no_grad(index.to(memory.device))
+    z = dist.all_gather_no_grad(z.transpose(0, 1)).transpose(0, 1)
+    memory[:, rows] = z.to(memory.dtype)
+
+
+@torch.no_grad()
+def indicators(z: Tensor, scores: Tensor, labels: Tensor, assignment: Tensor) -> dict[str, Tensor]:
+    """What tells learning from collapse, on the first crop's z (N, D) and scores (N, K).
+
+    Labels (N,) are those of the images here, the assignment (M,) that of all images.
+    """
+    use = assignment[assignment >= 0].bincount(minlength=scores.shape[1])
+    return {
+        "cluster_entropy": torch.special.entr(use / use.sum()).sum(),  # ln K: all of equal size
+        "cluster_accuracy": (scores.argmax(1) == labels).to(z.dtype).mean(),
+        "z_std": z.std(0, correction=0).mean(),  # 1 / sqrt(D) where they spread, 0 in collapse
+    }
+
+
+# --------------------------------------------------------------------------------------------- main
+
+
+def main(args):
+    world = dist.setup(args.device, args.deterministic)
+    torch.manual_seed(args.seed)
+
+    # Data
+    images = data.open_images(args.data, "pretrain", args.in_chans, root=args.data_root,
+                              download=args.download, limit=args.limit)
+    seen_images = len(images) - len(images) % args.batch_size
+    if args.batch_size <= len(images) and max(args.num_clusters) > seen_images:
+        raise dist.RunError(f"--num-clusters {max(args.num_clusters)} is more than the "
+                            f"{seen_images} images of an epoch; at most that many")
+    scales = list(zip(args.crop_scales[::2], args.crop_scales[1::2], strict=True))
+    make_views = {"photo": photo_views, "digits": digit_views}[args.views]
+    views = make_views(args.num_crops, args.crop_sizes, scales, args.in_chans,
+                       args.jitter_strength, args.blur, args.mean, args.std)
+
+    # Model
+    backbone = backbones.build_backbone(args.arch, stem=args.stem, in_chans=args.in_chans,
+                                        zero_init_residual=False)
+    model = DeepCluster(backbone, args.projector_dim, args.embedding_dim)
+    model = model.to(world.device, memory_format=torch.channels_last)
+    if args.sync_bn:
+        model = dist.convert_sync_batchnorm(model, world.device)
+    full = args.num_crops[0]
+    memory = torch.zeros(full, len(images), args.embedding_dim, device=world.device)
+    assignments = torch.full((len(args.num_clusters), len(images)), -100, device=world.device)
+    centroids = [torch.zeros(k, args.embedding_dim, device=world.device) for k in args.num_clusters]
+
+    # Optimiser
+    lr = args.lr * args.batch_size / 256
+    optimizer = optim.LARC(model.parameters(), lr=lr, momentum=0.9, weight_decay=args.weight_decay,
+                           trust_coefficient=0.001)
+    autocast, scaler = optim.precision(args.amp, world.device)
+    dist.say(f"{len(images)} images; batch {args.batch_size} = {args.batch_size // world.size} on "
+             f"each of {world.size}; lr {args.lr:g} x {args.batch_size} / 256 = {lr:g}")
+
+    with Run(args.output, cli.settings(args), images, world, resume=args.resume,
+             save_every_minutes=args.save_every_minutes) as run:
+        # Resume
+        state = {"model": model, "memory": memory, "assignments": assignments,
+                 **{f"centroids{h}": c for h, c in enumerate(centroids)},
+                 "optimizer": optimizer, "scaler": scaler}
+        step = run.start(state)
+        loader = data.Loader(images, views, batch_size=args.batch_size, epochs=args.epochs,
+                             seed=args.seed, world=world, workers=args.workers, start_step=step)
+        lr_of_step = optim.warmup_cosine(
+            start=args.start_lr * args.batch_size / 256, base=lr,
+            final=args.final_lr * args.batch_size / 256,
+            warmup_steps=args.warmup_epochs * loader.steps_per_epoch,
+            total_steps=args.epochs * loader.steps_per_epoch, warmup_endpoint=True,
+        )
+        chance = sum(map(math.log, args.num_clusters)) / len(args.num_clusters)
+        log = Log(args.output, world, batch_size=args.batch_size, total_steps=len(lr_of_step),
+                  first_step=step, every=args.log_every, chance_loss=chance,
+                  floors={"z_std": 0.1 / math.sqrt(args.embedding_dim),
+                          "cluster_entropy": math.log(args.num_clusters[0]) / 2})
+        ddp_model = DistributedDataParallel(model) if world.size > 1 else model
+        if step == 0:  # the first bank: an epoch without a gradient, batch statistics move
+            first = data.Loader(images, views[:full], batch_size=args.batch_size, epochs=1,
+                                seed=args.seed, world=world, workers=args.workers)
+            for batch in first.epoch(0):
+                with torch.no_grad(), autocast():
+                    update_memory(memory, batch.index, model(batch.views))
+
+        # Train
+        for epoch in range(step // loader.steps_per_epoch, args.epochs):
+            if step % loader.steps_per_epoch == 0:  # 1. clusters of the epoch before
+                draw = data.philox(args.seed, data.CLUSTERS, epoch)
+                for h, k in enumerate(args.num_clusters):
+                    generator = torch.Generator().manual_seed(int(draw.integers(2**63)))
+                    found = cluster_memory(memory[h % full], k, args.kmeans_iterations, generator)
+                    centroids[h].copy_(found[0])
+                    assignments[h].copy_(found[1])
+                memory.zero_()
+                with dist.together(writing=args.output):
+                    if world.is_main:
+                        with replacing(os.path.join(args.output, "assignments.npy")) as file:
+                            np.save(file, assignments.cpu().numpy())  # (H, M)
+            for batch in loader.epoch(epoch):
+                for group in optimizer.param_groups:
+                    group["lr"] = lr_of_step[step]
+                with autocast():
+                    z = ddp_model(batch.views)  # 2. embeddings
+                labels = assignments[:, batch.index.to(world.device)]  # (H, N)
+                all_scores = [z @ c.T for c in centroids]
+                losses = [cluster_loss(scores, own, args.temperature)
+                          for scores, own in zip(all_scores, labels, strict=True)]
+                loss = torch.stack(losses).mean()  # 3. find the cluster
+                optimizer.zero_grad(set_to_none=True)
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                update_memory(memory, batch.index, z[:full])  # 4. for the next epoch's clusters
+
+                step += 1
+                seen = {}
+                if log.due(step):
+                    seen = indicators(z[0], all_scores[0][0], labels[0], assignments[0])
+                log.write(step, epoch=epoch, loss=loss, lr=lr_of_step[step - 1],
+                          waited=loader.waited, **seen)
+                save, stop = run.agree(step % loader.steps_per_epoch == 0)
+                if save:
+                    log.check()
+                    run.save(step, state, model.backbone)
+                if stop:
+                    return
+
+
+if __name__ == "__main__":
+    sys.exit(dist.launch(main, parse_args()))
