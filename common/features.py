@@ -81,6 +81,9 @@ def resolve(args, checkpoints: list[Checkpoint]) -> dict:
             raise RunError(f"--{name} has {len(values)} values for --in-chans "
                            f"{settings['in_chans']}; give one, or one a channel")
         settings[name] = [sum(values) / len(values)]
+    size, patch = settings["image_size"], settings["patch_size"]
+    if settings["arch"].startswith("vit") and size % patch:
+        raise RunError(f"--image-size {size} is no multiple of --patch-size {patch}")
     return settings
 
 
