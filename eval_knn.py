@@ -257,10 +257,10 @@ def main(args):
         )
 
     # 1. Features; 2. neighbours and 3. votes of each checkpoint
-    bank = f", of the {args.leave_one_out} split without the image itself"
+    bank = f", in the {args.leave_one_out} split without the image itself"
+    few = f"; few labels: mean and standard deviation of {args.draws} draws"
     dist.say(f"k-NN by cosine, k {args.k[0]}, votes exp(cosine / {args.temperature[0]})"
-             f"{bank if args.leave_one_out else ''}; few labels: mean and standard deviation of "
-             f"{args.draws} draws")
+             f"{bank if args.leave_one_out else ''}{few if args.shots else ''}")
     table = []
     for name, found in features.sources(args, world, open_split=open_split, make_view=make_view,
                                         build=build, layers=backbones.flat_layers,
