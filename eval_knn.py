@@ -1,21 +1,29 @@
 """Weighted k-nearest-neighbour classification of frozen features.
 
-Features of the training images are the bank. A test image is given the class with the most votes
-among its k nearest bank images by cosine, each voting exp(cosine / T). Nothing is trained and no
-setting is chosen on the test images. With `--shots s` the bank is s labelled images a class, drawn
-again and again; the mean and standard deviation over the draws are reported.
+1. Take features of the training images, the bank, and of the test images.
+2. Find the k images of the bank that are nearest to a test image by cosine.
+3. Each votes exp(cosine / T) for its class; the class with the most votes is the prediction.
+
+Nothing is trained and no setting is chosen on the test images. With `--shots s` the bank is s
+labelled images a class, drawn again and again; the mean and standard deviation over the draws are
+reported, of the first layer, k and T. With `--leave-one-out` the bank is the tested split itself,
+without the image in question.
 
 Baselines: `pixels` (the normalised image itself) and `random` (the mean over five untrained
 backbones). The last line of the output is one JSON object, which describes the checkpoint named
 last and holds all of them under "checkpoints".
 
-Reference: Wu et al., arXiv 1805.01978, section 3.4.
+Letters: N images in the bank, M queries, D feature size, T temperature.
+
+Reference: Wu et al., arXiv 1805.01978, section 3.4; k and T as in DINO, arXiv 2104.14294.
 
     python eval_knn.py --checkpoint pixels random runs/simclr-digits-resnet_tiny
+    python eval_knn.py --checkpoint runs/simclr-digits-resnet_tiny --layers avgpool res4 --k 20 200
     torchrun --nproc_per_node=8 eval_knn.py --checkpoint runs/simclr --data /path/to/imagenet
 """
 
 import json
+import math
 import statistics
 import sys
 
@@ -25,68 +33,93 @@ from torch import Tensor
 
 from common import augment, backbones, cli, data, dist, features
 
-RANDOM_INITIALISATIONS = 5
+SPARE = 8  # candidates beyond k, so that rounding does not decide who is among the k
+TIE = 1e-6  # cosines nearer than this are computed again in float64
+SMALL_BANK = 256  # rows that are compared in float64 at once
+BLOCK = 2**15  # rows of a bank on the GPU that queries are compared with at a time
 
 
 def parse_args(argv=None):
-    parser = cli.Parser(prog="eval_knn.py", description=__doc__,
-                        formatter_class=cli.HelpFormatter, allow_abbrev=False)
-    parser.add_argument("--checkpoint", nargs="+", required=True, metavar="WHAT",
-                        help="run folders, weights files, random, pixels; one table of all")
+    parser = cli.evaluation_parser(__file__, __doc__, backbones.NAMES)
     group = parser.add_argument_group("protocol")
     group.add_argument("--k", type=cli.count, nargs="+", default=[20], help="neighbours")
     group.add_argument("--temperature", type=cli.positive, nargs="+", default=[0.07],
                        help="of the votes")
+    group.add_argument("--leave-one-out", choices=("train", "test"), nargs="?", const="test",
+                       help="classify this split by its own other images")
     group.add_argument("--shots", type=cli.count, nargs="*", default=[5, 1],
                        help="labelled images a class in the few-label banks")
     group.add_argument("--draws", type=cli.count, default=100,
-                       help="few-label banks to average over")
-    group.add_argument("--seed", type=cli.whole, default=0, help="of the draws and of random")
-    group = parser.add_argument_group("images (default: as the first run among the checkpoints)")
-    group.add_argument("--data", help="labelled images, with a train and a test split")
-    group.add_argument("--data-root", default="data", metavar="FOLDER",
-                       help="where torchvision's data sets are")
-    group.add_argument("--image-size", type=cli.count, help="side in pixels")
-    group.add_argument("--resize", type=cli.count,
-                       help="shorter side before the central crop; default: the image size up to "
-                       "96 px, 256/224 of it above")
-    group.add_argument("--in-chans", type=cli.count, help="channels of the images")
-    group.add_argument("--mean", type=cli.number, nargs="+", help="subtracted from each channel")
-    group.add_argument("--std", type=cli.positive, nargs="+", help="each channel is divided by it")
-    group.add_argument("--limit", type=cli.count, metavar="N",
-                       help="take N evenly spaced images of each split")
-    group = parser.add_argument_group("backbone (default: as above)")
-    group.add_argument("--arch", choices=backbones.NAMES, help="backbone")
-    group.add_argument("--stem", choices=("imagenet", "small"), help="small: 3x3 stride 1, no pool")
-    group.add_argument("--patch-size", type=cli.count, help="side of a transformer's patches")
-    group = parser.add_argument_group("run")
-    group.add_argument("--batch-size", type=cli.count, default=256, help="images in one pass")
-    group.add_argument("--workers", type=cli.whole, metavar="N",
-                       help="loader processes; default: the share of the cores, 0 if no files")
-    group.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where")
-    return parser.parse_args(argv)
+                       help="few-label banks to average over, at least 50")
+    group.add_argument("--chunk", type=cli.count, default=2048,
+                       help="queries at a time, which bounds the memory")
+    args = cli.parse_evaluation(parser, argv)
+    if args.shots and args.draws < 50:
+        parser.error(f"--draws {args.draws} is too few to trust their mean; take 50 or more, or "
+                     "none with an empty --shots")
+    return args
 
 
 # ----------------------------------------------------------------------------------------- protocol
 
 
-def nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Cosines and bank rows (M, k) of each query's k nearest bank rows, nearest first.
+def nearest(
+    bank: Tensor, queries: Tensor, k: int, itself: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Find each query's k nearest bank rows by cosine, nearest first, of equal ones the lower row.
+
+    They are found in the features' own precision. Where that cannot tell one from the next, float64
+    decides, so that neither a chunk's size nor the number of processes changes the result.
 
     Args:
         bank: unit rows (N, D).
         queries: unit rows (M, D).
+        k: at most N.
+        itself: int64 (M,), a bank row for each query that does not count; -1 for none.
+
+    Returns:
+        Float64 cosines and bank rows (M, k); cosine -inf where there are fewer than k.
     """
+    if len(bank) <= SMALL_BANK:
+        rows = torch.arange(len(bank), device=bank.device).expand(len(queries), -1)
+        cosines, rows = by_cosine(queries.double() @ bank.double().T, rows, itself)
+    else:
+        cosines, rows = candidates(bank, queries, min(k + SPARE, len(bank)))
+        cosines, rows = by_cosine(cosines.double(), rows, itself)
+        close = (cosines[:, : k + 1].diff(dim=1) > -TIE).any(1).nonzero()[:, 0]
+        for part in close.split(64):
+            near = rows[part].sort(dim=1).values
+            exact = (bank[near].double() @ queries[part].double()[:, :, None])[..., 0]
+            left_out = None if itself is None else itself[part]
+            cosines[part], rows[part] = by_cosine(exact, near, left_out)
+    return cosines[:, :k], rows[:, :k]
+
+
+def by_cosine(cosines: Tensor, rows: Tensor, itself: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sort float64 cosines and their rows (M, C), the highest first; `itself` becomes -inf."""
+    cosines = cosines.round(decimals=13)  # equal images have equal cosines, up to rounding
+    if itself is not None:
+        cosines = cosines.masked_fill(rows == itself[:, None], -math.inf)
+    cosines, order = cosines.sort(dim=1, descending=True, stable=True)
+    return cosines, rows.gather(1, order)
+
+
+def candidates(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Cosines and rows (M, k) of the bank nearest to each query, up to rounding."""
     if bank.device.type == "cpu" and bank.dtype == torch.float32:
         import faiss  # after torch, and never in a loader process: the other order can hang
 
-        cosines, rows = faiss.knn(
-            queries.contiguous().numpy(), bank.contiguous().numpy(), k,
-            metric=faiss.METRIC_INNER_PRODUCT,
-        )
+        bank, queries = bank.contiguous().numpy(), queries.contiguous().numpy()
+        cosines, rows = faiss.knn(queries, bank, k, metric=faiss.METRIC_INNER_PRODUCT)
         return torch.from_numpy(cosines), torch.from_numpy(rows)
-    found = [(part @ bank.T).topk(k, dim=1) for part in queries.split(256)]  # bounds the memory
-    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
+    best, rows = queries[:, :0], torch.empty_like(queries[:, :0], dtype=torch.int64)
+    for start in range(0, len(bank), BLOCK):
+        found = queries @ bank[start : start + BLOCK].T
+        found, places = found.topk(min(k, found.shape[1]), dim=1)
+        best, rows = torch.cat([best, found], dim=1), torch.cat([rows, places + start], dim=1)
+        best, places = best.topk(min(k, best.shape[1]), dim=1)
+        rows = rows.gather(1, places)
+    return best, rows
 
 
 def vote(cosines: Tensor, labels: Tensor, temperature: float, num_classes: int) -> Tensor:
@@ -96,7 +129,8 @@ def vote(cosines: Tensor, labels: Tensor, temperature: float, num_classes: int) 
 
 
 def knn_predict(
-    bank: Tensor, labels: Tensor, queries: Tensor, k: int, temperature: float, num_classes: int
+    bank: Tensor, labels: Tensor, queries: Tensor, k: int, temperature: float, num_classes: int,
+    itself: Tensor | None = None, chunk: int = 2048,
 ) -> Tensor:
     """Classify queries by their k nearest bank rows.
 
@@ -106,65 +140,94 @@ def knn_predict(
         queries: features (M, D), normalised here.
         k: neighbours; clipped to N.
         temperature: a neighbour votes exp(cosine / temperature).
+        itself: int64 (M,), a bank row for each query that does not vote; -1 for none.
+        chunk: queries at a time.
 
     Returns:
-        Class scores (M, num_classes); their argmax is the prediction.
+        Float64 class scores (M, num_classes); their argmax is the prediction.
     """
     bank, queries = (torch.nn.functional.normalize(x, dim=1) for x in (bank, queries))
-    cosines, rows = nearest(bank, queries, min(k, len(bank)))
-    return vote(cosines, labels[rows], temperature, num_classes)
+    scores = []
+    for start in range(0, len(queries), chunk):
+        own = slice(start, start + chunk)
+        skipped = None if itself is None else itself[own]
+        cosines, rows = nearest(bank, queries[own], min(k, len(bank)), skipped)
+        scores.append(vote(cosines, labels[rows], temperature, num_classes))
+    return torch.cat(scores) if scores else bank.new_zeros(0, num_classes, dtype=torch.float64)
 
 
-def few_label_bank(labels: np.ndarray, shots: int, *seed: int) -> np.ndarray:
+def class_members(labels: np.ndarray) -> list[np.ndarray]:
+    """Rows of every class that there is, by rising class."""
+    order = np.argsort(labels, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
+
+
+def few_label_bank(members: list[np.ndarray], shots: int, *seed: int) -> np.ndarray:
     """Rows of a bank with `shots` images of every class, or all of a class that has fewer."""
     rng = np.random.default_rng([shots, *seed])
-    classes = [rng.permutation(np.flatnonzero(labels == c))[:shots] for c in np.unique(labels)]
-    return np.concatenate(classes)
+    return np.concatenate([rng.permutation(rows)[:shots] for rows in members])
 
 
-def evaluate(train, train_labels, test, test_labels, args, world) -> dict:
-    """Accuracies of one set of features, each process taking a part of the test images."""
-    num_classes = int(max(train_labels.max(), test_labels.max())) + 1
-    own = slice(len(test) * world.rank // world.size, len(test) * (world.rank + 1) // world.size)
-    bank = torch.nn.functional.normalize(train, dim=1).to(world.device)
-    queries = torch.nn.functional.normalize(test[own], dim=1).to(world.device)
-    labels = torch.from_numpy(train_labels).long().to(world.device)
-    truth = torch.from_numpy(test_labels[own]).long().to(world.device)
+def count_right(
+    bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, settings: list, num_classes: int,
+    itself: Tensor | None, chunk: int,
+) -> Tensor:
+    """How many queries each (k, T) of `settings` classifies rightly: float64 (len(settings),).
 
-    def accuracy(scores):
-        right = (scores.argmax(1) == truth).sum(dtype=torch.float64)[None]
-        return float(dist.all_gather_no_grad(right).sum()) / len(test_labels)
-
-    cosines, rows = nearest(bank, queries, min(max(args.k), len(bank)))
-    results = []
-    for k in args.k:
-        for temperature in args.temperature:
+    Rows are unit rows; the other arguments are those of `knn_predict`.
+    """
+    right = torch.zeros(len(settings), dtype=torch.float64, device=bank.device)
+    most = min(max(k for k, _ in settings), len(bank))
+    for start in range(0, len(queries), chunk):
+        own = slice(start, start + chunk)
+        cosines, rows = nearest(bank, queries[own], most, None if itself is None else itself[own])
+        for number, (k, temperature) in enumerate(settings):
             scores = vote(cosines[:, :k], labels[rows[:, :k]], temperature, num_classes)
-            results.append({"layer": "avgpool", "k": k, "temperature": temperature,
-                            "top1": accuracy(scores)})
-    shots = {}
-    for count in args.shots:
-        draws = []
-        for draw in range(args.draws):
-            few = torch.from_numpy(few_label_bank(train_labels, count, args.seed, draw))
-            few = few.to(world.device)
-            scores = knn_predict(bank[few], labels[few], queries, args.k[0], args.temperature[0],
-                                 num_classes)
-            draws.append(accuracy(scores))
-        shots[str(count)] = {"mean": statistics.fmean(draws), "std": statistics.pstdev(draws)}
-    return {"top1": results[0]["top1"], "results": results, "shots": shots}
+            right[number] += (scores.argmax(1) == truth[own]).sum()
+    return right
 
 
-def mean_of(runs: list[dict]) -> dict:
-    """The results of several initialisations, averaged number by number."""
-    first = runs[0]
-    if all(run == first for run in runs):
-        return first
-    if isinstance(first, dict):
-        return {key: mean_of([run[key] for run in runs]) for key in first}
-    if isinstance(first, list):
-        return [mean_of(list(parts)) for parts in zip(*runs, strict=True)]
-    return statistics.fmean(runs)
+def evaluate(given: features.Features, args, world) -> dict:
+    """Accuracies of one backbone's features, each process taking a part of the queries."""
+    train, test = given.train, given.test
+    if args.leave_one_out:
+        train = test = getattr(given, args.leave_one_out)
+    if train.labels.ndim != 1:
+        raise dist.RunError(f"{given.checkpoint}: k-NN needs images of one class each")
+    n, m = len(train.labels), len(test.labels)
+    own = slice(m * world.rank // world.size, m * (world.rank + 1) // world.size)
+    labels = torch.from_numpy(train.labels).to(world.device)
+    truth = torch.from_numpy(test.labels[own]).to(world.device)
+    num_classes = int(max(train.labels.max(), test.labels.max())) + 1
+    settings = [(k, temperature) for k in args.k for temperature in args.temperature]
+
+    def accuracies(bank, queries, chosen, settings):
+        """Accuracy of each (k, T) with the chosen rows of the bank."""
+        itself = None
+        if args.leave_one_out:  # where each query stands among the chosen rows, if it does
+            itself = torch.full((n,), -1, device=world.device)
+            itself[chosen] = torch.arange(len(itself[chosen]), device=world.device)
+            itself = itself[own]
+        right = count_right(bank[chosen], labels[chosen], queries, truth, settings, num_classes,
+                            itself, args.chunk)
+        return (dist.sum_over_processes(right) / m).tolist()
+
+    results, shots = [], {}
+    members, everything = class_members(train.labels), slice(None)
+    for number, (layer, rows) in enumerate(train.layers.items()):
+        bank = torch.nn.functional.normalize(rows.to(world.device), dim=1)
+        queries = torch.nn.functional.normalize(test.layers[layer][own].to(world.device), dim=1)
+        found = accuracies(bank, queries, everything, settings)
+        for (k, temperature), top1 in zip(settings, found, strict=True):
+            results.append({"layer": layer, "k": k, "temperature": temperature, "top1": top1})
+        for count in args.shots if number == 0 else ():
+            draws = []
+            for draw in range(args.draws):
+                few = torch.from_numpy(few_label_bank(members, count, args.seed, draw))
+                draws += accuracies(bank, queries, few.to(world.device), settings[:1])
+            shots[str(count)] = {"mean": statistics.fmean(draws), "std": statistics.pstdev(draws)}
+    return {"top1": results[0]["top1"], "results": results, "shots": shots,
+            "num_train": n, "num_test": m}
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -172,84 +235,67 @@ def mean_of(runs: list[dict]) -> dict:
 
 def main(args):
     world = dist.setup(args.device)
-    checkpoints = [features.find_checkpoint(name) for name in args.checkpoint]
-    settings = features.resolve(args, checkpoints)
 
-    opened = {}  # both splits, by channel count: listed once for all checkpoints
+    def open_split(settings, split):
+        return data.open_images(settings["data"], split, settings["in_chans"],
+                                root=args.data_root, limit=args.limit)
 
-    def features_of(settings, function):
-        """Features of both splits through one view without random numbers, and their labels."""
-        if settings["in_chans"] not in opened:
-            opened[settings["in_chans"]] = [
-                data.open_images(settings["data"], split, settings["in_chans"],
-                                 root=args.data_root, limit=args.limit)
-                for split in ("train", "test")
-            ]
-        splits = opened[settings["in_chans"]]
-        if any(images.labels is None for images in splits):
-            raise dist.RunError(f"--data {settings['data']}: no class folders, so no labels")
-        size = settings["image_size"]
-        resize = args.resize or (size if size <= 96 else round(size * 256 / 224))
-        if resize < size:
-            raise dist.RunError(f"--resize {resize} is less than --image-size {size}")
+    def make_view(settings):
+        resize = features.resize_of(settings, args.resize)
         steps = [
             augment.CenterCrop(resize, interpolation="bicubic"),
             augment.Normalize(settings["mean"], settings["std"]),
         ]
-        view = augment.View(size, steps, settings["in_chans"])
-        workers = args.workers
-        if workers is None:
-            workers = data.default_workers() if splits[0].reads_files else 0
-        found = [features.extract(function, images, view, world, batch_size=args.batch_size,
-                                  workers=workers) for images in splits]
-        protocol = (f"{settings['data']}: {len(splits[0])} training and {len(splits[1])} test "
-                    f"images of {size} px (shorter side to {resize}, central crop)")
-        return (found[0], splits[0].labels, found[1], splits[1].labels), protocol
+        view = augment.View(settings["image_size"], steps, settings["in_chans"])
+        return view, f"shorter side to {resize}, central crop"
 
-    def frozen(settings, weights, trained_size=None):
-        backbone = backbones.build_backbone(
+    def build(settings):
+        return backbones.build_backbone(
             settings["arch"], in_chans=settings["in_chans"], stem=settings["stem"],
-            zero_init_residual=False, image_size=trained_size or settings["image_size"],
+            zero_init_residual=False, image_size=settings["trained_size"],
             patch_size=settings["patch_size"], positions="sincos", drop_path=0.0,
         )
-        return features.freeze(backbone, weights, world)
 
-    # Features and votes of each checkpoint
-    dist.say(f"k-NN by cosine, k {args.k[0]}, votes exp(cosine / {args.temperature[0]}); few "
-             f"labels: mean and standard deviation of {args.draws} draws")
-    table, protocols = [], []
-    for checkpoint in checkpoints:
-        own = settings
-        if checkpoint.name == "pixels":
-            models = [lambda images: images.flatten(1)]
-        elif checkpoint.name == "random":
-            models = []
-            for number in range(RANDOM_INITIALISATIONS):
-                torch.manual_seed(args.seed + number)
-                models.append(frozen(settings, None))
-        else:
-            own = {**features.resolve(args, [checkpoint]), "data": settings["data"]}
-            trained_size = checkpoint.settings.get("image_size")
-            models = [frozen(own, checkpoint.weights, trained_size)]
-        results = []
-        for model in models:
-            found, protocol = features_of(own, model)
-            if protocol not in protocols:
-                protocols.append(protocol)
-                dist.say(protocol)
-            results.append(evaluate(*found, args, world))
-        sizes = {"num_train": len(found[1]), "num_test": len(found[3])}
-        table.append({"checkpoint": checkpoint.name, **mean_of(results), **sizes})
+    # 1. Features; 2. neighbours and 3. votes of each checkpoint
+    bank = f", in the {args.leave_one_out} split without the image itself"
+    few = f"; few labels: mean and standard deviation of {args.draws} draws"
+    dist.say(f"k-NN by cosine, k {args.k[0]}, votes exp(cosine / {args.temperature[0]})"
+             f"{bank if args.leave_one_out else ''}{few if args.shots else ''}")
+    table = []
+    for name, found in features.sources(args, world, open_split=open_split, make_view=make_view,
+                                        build=build, layers=backbones.flat_layers,
+                                        default_workers=data.default_workers()):
+        results = features.mean_of([evaluate(one, args, world) for one in found])
+        table.append({"checkpoint": name, **results})
 
     if world.is_main:
-        width = max(len(row["checkpoint"]) for row in table)
-        few = "".join(f"{f'{s} a class':>18}" for s in args.shots)
-        print(f"{'checkpoint':<{width}}{'all labels':>12}{few}")
-        for row in table:
-            few = "".join(f"{s['mean']:>11.3f} ±{s['std']:.3f}" for s in row["shots"].values())
-            print(f"{row['checkpoint']:<{width}}{row['top1']:>12.3f}{few}")
+        print_table(table)
         line = {"eval": "knn", **table[-1], "checkpoints": table}
+        if args.leave_one_out:
+            line["leave_one_out"] = args.leave_one_out
         print(json.dumps(line), flush=True)
+
+
+def print_table(table: list[dict]) -> None:
+    """Print a line for each checkpoint and layer: every k and T, then the few labels."""
+    settings = [(r["k"], r["temperature"]) for r in table[0]["results"]]
+    settings = list(dict.fromkeys(settings))
+    columns = [f"k {k} T {t:g}" for k, t in settings] if len(settings) > 1 else ["all labels"]
+    few = "".join(f"{f'{s} a class':>18}" for s in table[0]["shots"])
+    lines = []
+    for row in table:
+        names = list(dict.fromkeys(r["layer"] for r in row["results"]))
+        for number, layer in enumerate(names):
+            own = [r["top1"] for r in row["results"] if r["layer"] == layer]
+            shots = row["shots"].values() if number == 0 else ()
+            title = f"{row['checkpoint']} {layer}" if len(names) > 1 else row["checkpoint"]
+            lines.append((title, own, shots))
+    width = max(len("checkpoint"), *(len(title) for title, _, _ in lines))
+    print(f"{'checkpoint':<{width}}{''.join(f'{c:>{len(c) + 2}}' for c in columns)}{few}")
+    for title, own, shots in lines:
+        shares = "".join(f"{s:>{len(c) + 2}.3f}" for s, c in zip(own, columns, strict=True))
+        shots = "".join(f"{s['mean']:>11.3f} ±{s['std']:.3f}" for s in shots)
+        print(f"{title:<{width}}{shares}{shots}")
 
 
 if __name__ == "__main__":

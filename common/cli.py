@@ -118,6 +118,71 @@ def parse(made: Parser, recipes: dict, argv=None) -> argparse.Namespace:
     return args
 
 
+def evaluation_parser(script: str, description: str, archs) -> Parser:
+    """Make an evaluation's parser with the flags that all evaluations share.
+
+    What is not given is None where it is taken from a run among the checkpoints.
+
+    Args:
+        archs: names of the backbones.
+    """
+    made = Parser(os.path.basename(script), description=description,
+                  formatter_class=HelpFormatter, allow_abbrev=False)
+    group = made.add_argument_group("features")
+    which = group.add_mutually_exclusive_group(required=True)
+    which.add_argument("--checkpoint", nargs="+", metavar="WHAT",
+                       help="run folders, weights files, random, pixels; one table of all")
+    which.add_argument("--features", nargs="+", metavar="FILE",
+                       help="files made by --save-features, instead of checkpoints and images")
+    group.add_argument("--save-features", metavar="FILE",
+                       help="write the features of the one checkpoint to a .npz")
+    group.add_argument("--layers", nargs="+", metavar="LAYER",
+                       help="ResNet: conv1 res2 res3 res4 res5 avgpool, maps averaged over all "
+                       "places or, as in res4-grid, to about 9,000 numbers; transformer: cls "
+                       "patches cls4 (of the last 4 blocks); default: avgpool or cls")
+    group = made.add_argument_group("images (default: as the first run among the checkpoints)")
+    group.add_argument("--data", help="labelled images, with a train and a test split")
+    group.add_argument("--data-root", default="data", metavar="FOLDER",
+                       help="where torchvision's data sets are")
+    group.add_argument("--image-size", type=count, help="side in pixels")
+    group.add_argument("--resize", type=count,
+                       help="shorter side before the central crop; default: the image size up to "
+                       "96 px, 256/224 of it above")
+    group.add_argument("--in-chans", type=count, help="channels of the images")
+    group.add_argument("--mean", type=number, nargs="+", help="subtracted from each channel")
+    group.add_argument("--std", type=positive, nargs="+", help="each channel is divided by it")
+    group.add_argument("--limit", type=count, metavar="N",
+                       help="take N evenly spaced images of each split")
+    group = made.add_argument_group("backbone (default: as above)")
+    group.add_argument("--arch", choices=archs, help="backbone")
+    group.add_argument("--stem", choices=("imagenet", "small"), help="small: 3x3 stride 1, no pool")
+    group.add_argument("--patch-size", type=count, help="side of a transformer's patches")
+    group = made.add_argument_group("run")
+    group.add_argument("--batch-size", type=count, default=256, help="images in one pass")
+    group.add_argument("--workers", type=whole, metavar="N",
+                       help="loader processes; default: the share of the cores, 0 if no files")
+    group.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where")
+    group.add_argument("--seed", type=whole, default=0, help="of every random choice")
+    return made
+
+
+def parse_evaluation(made: Parser, argv=None) -> argparse.Namespace:
+    """Parse an evaluation's flags, with the checks that hold for all of them."""
+    args = made.parse_args(argv)
+    if args.save_features and (args.features or len(args.checkpoint) > 1
+                               or args.checkpoint == ["random"]):
+        given = " ".join(args.features or args.checkpoint)
+        made.error(f"--save-features takes the features of one --checkpoint, not of {given}")
+    if args.features:
+        images = ("data", "image_size", "resize", "in_chans", "mean", "std", "limit", "arch",
+                  "stem", "patch_size", "workers")
+        for name in images:
+            if getattr(args, name) is not None:
+                made.error(f"--{name.replace('_', '-')} does not go with --features, which are "
+                           "made already")
+    return args
+
+
 def processes() -> int:
     """Number of processes that torchrun started."""
     return int(os.environ.get("WORLD_SIZE", 1))

@@ -64,6 +64,7 @@ class ArrayImages:
         labels: (N,) integers, or None.
         channels: channel count wanted: the array's, or any if the array is gray.
         rows: (N,) the row of each image, if not all in order.
+        index: (N,) the data-set index of each image, if it is a subset.
 
     Raises:
         RunError: the array's channels cannot become the wanted ones.
@@ -71,12 +72,13 @@ class ArrayImages:
 
     reads_files = False
 
-    def __init__(self, images, labels: np.ndarray | None, channels: int, rows=None):
+    def __init__(self, images, labels: np.ndarray | None, channels: int, rows=None, index=None):
         own = images.shape[3] if images.ndim == 4 else 1
         if own not in (1, channels) and not (own == 3 and channels == 1):
             raise RunError(f"--in-chans {channels}: the images have {own} channels")
         self.images, self.labels, self.channels = images, labels, channels
         self.rows = np.arange(len(images)) if rows is None else rows
+        self.index = np.arange(len(self.rows)) if index is None else index
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -117,7 +119,8 @@ class ArrayImages:
 
     def subset(self, indices: np.ndarray) -> "ArrayImages":
         labels = None if self.labels is None else self.labels[indices]
-        return ArrayImages(self.images, labels, self.channels, self.rows[indices])
+        return ArrayImages(self.images, labels, self.channels, self.rows[indices],
+                           self.index[indices])
 
 
 class FileImages:
@@ -128,6 +131,7 @@ class FileImages:
         labels: (N,) integers, or None.
         channels: 1 (L), 3 (RGB) or 4 (RGBA): what files are converted to.
         root: what the paths are relative to in `identity`.
+        index: (N,) the data-set index of each image, if it is a subset.
 
     Raises:
         RunError: files cannot give that many channels.
@@ -135,10 +139,11 @@ class FileImages:
 
     reads_files = True
 
-    def __init__(self, paths, labels: np.ndarray | None, channels: int, root: str):
+    def __init__(self, paths, labels: np.ndarray | None, channels: int, root: str, index=None):
         if channels not in MODES:
             raise RunError(f"--in-chans {channels}: files give 1 (L), 3 (RGB) or 4 (RGBA) channels")
         self.paths, self.labels, self.channels, self.root = np.array(paths), labels, channels, root
+        self.index = np.arange(len(self.paths)) if index is None else index
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -170,7 +175,8 @@ class FileImages:
 
     def subset(self, indices: np.ndarray) -> "FileImages":
         labels = None if self.labels is None else self.labels[indices]
-        return FileImages(self.paths[indices], labels, self.channels, self.root)
+        return FileImages(self.paths[indices], labels, self.channels, self.root,
+                          self.index[indices])
 
 
 def open_images(

@@ -200,6 +200,26 @@ def all_gather_no_grad(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def share_rows(x: Tensor, bounds: list[int], piece: int = 2**24) -> None:
+    """Complete a CPU tensor (n, ...) of which every process holds some rows, in place.
+
+    No process needs more memory than for the tensor itself and a piece of it.
+
+    Args:
+        x: contiguous; rows bounds[r] to bounds[r + 1] are filled in on process r.
+        bounds: W + 1 row numbers from 0 to n, in rising order.
+        piece: numbers sent at a time.
+    """
+    if size() == 1:
+        return
+    rows = max(1, piece // max(1, x[:1].numel()))
+    for sender in range(size()):
+        for part in x[bounds[sender] : bounds[sender + 1]].split(rows):
+            if len(part):
+                dist.broadcast(part, sender)
+
+
+@torch.no_grad()
 def sum_over_processes(x: Tensor) -> Tensor:
     """Add a tensor over processes, detached."""
     total = x.detach().clone()
@@ -208,6 +228,7 @@ def sum_over_processes(x: Tensor) -> Tensor:
     return total
 
 
+@torch.no_grad()
 def mean_over_processes(x: Tensor) -> Tensor:
     """Average a tensor over processes, detached."""
     return x.detach() if size() == 1 else sum_over_processes(x) / size()

@@ -1,9 +1,19 @@
-"""Features of a frozen backbone for the evaluations: what to load, and one pass over the images."""
+"""Features of a frozen backbone for the three evaluations: what to load, one pass, keeping them.
 
+An evaluation goes through `sources`, which yields the features of every checkpoint or feature file
+that its command line names (`cli.evaluation_parser`). The pieces serve alone as well:
+`find_checkpoint` and `resolve` say what to load and how to feed it, `models` builds and loads it,
+`extract` applies a function to every image, `Features` holds both splits and is written and read.
+"""
+
+import argparse
 import contextlib
 import json
+import math
 import os
 import re
+import statistics
+import zipfile
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,7 +81,137 @@ def resolve(args, checkpoints: list[Checkpoint]) -> dict:
             raise RunError(f"--{name} has {len(values)} values for --in-chans "
                            f"{settings['in_chans']}; give one, or one a channel")
         settings[name] = [sum(values) / len(values)]
+    size, patch = settings["image_size"], settings["patch_size"]
+    if settings["arch"].startswith("vit") and size % patch:
+        raise RunError(f"--image-size {size} is no multiple of --patch-size {patch}")
     return settings
+
+
+def resize_of(settings: dict, resize: int | None) -> int:
+    """Shorter side before the crop: as given, else the image size up to 96 px, 8/7 of it above.
+
+    Raises:
+        RunError: less than the image size.
+    """
+    size = settings["image_size"]
+    resize = resize or (size if size <= 96 else round(size * 256 / 224))
+    if resize < size:
+        raise RunError(f"--resize {resize} is less than --image-size {size}")
+    return resize
+
+
+def sources(args, world: World, *, open_split, make_view, build, layers, default_workers: int):
+    """Go through what `--checkpoint` or `--features` name.
+
+    Args:
+        args: of a parser made by `cli.evaluation_parser`.
+        open_split: (settings, "train" or "test") to a source of labelled images; called once for
+            each channel count.
+        make_view: settings to an `augment.View` without random numbers, and words for it.
+        build: settings to a new backbone; "trained_size" among them is the size of its images.
+        layers: (backbone, images, names or None for the usual one) to rows by name.
+        default_workers: loader processes where images are files and no flag says.
+
+    Yields:
+        The name, and its `Features`, one after the other: five for `random`, one for all others.
+
+    Raises:
+        RunError: something named is not there, does not fit or has no labels.
+    """
+    for path in args.features or ():
+        yield path, read_all(path, args.layers)
+    checkpoints = [find_checkpoint(name) for name in args.checkpoint or ()]
+    shared = resolve(args, checkpoints) if checkpoints else {}
+    opened = {}  # both splits, by channel count: listed once for all checkpoints
+    said = set()
+
+    def extracted(checkpoint, settings):
+        view, words = make_view(settings)
+        train, test = opened[settings["in_chans"]]
+        workers = args.workers
+        if workers is None:
+            workers = default_workers if train.reads_files else 0
+        protocol = (f"{settings['data']}: {len(train)} training and {len(test)} test images of "
+                    f"{settings['image_size']} px ({words})")
+        if protocol not in said:
+            dist.say(protocol)
+            said.add(protocol)
+        names = None if checkpoint.name == "pixels" else args.layers
+        for backbone in models(checkpoint, settings, build, args.seed, world):
+
+            def function(images, backbone=backbone):
+                try:
+                    return layers(backbone, images, names)
+                except ValueError as error:
+                    raise RunError(f"{checkpoint.name}: {error}") from error
+
+            parts = [
+                Split(
+                    extract(function, images, view, world, batch_size=args.batch_size,
+                            workers=workers),
+                    np.asarray(images.labels, dtype=np.int64), images.index,
+                )
+                for images in (train, test)
+            ]
+            found = Features(checkpoint.name, protocol, *parts)
+            if args.save_features:
+                write(found, args.save_features, world)
+            yield found
+
+    for checkpoint in checkpoints:
+        settings = dict(shared)
+        if checkpoint.weights is not None:
+            settings = {**resolve(args, [checkpoint]), "data": shared["data"]}
+        settings["trained_size"] = checkpoint.settings.get("image_size", settings["image_size"])
+        if settings["in_chans"] not in opened:
+            splits = [open_split(settings, split) for split in ("train", "test")]
+            if any(images.labels is None for images in splits):
+                raise RunError(f"--data {settings['data']}: no class folders, so no labels")
+            opened[settings["in_chans"]] = splits
+        yield checkpoint.name, extracted(checkpoint, settings)
+
+
+def mean_of(runs: list):
+    """The results of several initialisations, averaged number by number."""
+    first = runs[0]
+    if all(run == first for run in runs):
+        return first
+    if isinstance(first, dict):
+        return {key: mean_of([run[key] for run in runs]) for key in first}
+    if isinstance(first, list):
+        return [mean_of(list(parts)) for parts in zip(*runs, strict=True)]
+    return statistics.fmean(runs)
+
+
+# ---------------------------------------------------------------------------------------- backbones
+
+RANDOM_INITIALISATIONS = 5
+
+
+class Pixels(nn.Module):
+    """The baseline that learns nothing: the normalised image is its feature."""
+
+    def layer_widths(self) -> dict:
+        return {"pixels": None}
+
+    def layers(self, images: Tensor, _names) -> dict[str, Tensor]:
+        return {"pixels": images.flatten(1)}
+
+
+def models(checkpoint: Checkpoint, settings: dict, build, seed: int, world: World):
+    """Yield a checkpoint's frozen backbone; for `random` five untrained ones, of seeds from `seed`.
+
+    Args:
+        build: settings to a new backbone.
+    """
+    if checkpoint.name == "pixels":
+        yield freeze(Pixels(), None, world)
+    elif checkpoint.weights is None:
+        for number in range(RANDOM_INITIALISATIONS):
+            torch.manual_seed(seed + number)
+            yield freeze(build(settings), None, world)
+    else:
+        yield freeze(build(settings), checkpoint.weights, world)
 
 
 def freeze(backbone: nn.Module, weights: str | None, world: World) -> nn.Module:
@@ -82,56 +222,186 @@ def freeze(backbone: nn.Module, weights: str | None, world: World) -> nn.Module:
     return backbone.to(world.device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
-def load_backbone(backbone: nn.Module, path: str) -> None:
-    """Load a flat state dict; every tensor of the backbone must be there, in its shape.
+# ----------------------------------------------------------------------------------- weights files
 
-    A classifier (`fc.*`, as in torchvision's files) is left out, and said.
+# What is known of the files that others release: words for it; the keys to go down to the state
+# dict; what stands before the names of the backbone's tensors; what else stands there (heads). The
+# first layout that fits counts, so a teacher comes before its student.
+LAYOUTS = (
+    ("VISSL, teacher of DINO", "loss",
+     r"momentum_teacher\.(module\.)?(trunk\.)?(_feature_blocks\.)?", r"heads\."),
+    ("VISSL, teacher of DINO", "classy_state_dict.loss",
+     r"momentum_teacher\.(module\.)?(trunk\.)?(_feature_blocks\.)?", r"heads\."),
+    ("VISSL, teacher of DINO", "loss.teacher",
+     r"(module\.)?(trunk\.)?(_feature_blocks\.)?", r"heads\."),
+    ("VISSL", "classy_state_dict.base_model.model.trunk", r"(_feature_blocks\.)?", None),
+    ("VISSL, converted", "model_state_dict", r"(trunk\.)?(_feature_blocks\.)?", r"heads\.|fc\."),
+    ("DINO, teacher", "teacher", r"(module\.)?backbone\.", None),
+    ("MoCo", "state_dict", r"(module\.)?encoder_q\.", r"fc\."),
+    ("MoCo v3", "state_dict", r"(module\.)?base_encoder\.", r"(fc|head)\."),
+    ("MMSelfSup, lightly or solo-learn", "state_dict", r"(model\.)?backbone\.", r"(fc|head)\."),
+    ("SimSiam or an older solo-learn", "state_dict", r"(module\.)?encoder\.", r"fc\."),
+    ("Barlow Twins", "model", r"(module\.)?backbone\.", r"fc\."),
+    ("MAE", "model", r"(module\.)?", r"decoder_|mask_token$|head\."),
+    ("state_dict with a head, as SwAV's or lemniscate's", "state_dict", r"(module\.)?",
+     r"projection_head\.|prototypes|(fc|head)\."),
+    ("plain state dict", "", r"(module\.)?", r"projection_head\.|prototypes|(fc|head)\."),
+)
+# Other names of the same tensors: a Sequential of torchvision's ResNet (lightly), OpenMMLab's
+# transformer, and the last norm of a transformer that was fine-tuned with pooled patches.
+RENAMED = (
+    (r"0\.", "conv1."), (r"1\.", "bn1."), (r"4\.", "layer1."), (r"5\.", "layer2."),
+    (r"6\.", "layer3."), (r"7\.", "layer4."),
+    (r"patch_embed\.projection\.", "patch_embed.proj."), (r"(ln1|fc_norm)\.", "norm."),
+    (r"layers\.(\d+)\.attn\.", r"blocks.\1.attn."),
+    (r"layers\.(\d+)\.ln([12])\.", r"blocks.\1.norm\2."),
+    (r"layers\.(\d+)\.ffn\.layers\.0\.0\.", r"blocks.\1.mlp.fc1."),
+    (r"layers\.(\d+)\.ffn\.layers\.1\.", r"blocks.\1.mlp.fc2."),
+)
+
+
+def load_backbone(backbone: nn.Module, path: str) -> None:
+    """Load a weights file of a layout in `LAYOUTS`, and say which and what was left out.
+
+    Every tensor of the backbone must be there, in its shape.
 
     Raises:
         RunError: the file does not load, or a tensor is missing, unknown or of another shape.
     """
+    loaded = load_tensors(path)
+    wanted = backbone.state_dict()
+    layout, found, ignored = recognise(loaded, wanted, path)
+    fit_positions(backbone, found.get("pos_embed"))
+    wanted = backbone.state_dict()
+    for key in wanted:  # a counter that older files do not have and no forward uses
+        if key.endswith("num_batches_tracked"):
+            found.setdefault(key, wanted[key])
+    for key in (*wanted, *sorted(found.keys() - wanted.keys())):
+        if key not in found or key not in wanted:
+            what = "has no" if key not in found else "has an unknown"
+            raise RunError(f"{path} ({layout}) {what} tensor {key}; is --arch right?")
+        if getattr(found[key], "shape", None) != wanted[key].shape:
+            got = tuple(getattr(found[key], "shape", ())) or type(found[key]).__name__
+            raise RunError(f"{path} ({layout}): {key} is {got}, not {tuple(wanted[key].shape)}; "
+                           "are --arch, --stem, --in-chans, --image-size and --patch-size right?")
+    backbone.load_state_dict(found)
+    dist.say(f"{path}: {layout}, {len(wanted)} of {len(wanted)} tensors of the backbone loaded"
+             f"{', left out: ' if ignored else ''}{' '.join(ignored)}")
+
+
+def fit_positions(backbone: nn.Module, table) -> None:
+    """Give a transformer room for positions of another image size; it interpolates them itself."""
+    own = getattr(backbone, "pos_embed", None)
+    if own is None or getattr(table, "shape", own.shape)[::2] != own.shape[::2]:
+        return
+    side = math.isqrt(table.shape[1] - 1)
+    if table.shape != own.shape and side**2 == table.shape[1] - 1:
+        backbone.pos_embed = nn.Parameter(torch.zeros_like(table), own.requires_grad)
+        backbone.grid = (side, side)
+
+
+def load_tensors(path: str) -> dict:
+    """Read what `torch.save` wrote: tensors, plain values, argparse's namespaces, NumPy's scalars.
+
+    Raises:
+        RunError: the file does not load, asks for anything else, or holds no dictionary.
+    """
+    scalar = np.float64(0).__reduce__()[0]  # NumPy's, under the names that it had and has
+    allowed = [argparse.Namespace, np.dtype, (scalar, "numpy.core.multiarray.scalar"),
+               (scalar, "numpy._core.multiarray.scalar"),
+               *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"}]
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(allowed):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a foreign file raises many things
         code = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it asks to run {code[1]}, which is refused" if code else type(error).__name__
         raise RunError(f"{path} does not load: {reason}") from error
-    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
+    if not isinstance(loaded, dict):
         raise RunError(f"{path} is no state dict: it holds a {type(loaded).__name__}")
-    heads = [key for key in loaded if key.startswith("fc.")]
-    loaded = {key: value for key, value in loaded.items() if key not in heads}
-    wanted = backbone.state_dict()
-    for key in wanted:  # a counter that older files do not have and no forward uses
-        if key.endswith("num_batches_tracked"):
-            loaded.setdefault(key, wanted[key])
-    for key in sorted({*wanted, *loaded}):
-        if key not in loaded or key not in wanted:
-            what = "has no" if key not in loaded else "has an unknown"
-            raise RunError(f"{path} {what} tensor {key}; is --arch right?")
-        if getattr(loaded[key], "shape", None) != wanted[key].shape:
-            got = tuple(getattr(loaded[key], "shape", ())) or type(loaded[key]).__name__
-            raise RunError(f"{path}: {key} is {got}, not {tuple(wanted[key].shape)}; are --arch, "
-                           "--stem and --in-chans right?")
-    backbone.load_state_dict(loaded)
-    if heads:
-        dist.say(f"{path}: {len(loaded)} tensors loaded, left out: {' '.join(heads)}")
+    return loaded
+
+
+def recognise(loaded: dict, wanted: dict, path: str) -> tuple[str, dict, list[str]]:
+    """Find the layout of a file by its keys: words, tensors under our names, and what is left out.
+
+    Raises:
+        RunError: no layout has a tensor of the backbone.
+    """
+    best, most = None, 0
+    for words, container, prefix, heads in LAYOUTS:
+        inner, beside = loaded, []
+        for name in filter(None, container.split(".")):
+            beside += [str(key) for key in inner if key != name]
+            inner = inner.get(name)
+            if not isinstance(inner, dict):
+                break
+        else:
+            found, ignored = {}, []
+            for key, value in inner.items():
+                start = re.match(prefix, str(key))
+                name = our_name(key[start.end() :], wanted) if start and key == str(key) else None
+                if name is None or (name not in wanted and heads and re.match(heads, name)):
+                    ignored.append(str(key))
+                elif name in found:
+                    raise RunError(f"{path} ({words}) has two tensors {name}")
+                else:
+                    found[name] = value
+            if any(re.search(r"\bfc_norm\.", key) for key in map(str, inner)):
+                words += ", fc_norm taken for norm"
+            share = len(found.keys() & wanted.keys()) / len(wanted)
+            if share > most:
+                best, most = (words, found, [*in_groups(ignored), *sorted(beside)]), share
+            if share > 0.5:
+                break
+    if best is None:
+        keys = [str(key) for key in loaded]
+        if isinstance(loaded.get("state_dict"), dict):
+            keys = [f"state_dict.{key}" for key in loaded["state_dict"]]
+        if any(re.match(r"(state_dict\.)?(module\.)?features\.", key) for key in keys):
+            raise RunError(f"{path} is an AlexNet or a VGG, as DeepCluster's are, which is not "
+                           "among the backbones")
+        raise RunError(f"{path} is in no known layout, or of another --arch: it holds "
+                       f"{' '.join(keys[:4]) or 'nothing'}")
+    return best
+
+
+def our_name(name: str, wanted: dict) -> str:
+    """A tensor's name as our backbones have it."""
+    if name in wanted:
+        return name
+    for pattern, ours in RENAMED:
+        renamed, times = re.subn(f"^{pattern}", ours, name)
+        if times and renamed in wanted:
+            return renamed
+    return name
+
+
+def in_groups(keys: list[str]) -> list[str]:
+    """Name keys, or where more than four begin alike, their beginning and number."""
+    groups = {}
+    for key in keys:
+        groups.setdefault(re.match(r"(module\.)?[^.]*", key)[0], []).append(key)
+    return [text for start, own in groups.items()
+            for text in (own if len(own) <= 4 else [f"{start}.* ({len(own)})"])]
+
+
+# ----------------------------------------------------------------------------------------- one pass
 
 
 class Chunks(torch.utils.data.Dataset):
-    """Item b is the b-th chunk of a range of images, through one view without random numbers."""
+    """Item b is the b-th of some chunks of the images, through one view without random numbers."""
 
-    def __init__(self, images, view, first: int, last: int, size: int):
-        self.images, self.view, self.last = images, view, last
-        self.starts = list(range(first, last, size))
-        self.size = size
+    def __init__(self, images, view, chunks: range, size: int):
+        self.images, self.view, self.chunks, self.size = images, view, chunks, size
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return len(self.chunks)
 
     def __getitem__(self, item: int):
-        start = self.starts[item]
+        start = self.chunks[item] * self.size
         crops = []
-        for index in range(start, min(start + self.size, self.last)):
+        for index in range(start, min(start + self.size, len(self.images))):
             try:
                 planes = self.images.read(index)
             except Exception as error:  # Pillow's decoders raise what they like
@@ -144,30 +414,124 @@ class Chunks(torch.utils.data.Dataset):
         return torch.stack(crops), torch.from_numpy(colour).expand(len(crops), -1)
 
 
-def extract(function, images, view, world: World, *, batch_size: int, workers: int) -> Tensor:
+@torch.no_grad()
+def extract(
+    function, images, view, world: World, *, batch_size: int, workers: int
+) -> dict[str, Tensor]:
     """Apply `function` to one view of every image, each process taking a contiguous part.
 
+    A process takes whole batches, so the features are the same bit for bit on any number of
+    processes. None needs more memory than for the features of all images.
+
     Args:
-        function: images (n, C, H, W) on the device to features (n, D); called without gradient.
+        function: images (n, C, H, W) on the device to rows (n, D) by name; called without gradient.
         view: an `augment.View` that draws no random numbers.
 
     Returns:
-        Float32 features (len(images), D) on the CPU, in data-set order, equal on every process.
+        By name, float32 rows (len(images), D) on the CPU in data-set order, equal on every process.
 
     Raises:
         RunError: an image cannot be read.
     """
     n = len(images)
-    first, last = n * world.rank // world.size, n * (world.rank + 1) // world.size
-    chunks = Chunks(images, view, first, last, batch_size)
+    num_chunks = -(-n // batch_size)
+    parts = [num_chunks * rank // world.size for rank in range(world.size + 1)]
+    own = range(parts[world.rank], parts[world.rank + 1])
     loader = torch.utils.data.DataLoader(
-        chunks, batch_size=None, num_workers=min(workers, len(chunks))
+        Chunks(images, view, own, batch_size), batch_size=None,
+        num_workers=min(workers, len(own)), pin_memory=world.device.type == "cuda",
     )
-    parts = []
-    with dist.together(), torch.inference_mode():
-        for chunk in loader:
-            if isinstance(chunk, str):
-                raise RunError(chunk)
-            parts.append(function(view.finish(*chunk, world.device)).float().cpu())
-    parts = dist.all_gather_objects(torch.cat(parts).numpy() if parts else None)
-    return torch.from_numpy(np.concatenate([p for p in parts if p is not None]))
+    found, widths = {}, {}
+    with dist.together():
+        for chunk, loaded in zip(own, loader, strict=True):
+            if isinstance(loaded, str):
+                raise RunError(loaded)
+            for name, rows in function(view.finish(*loaded, world.device)).items():
+                if name not in found:
+                    found[name] = torch.empty(n, rows.shape[1])
+                found[name][chunk * batch_size :][: len(rows)] = rows
+    widths = {name: rows.shape[1] for name, rows in found.items()}
+    widths = next(w for w in dist.all_gather_objects(widths) if w)  # some process may have no image
+    bounds = [min(part * batch_size, n) for part in parts]
+    for name, width in widths.items():
+        found.setdefault(name, torch.empty(n, width))
+        dist.share_rows(found[name], bounds)
+    return {name: found[name] for name in widths}
+
+
+# -------------------------------------------------------------------------------------------- files
+
+
+@dataclass(frozen=True)
+class Split:
+    """Features of one split, in data-set order, no image twice."""
+
+    layers: dict[str, Tensor]  # float32 (N, D) on the CPU, by name
+    labels: np.ndarray  # int64 (N,), or (N, C) where an image may have several
+    index: np.ndarray  # int64 (N,), rising: which images of the data set
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of both splits under one backbone."""
+
+    checkpoint: str
+    protocol: str  # what the images were, in words
+    train: Split
+    test: Split
+
+
+def write(features: Features, path: str, world: World) -> None:
+    """Write features to a `.npz`: `train/<layer>`, `train/labels`, `train/index`, `test/...`.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    arrays = {"checkpoint": np.array(features.checkpoint), "protocol": np.array(features.protocol)}
+    for name, split in (("train", features.train), ("test", features.test)):
+        arrays |= {f"{name}/{layer}": rows.numpy() for layer, rows in split.layers.items()}
+        arrays |= {f"{name}/labels": split.labels, f"{name}/index": split.index}
+    folder = os.path.dirname(path) or "."
+    with dist.together(writing=folder):
+        if world.is_main:
+            os.makedirs(folder, exist_ok=True)
+            with open(f"{path}.tmp", "wb") as file:
+                np.savez(file, **arrays)
+            os.replace(f"{path}.tmp", path)
+    dist.say(f"features written to {path}")
+
+
+def read_all(path: str, layers: list[str] | None):
+    """Yield what is in a feature file, once, after saying where it comes from."""
+    with dist.together():
+        found = read(path, layers)
+    dist.say(f"{path}: {found.checkpoint} on {found.protocol}")
+    yield found
+
+
+def read(path: str, layers: list[str] | None = None) -> Features:
+    """Read a file of `write`: all of its layers, or some.
+
+    Raises:
+        RunError: there is no such file or layer, or it is no such file.
+    """
+    if not os.path.isfile(path):
+        raise RunError(f"--features {path}: no such file; --save-features makes one")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            there = [key[len("train/"):] for key in file.files if key.startswith("train/")]
+            there = [name for name in there if name not in ("labels", "index")]
+            for name in layers or ():
+                if name not in there:
+                    raise RunError(f"--features {path}: no layer {name}; there are "
+                                   f"{' '.join(there)}")
+            splits = []
+            for split in ("train", "test"):
+                rows = {name: torch.from_numpy(file[f"{split}/{name}"]) for name in layers or there}
+                labels, index = file[f"{split}/labels"], file[f"{split}/index"]
+                if {len(labels), len(index)} != {len(r) for r in rows.values()}:
+                    raise ValueError("parts of different lengths")
+                splits.append(Split(rows, labels, index))
+            return Features(str(file["checkpoint"]), str(file["protocol"]), *splits)
+    except (ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        raise RunError(f"--features {path}: not a file made by --save-features") from error

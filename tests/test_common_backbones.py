@@ -389,3 +389,112 @@ def test_nothing_is_dropped_outside_training():
     plain.load_state_dict(net.state_dict())
     assert not torch.equal(net(images), plain(images))
     assert torch.equal(net.eval()(images), plain(images))
+
+
+# --------------------------------------------------------------------------------- layers, by name
+
+
+@pytest.mark.parametrize(
+    "arch, widths",
+    [
+        ("resnet_tiny", (16, 16, 32, 64, 128, 128)),
+        ("resnet18", (64, 64, 128, 256, 512, 512)),
+        ("resnet50", (64, 256, 512, 1024, 2048, 2048)),
+        ("wide_resnet50_2", (64, 256, 512, 1024, 2048, 2048)),
+    ],
+)
+def test_the_layers_of_a_resnet_have_the_widths_it_names(arch, widths):
+    with META:
+        net = build(arch)
+        found = backbones.layers(net, torch.empty(2, 3, 224, 224), backbones.RESNET_LAYERS)
+    assert tuple(backbones.layer_widths(net).items()) == tuple(
+        zip(backbones.RESNET_LAYERS, widths, strict=True)
+    )
+    sides = (112, 56, 28, 14, 7)
+    shapes_wanted = [(2, w, s, s) for w, s in zip(widths, sides, strict=False)]
+    assert [tuple(x.shape) for x in found.values()] == [*shapes_wanted, (2, widths[-1])]
+
+
+@every_stem
+@pytest.mark.parametrize("arch", ["resnet_tiny", "resnet18", "resnet50"])
+def test_layers_are_what_the_modules_give_in_one_pass(arch, stem):
+    net, seen, passes = shuffled(build(arch, stem)).eval(), {}, []
+    modules = {"conv1": net.relu, "res2": net.layer1, "res3": net.layer2, "res4": net.layer3,
+               "res5": net.layer4}
+    for name, module in modules.items():
+        module.register_forward_hook(
+            lambda _, __, out, name=name: seen.setdefault(name, out.clone())
+        )
+    net.conv1.register_forward_hook(lambda *_: passes.append(1))
+    images = torch.rand(2, 3, 48, 32)
+    with torch.no_grad():
+        seen_avgpool = net(images)
+        found = backbones.layers(net, images, backbones.RESNET_LAYERS)
+    assert len(passes) == 2
+    for name, x in found.items():
+        assert torch.equal(x, seen_avgpool if name == "avgpool" else seen[name]), name
+
+
+def test_a_pass_ends_with_the_deepest_layer_asked_for():
+    net = build("resnet_tiny", "small").eval()
+    net.layer4.register_forward_hook(lambda *_: pytest.fail("res5 was computed"))
+    found = backbones.layers(net, torch.rand(1, 3, 16, 16), ["res4", "conv1"])
+    assert list(found) == ["res4", "conv1"]
+
+
+def test_naming_layers_leaves_the_keys_alone():
+    net = build("resnet50")
+    assert not any("res2" in key or "layers" in key for key in net.state_dict())
+    for names in (["res6"], ["cls"], ["layer4"]):
+        with pytest.raises(ValueError, match=f"no layer {names[0]}; there are conv1 res2"):
+            backbones.layers(net, torch.rand(1, 3, 32, 32), names)
+
+
+def test_grids_at_224_px_are_those_of_the_protocol():
+    with META:
+        net = build("resnet50")
+        names = [f"{name}-grid" for name in backbones.RESNET_LAYERS[:-1]]
+        found = backbones.flat_layers(net, torch.empty(2, 3, 224, 224), [*names, "res5", "conv1"])
+    assert [x.shape[1] for x in found.values()] == [9216, 9216, 8192, 9216, 8192, 2048, 64]
+    x = torch.rand(2, 5, 14, 14)
+    wanted = torch.stack([
+        torch.stack([x[:, :, a : a + 8, b : b + 8].mean((2, 3)) for b in (0, 3, 6)], 2)
+        for a in (0, 3, 6)
+    ], 2)
+    torch.testing.assert_close(backbones.pool_to_grid("res4", x), wanted)
+
+
+def test_grids_at_other_sizes_have_as_many_cells_or_the_whole_map():
+    x = torch.rand(2, 5, 12, 9)
+    cells = backbones.pool_to_grid("res4", x)
+    torch.testing.assert_close(cells[:, :, 2, 1], x[:, :, 8:, 3:6].mean((2, 3)))
+    small = torch.rand(2, 5, 2, 1)
+    assert torch.equal(backbones.pool_to_grid("res4", small), small)
+
+
+def test_flat_layers_average_a_map_over_its_places():
+    net, images = shuffled(build("resnet_tiny", "small")).eval(), torch.rand(3, 3, 16, 16)
+    with torch.no_grad():
+        maps = backbones.layers(net, images, ["res3", "avgpool"])
+        flat = backbones.flat_layers(net, images, ["res3-grid", "res3", "res5", "avgpool"])
+    assert list(flat) == ["res3-grid", "res3", "res5", "avgpool"]
+    torch.testing.assert_close(flat["res3"], maps["res3"].mean((2, 3)))
+    torch.testing.assert_close(flat["res3-grid"].view(3, 32, 16).mean(2), flat["res3"])
+    assert torch.equal(flat["res5"], flat["avgpool"]) and torch.equal(flat["avgpool"], net(images))
+    for name in ("avgpool-grid", "res6-grid", "nothing"):
+        with pytest.raises(ValueError, match=f"no layer {name}"):
+            backbones.flat_layers(net, images, [name])
+
+
+def test_the_layers_of_a_transformer_are_its_tokens():
+    net, images = vit().eval(), torch.rand(2, 3, 16, 16)
+    found = backbones.flat_layers(net, images, ["cls3", "patches", "cls"])
+    tokens = net.tokens(images, 3)
+    assert torch.equal(found["cls"], net(images))
+    assert torch.equal(found["patches"], tokens[-1][:, 1:].mean(1))
+    assert torch.equal(found["cls3"], torch.cat([t[:, 0] for t in tokens], dim=1))
+    widths = backbones.layer_widths(net)
+    assert widths == {"cls4": 384, "cls3": 288, "cls2": 192, "patches": 96, "cls": 96}
+    assert list(widths)[-1] == "cls"
+    with pytest.raises(ValueError, match="no layer cls5"):
+        backbones.flat_layers(net, images, ["cls5"])

@@ -1,3 +1,4 @@
+import argparse
 import io
 import json
 import os
@@ -230,6 +231,215 @@ def test_torchvisions_weights_give_torchvisions_pooled_features(tmp_path):
         torch.testing.assert_close(logits, model(images))
 
 
+# ---------------------------------------------------------------------- layouts of other code bases
+
+
+def under(prefix, weights):
+    return {f"{prefix}{key}": value for key, value in weights.items()}
+
+
+def head(*names):
+    return {name: torch.zeros(3) for name in names}
+
+
+def as_children(weights):
+    """Names in a Sequential of a torchvision ResNet's children."""
+    number = {"conv1": 0, "bn1": 1, "layer1": 4, "layer2": 5, "layer3": 6, "layer4": 7}
+    parts = [(key.partition("."), value) for key, value in weights.items()]
+    return {f"{number[first]}.{rest}": value for (first, _, rest), value in parts}
+
+
+def as_openmmlab(weights):
+    """Names in OpenMMLab's vision transformer."""
+    changes = {"patch_embed.proj.": "patch_embed.projection.", "blocks.": "layers.",
+               ".norm1.": ".ln1.", ".norm2.": ".ln2.", ".mlp.fc1.": ".ffn.layers.0.0.",
+               ".mlp.fc2.": ".ffn.layers.1."}
+    renamed = {}
+    for key, value in weights.items():
+        key = key.replace("norm.", "ln1.") if key.startswith("norm.") else key
+        for ours, theirs in changes.items():
+            key = key.replace(ours, theirs)
+        renamed[key] = value
+    return renamed
+
+
+def teacher_beside_student(weights):
+    other = {key: torch.zeros_like(value) for key, value in weights.items()}
+    return {"student": {**under("module.backbone.", other), **head("module.head.mlp.0.weight")},
+            "teacher": {**under("backbone.", weights), **head("head.mlp.0.weight")},
+            "optimizer": {"param_groups": []}, "epoch": 3}
+
+
+RESNET_FILES = {  # words printed, and the file with a ResNet's weights in it
+    "MoCo": lambda w: {"epoch": 200, "arch": "resnet50", "state_dict": {
+        **under("module.encoder_q.", w), **under("module.encoder_k.", zeros(w)),
+        **head("module.encoder_q.fc.0.weight", "module.encoder_q.fc.0.bias", "module.queue",
+               "module.queue_ptr")}},
+    "MoCo v3": lambda w: {"state_dict": {
+        **under("module.base_encoder.", w), **under("module.momentum_encoder.", zeros(w)),
+        **head("module.base_encoder.fc.0.weight", "module.predictor.0.weight")}},
+    "SimSiam or an older solo-learn": lambda w: {"state_dict": {
+        **under("module.encoder.", w),
+        **head("module.encoder.fc.0.weight", "module.predictor.0.weight")}},
+    "plain state dict": lambda w: {  # SwAV, DeepCluster v2
+        **under("module.", w), **head("module.projection_head.0.weight",
+                                      "module.prototypes.weight", "module.prototypes0.weight")},
+    "state_dict with a head, as SwAV's or lemniscate's": lambda w: {"state_dict": {
+        **under("module.", w), **head("module.projection_head.0.weight", "module.fc.weight",
+                                      "module.prototypes.prototypes0.weight")}, "epoch": 1},
+    "DINO, teacher": teacher_beside_student,
+    "Barlow Twins": lambda w: {"epoch": 1, "model": {
+        **under("module.backbone.", w), **head("module.projector.0.weight", "module.bn.weight")}},
+    "VISSL": lambda w: {"classy_state_dict": {"base_model": {"model": {
+        "trunk": under("_feature_blocks.", w), "heads": head("0.clf.0.weight")}, "meta": {}}}},
+    "VISSL, converted": lambda w: {"model_state_dict": {
+        **under("_feature_blocks.", w), **head("heads.0.clf.0.weight")}},
+    "VISSL, teacher of DINO": lambda w: {
+        "classy_state_dict": {"base_model": {"model": {
+            "trunk": under("_feature_blocks.", zeros(w)), "heads": {}}}},
+        "loss": {**under("momentum_teacher.module.trunk._feature_blocks.", w),
+                 **head("momentum_teacher.module.heads.0.mlp.0.weight", "center")}},
+    "MMSelfSup, lightly or solo-learn": lambda w: {"meta": {"epoch": 1}, "state_dict": {
+        **under("backbone.", w), **under("backbone_momentum.", zeros(w)),
+        **head("neck.fc0.weight", "head.fc_cls.weight", "projection_head.layers.0.weight")}},
+    "lightly's Sequential": lambda w: {"state_dict": {
+        **under("backbone.", as_children(w)), **head("projection_head.layers.0.weight")}},
+    "plain state dict, torchvision": lambda w: {**w, **head("fc.weight", "fc.bias")},
+}
+VIT_FILES = {
+    "MAE": lambda w: {"model": {**w, **head("mask_token", "decoder_embed.weight",
+                                            "decoder_pos_embed", "decoder_blocks.0.norm1.weight")},
+                      "epoch": 1, "scaler": {}},
+    "MAE, fc_norm taken for norm": lambda w: {"model": {
+        **{key.replace("norm.", "fc_norm.") if key.startswith("norm.") else key: value
+           for key, value in w.items()}, **head("head.weight", "head.bias")}},
+    "DINO, teacher": teacher_beside_student,
+    "MoCo v3": lambda w: {"state_dict": {**under("module.base_encoder.", w),
+                                         **head("module.base_encoder.head.0.weight")}},
+    "MMSelfSup, lightly or solo-learn": lambda w: {"state_dict": {
+        **under("backbone.", as_openmmlab(w)), **head("neck.mask_token", "head.weight")}},
+    "VISSL, teacher of DINO": lambda w: {"loss": {
+        "teacher": {**under("trunk.", w), **head("heads.0.mlp.0.weight")}}},
+    "plain state dict, timm": lambda w: {**w, **head("head.weight", "head.bias")},
+}
+
+
+def zeros(weights):
+    return {key: torch.zeros_like(value) for key, value in weights.items()}
+
+
+def micro(seed=0, image_size=16):
+    torch.manual_seed(seed)
+    return backbones.build_backbone("vit_micro", in_chans=3, image_size=image_size, patch_size=4,
+                                    positions="learned", drop_path=0.0)
+
+
+every_layout = pytest.mark.parametrize(
+    "build, name, wrap",
+    [(tiny, *item) for item in RESNET_FILES.items()]
+    + [(micro, *item) for item in VIT_FILES.items()],
+    ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
+)
+
+
+@every_layout
+def test_every_tensor_of_a_foreign_layout_is_loaded(build, name, wrap, tmp_path, capsys):
+    weights, path, backbone = build(1).state_dict(), tmp_path / "foreign.pth", build(2)
+    torch.save(wrap(weights), path)
+    features.load_backbone(backbone, str(path))
+    assert same(backbone.state_dict(), weights)
+    printed = capsys.readouterr().out
+    assert str(path) in printed and f"{len(weights)} of {len(weights)} tensors" in printed
+    if not name.startswith("lightly's"):
+        assert name.partition(", t")[0] in printed
+
+
+def innermost(content):
+    """The dictionaries of tensors in a file, with the backbone's last key."""
+    if any(isinstance(value, torch.Tensor) for value in content.values()):
+        yield content
+    for value in content.values():
+        if isinstance(value, dict):
+            yield from innermost(value)
+
+
+@every_layout
+def test_one_renamed_tensor_stops_the_run_and_is_named(build, name, wrap, tmp_path):
+    path, backbone = tmp_path / "foreign.pth", build(2)
+    key = "layer3.0.conv2.weight" if build is tiny else "blocks.2.mlp.fc1.weight"
+    weights = build(1).state_dict()
+    content, spoiled = wrap(weights), 0
+    for tensors in innermost(content):
+        for theirs in [k for k, v in tensors.items() if v is weights[key]]:
+            tensors[f"{theirs}_"] = tensors.pop(theirs)
+            spoiled += 1
+    assert spoiled == 1
+    torch.save(content, path)
+    with pytest.raises(RunError) as error:
+        features.load_backbone(backbone, str(path))
+    assert f"tensor {key}" in str(error.value) and "\n" not in str(error.value)
+    assert same(backbone.state_dict(), build(2).state_dict())
+
+
+def test_heads_and_other_networks_are_listed_as_left_out(tmp_path, capsys):
+    torch.save(RESNET_FILES["MoCo"](tiny(1).state_dict()), tmp_path / "moco.pth")
+    features.load_backbone(tiny(), str(tmp_path / "moco.pth"))
+    left_out = capsys.readouterr().out.partition("left out: ")[2].split()
+    assert {"module.encoder_q.fc.0.weight", "module.queue", "arch", "epoch"} < set(left_out)
+    assert "module.encoder_k.*" in left_out and len(left_out) < 12
+
+
+def test_an_alexnet_is_refused_by_its_name(tmp_path):
+    torch.save({"state_dict": head("features.module.0.weight", "top_layer.weight")},
+               tmp_path / "deepcluster.pth")
+    with pytest.raises(RunError, match="AlexNet or a VGG"):
+        features.load_backbone(tiny(), str(tmp_path / "deepcluster.pth"))
+
+
+def test_an_unknown_layout_shows_some_of_its_keys(tmp_path):
+    torch.save({"network": head("one.weight"), "epoch": 1}, tmp_path / "other.pth")
+    with pytest.raises(RunError, match="no known layout.*holds network epoch"):
+        features.load_backbone(tiny(), str(tmp_path / "other.pth"))
+
+
+def test_positions_of_another_image_size_are_kept_and_interpolated(tmp_path):
+    large = micro(1, image_size=24).eval()
+    torch.save(large.state_dict(), tmp_path / "vit.pth")
+    backbone, images = micro(2).eval(), torch.rand(2, 3, 16, 16)
+    features.load_backbone(backbone, str(tmp_path / "vit.pth"))
+    with torch.no_grad():
+        assert torch.equal(backbone(images), large(images))
+
+
+def test_namespaces_and_numpy_scalars_are_read(tmp_path):
+    extra = {"args": argparse.Namespace(lr=0.1, names=["a"], best=np.float64(0.5)),
+             "best": np.float32(0.25), "epoch": np.int64(3), "done": np.bool_(True)}
+    path = tmp_path / "weights.pth"
+    for zipped in (True, False):
+        backbone = tiny(2)
+        torch.save({"state_dict": tiny(1).state_dict(), **extra}, path,
+                   _use_new_zipfile_serialization=zipped)
+        features.load_backbone(backbone, str(path))
+        assert same(backbone.state_dict(), tiny(1).state_dict())
+    old = path.read_bytes().replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+    assert b"numpy.core.multiarray" in old
+    path.write_bytes(old)  # as NumPy 1 wrote it
+    features.load_backbone(tiny(), str(path))
+
+
+class Stranger:
+    """A harmless class of somebody else's code, such as a logger in a checkpoint."""
+
+
+@pytest.mark.parametrize("value", [Stranger(), np.arange(3), print, Stranger])
+def test_other_objects_are_refused_by_name(value, tmp_path):
+    torch.save({"state_dict": tiny(1).state_dict(), "other": value}, tmp_path / "odd.pth")
+    with pytest.raises(RunError, match="asks to run [a-z_.A-Z]+, which is refused") as error:
+        features.load_backbone(tiny(), str(tmp_path / "odd.pth"))
+    assert "\n" not in str(error.value)
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()  # beyond the call
+
+
 # ------------------------------------------------------------------------------------------ extract
 
 WORLD = World(0, 1, torch.device("cpu"))
@@ -242,7 +452,7 @@ def centre_view(size):
 
 
 def flat(images):
-    return images.flatten(1)
+    return {"pixels": images.flatten(1)}
 
 
 def noise(n, size=8):
@@ -258,10 +468,17 @@ def expected(pixels):
 def extracted(n, batch_size, workers=0, backbone=False):
     """Features of n images on as many processes as there are."""
     world, images = dist.setup("cpu"), ArrayImages(noise(n), None, 3)
-    function = features.freeze(tiny(1), None, world) if backbone else flat
-    return features.extract(
+    function = flat
+    if backbone:
+        frozen = features.freeze(tiny(1), None, world)
+
+        def function(images):
+            return backbones.flat_layers(frozen, images, ["res3", "avgpool", "res2-grid"])
+
+    found = features.extract(
         function, images, centre_view(8), world, batch_size=batch_size, workers=workers
-    ).numpy()
+    )
+    return np.concatenate([rows.numpy() for rows in found.values()], axis=1)
 
 
 @pytest.mark.parametrize("n, batch_size", [(37, 8), (37, 37), (37, 1000), (1, 1), (16, 8)])
@@ -282,9 +499,9 @@ def test_every_process_has_the_features_of_all(n, batch_size, size, pool):
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_backbone_gives_the_same_on_any_number_of_processes(size, pool):
     alone = extracted(37, 8, backbone=True)
-    assert np.ptp(alone, axis=0).max() > 0.1
+    assert alone.shape == (37, 32 + 128 + 16 * 6 * 6) and np.ptp(alone, axis=0).max() > 0.1
     for part in pool.run(size, extracted, 37, 8, 0, True):
-        np.testing.assert_allclose(part, alone, atol=1e-5)
+        assert np.array_equal(part, alone)  # whole batches: bit for bit
 
 
 def test_loader_processes_change_nothing():
@@ -298,7 +515,7 @@ def test_files_of_odd_sizes_keep_their_order(tmp_path):
     for path, size, colour in zip(paths, sizes, colours.tolist(), strict=True):
         Image.new("RGB", size, tuple(colour)).save(path)
     images = FileImages(paths, None, 3, str(tmp_path))
-    got = features.extract(flat, images, centre_view(9), WORLD, batch_size=4, workers=0)
+    got = features.extract(flat, images, centre_view(9), WORLD, batch_size=4, workers=0)["pixels"]
     wanted = expected(np.broadcast_to(colours[:, None, None], (len(sizes), 9, 9, 3)))
     np.testing.assert_allclose(got, wanted, atol=1e-5)
 
@@ -307,8 +524,8 @@ def test_extraction_leaves_the_backbone_bit_for_bit_as_it_was():
     backbone = tiny(1)
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     frozen = features.freeze(backbone, None, WORLD)
-    features.extract(frozen, ArrayImages(noise(20), None, 3), centre_view(8), WORLD, batch_size=8,
-                     workers=0)
+    features.extract(lambda x: {"h": frozen(x)}, ArrayImages(noise(20), None, 3), centre_view(8),
+                     WORLD, batch_size=8, workers=0)
     assert same(backbone.state_dict(), before)
     assert not any(module.training for module in frozen.modules())
     assert all(p.grad is None and not p.requires_grad for p in frozen.parameters())
@@ -348,3 +565,77 @@ def test_files_without_batch_counters_load(tmp_path):
     kept = {k: v for k, v in model.state_dict().items() if "num_batches_tracked" not in k}
     torch.save(kept, tmp_path / "old.pth")
     features.load_backbone(tiny(), str(tmp_path / "old.pth"))
+
+
+def test_the_chunk_of_sharing_does_not_count(pool):
+    for part in pool.run(3, shared_rows):
+        assert np.array_equal(part, np.arange(40).reshape(10, 4))
+
+
+def shared_rows():
+    x, rank = torch.zeros(10, 4), dist.setup("cpu").rank
+    bounds = [0, 3, 3, 10]  # the second process has none
+    for row in range(bounds[rank], bounds[rank + 1]):
+        x[row] = torch.arange(4 * row, 4 * row + 4)
+    dist.share_rows(x, bounds, piece=9)
+    return x.numpy()
+
+
+# ------------------------------------------------------------------------------------ feature files
+
+
+def some_features():
+    rng = torch.Generator().manual_seed(0)
+    splits = [
+        features.Split(
+            {"res4": torch.rand(n, 3, generator=rng), "avgpool": torch.rand(n, 2, generator=rng)},
+            np.arange(n) % 3, np.arange(n) * 2,
+        )
+        for n in (8, 5)
+    ]
+    return features.Features("runs/some", "some images", *splits)
+
+
+def test_features_are_read_as_they_were_written(tmp_path):
+    written, path = some_features(), str(tmp_path / "new" / "file.npz")
+    features.write(written, path, WORLD)
+    assert os.listdir(tmp_path / "new") == ["file.npz"]
+    found = features.read(path)
+    assert (found.checkpoint, found.protocol) == ("runs/some", "some images")
+    for one, other in ((found.train, written.train), (found.test, written.test)):
+        assert same(one.layers, other.layers)
+        assert np.array_equal(one.labels, other.labels) and np.array_equal(one.index, other.index)
+    assert list(features.read(path, ["avgpool"]).train.layers) == ["avgpool"]
+    with np.load(path, allow_pickle=False) as file:
+        assert {"train/avgpool", "test/res4", "train/labels", "test/index"} < set(file.files)
+
+
+@pytest.mark.parametrize("content", ["none", "text", "npy", "npz", "objects", "torn", "uneven"])
+def test_what_is_no_feature_file_is_one_line_with_its_name(content, tmp_path):
+    path = tmp_path / "file.npz"
+    if content == "text":
+        path.write_bytes(b"nothing of the kind")
+    elif content == "npy":
+        with path.open("wb") as file:
+            np.save(file, np.arange(3))
+    elif content == "npz":
+        np.savez(path, other=np.arange(3))
+    elif content == "objects":
+        np.savez(path, **{"train/labels": np.array([{}]), "train/avgpool": np.array([{}])})
+    elif content != "none":
+        features.write(some_features(), str(path), WORLD)
+        if content == "torn":
+            path.write_bytes(path.read_bytes()[:-100])
+        else:
+            with np.load(path) as file:
+                arrays = dict(file)
+            np.savez(path, **{**arrays, "test/labels": np.arange(3)})
+    with pytest.raises(RunError) as error:
+        features.read(str(path))
+    assert f"--features {path}" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_layer_that_is_not_in_a_feature_file_is_named_with_those_that_are(tmp_path):
+    features.write(some_features(), str(tmp_path / "file.npz"), WORLD)
+    with pytest.raises(RunError, match="no layer res2; there are res4 avgpool"):
+        features.read(str(tmp_path / "file.npz"), ["avgpool", "res2"])

@@ -21,6 +21,30 @@ def test_the_protocol_is_20_neighbours_at_temperature_007_and_at_least_50_draws(
     assert sorted(args.shots) == [1, 5] and args.draws >= 50
 
 
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--checkpoint", "pixels", "--draws", "49"], "--draws 49"),
+        (["--checkpoint", "pixels", "--chunk", "0"], "'0'"),
+        (["--checkpoint", "pixels", "--leave-one-out", "all"], "'all'"),
+        (["--checkpoint", "pixels", "random", "--save-features", "x.npz"], "not of pixels random"),
+        (["--checkpoint", "random", "--save-features", "x.npz"], "not of random"),
+        (["--features", "x.npz", "--image-size", "32"], "--image-size does not go with --features"),
+        (["--features", "x.npz", "--checkpoint", "pixels"], "--checkpoint"),
+        ([], "--checkpoint"),
+    ],
+)
+def test_a_bad_argument_is_one_line_with_its_value(flags, named, capsys):
+    with pytest.raises(SystemExit) as ended:
+        eval_knn.parse_args(flags)
+    printed = capsys.readouterr().err
+    assert ended.value.code == 2 and named in printed and printed.count("\n") == 1
+
+
+def test_no_few_label_banks_need_no_draws():
+    assert eval_knn.parse_args(["--checkpoint", "pixels", "--shots", "--draws", "1"]).draws == 1
+
+
 # ----------------------------------------------------------------------------------------- protocol
 
 
@@ -54,6 +78,78 @@ def test_scores_equal_the_loops_with_and_without_faiss(k, temperature, dtype, rt
     bank, labels, queries = features()
     got = predict(bank, labels, queries, k, temperature, 4, dtype)
     np.testing.assert_allclose(got, loops(bank, labels, queries, k, temperature, 4), rtol=rtol)
+
+
+@pytest.mark.parametrize("k", [1, 20, 200])
+def test_a_large_bank_gives_the_votes_of_float64(k):
+    """More rows than are compared in float64 at once, so they are found in the own precision."""
+    bank, labels, queries = features(num_bank=1000, num_queries=15, d=64, num_classes=7)
+    bank, queries = bank.astype(np.float32), queries.astype(np.float32)
+    expected = loops(bank.astype(float), labels, queries.astype(float), k, 0.07, 7)
+    for dtype in (torch.float32, torch.float64):
+        got = predict(bank, labels, queries, k, 0.07, 7, dtype)
+        np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("block", [10, 300, 5000])
+def test_a_bank_is_searched_in_blocks_of_any_size(block, monkeypatch):
+    monkeypatch.setattr(eval_knn, "BLOCK", block)
+    bank, labels, queries = features(num_bank=1000, num_queries=15)
+    got = predict(bank, labels, queries, 30, 0.5, 4, torch.float64)
+    np.testing.assert_allclose(got, loops(bank, labels, queries, 30, 0.5, 4), rtol=1e-12)
+
+
+@pytest.mark.parametrize("num_bank", [60, 600])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_chunks_change_nothing_not_even_ties(dtype, num_bank):
+    """Every image stands in the bank four times, in different classes: ties at every k."""
+    bank, labels, queries = features(num_bank=num_bank, num_queries=50, d=33)
+    bank = np.random.default_rng(1).permutation(bank[: num_bank // 4].repeat(4, axis=0))
+    bank, queries = (torch.as_tensor(x).to(dtype) for x in (bank, queries))
+    labels = torch.as_tensor(labels)
+
+    def scores(chunk):
+        return eval_knn.knn_predict(bank, labels, queries, 10, 0.07, 4, chunk=chunk)
+
+    whole = scores(1024)
+    for chunk in (1, 7, 25, 49):
+        assert torch.equal(scores(chunk).argmax(1), whole.argmax(1))
+        torch.testing.assert_close(scores(chunk), whole, rtol=1e-12, atol=0)
+
+
+def test_neighbours_that_float32_cannot_tell_apart_are_told_apart():
+    bank, _, queries = features(num_bank=150, num_queries=50, d=64)
+    noise = np.random.default_rng(1).normal(size=(600, 64))
+    bank, queries = bank.repeat(4, axis=0) + 3e-7 * noise, queries
+    bank, queries = (torch.as_tensor(x / np.linalg.norm(x, axis=1, keepdims=True)).float()
+                     for x in (bank, queries))
+    exact = queries.double() @ bank.double().T
+    assert (exact.sort(dim=1).values.diff(dim=1) < 1e-7).sum() > 1000
+    for chunk in (1, 50):
+        found = [eval_knn.nearest(bank, part, 10) for part in queries.split(chunk)]
+        rows = torch.cat([rows for _, rows in found])
+        expected = exact.round(decimals=13).argsort(dim=1, descending=True, stable=True)[:, :10]
+        assert torch.equal(rows, expected)
+
+
+@pytest.mark.parametrize("num_bank", [60, 600])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_row_that_is_left_out_is_as_if_it_were_not_there(dtype, num_bank):
+    bank, labels, _ = features(num_bank=num_bank, d=16)
+    itself = torch.arange(num_bank)
+    itself[5] = -1
+    tensors = torch.as_tensor(bank).to(dtype), torch.as_tensor(labels)
+    got = eval_knn.knn_predict(*tensors, tensors[0], 7, 0.2, 4, itself).numpy()
+    for row in range(0, num_bank, 5):
+        keep = np.arange(num_bank) != (row if row != 5 else -1)
+        expected = loops(bank[keep], labels[keep], bank[row][None], 7, 0.2, 4)
+        np.testing.assert_allclose(got[row], expected[0], rtol=1e-5)
+
+
+def test_no_bank_left_means_no_vote():
+    one = torch.ones(1, 3)
+    scores = eval_knn.knn_predict(one, torch.tensor([1]), one, 20, 0.07, 3, torch.tensor([0]))
+    assert (scores == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -111,10 +207,14 @@ def test_a_small_temperature_does_not_overflow():
     assert (scores.argmax(1) == expected.argmax(1)).all()
 
 
+def few_label_bank(labels, *arguments):
+    return eval_knn.few_label_bank(eval_knn.class_members(labels), *arguments)
+
+
 def test_a_few_label_bank_has_so_many_images_of_every_class():
     labels = np.array([0, 1, 2, 5] * 10)
     for shots in (1, 3):
-        rows = eval_knn.few_label_bank(labels, shots, 0, 0)
+        rows = few_label_bank(labels, shots, 0, 0)
         assert len(set(rows)) == len(rows)
         assert {c: list(labels[rows]).count(c) for c in (0, 1, 2, 5)} == dict.fromkeys(
             (0, 1, 2, 5), shots
@@ -123,23 +223,23 @@ def test_a_few_label_bank_has_so_many_images_of_every_class():
 
 def test_a_few_label_bank_takes_all_of_a_class_with_fewer():
     labels = np.array([7] * 20 + [3] * 2)
-    rows = eval_knn.few_label_bank(labels, 5, 0, 0)
+    rows = few_label_bank(labels, 5, 0, 0)
     assert len(rows) == 7 and {20, 21} < set(rows)
 
 
 def test_few_label_banks_are_reproducible_and_differ_from_draw_to_draw():
     labels = np.arange(300) % 3
-    draws = [eval_knn.few_label_bank(labels, 5, 0, draw).tolist() for draw in range(10)]
-    assert draws == [eval_knn.few_label_bank(labels, 5, 0, draw).tolist() for draw in range(10)]
+    draws = [few_label_bank(labels, 5, 0, draw).tolist() for draw in range(10)]
+    assert draws == [few_label_bank(labels, 5, 0, draw).tolist() for draw in range(10)]
     assert len({tuple(sorted(rows)) for rows in draws}) == 10
-    assert draws[0] != eval_knn.few_label_bank(labels, 5, 1, 0).tolist()
+    assert draws[0] != few_label_bank(labels, 5, 1, 0).tolist()
 
 
 def test_few_label_banks_take_every_image_equally_often():
     labels = np.repeat([0, 1], 10)
     counts = np.zeros(20)
     for draw in range(1000):
-        counts[eval_knn.few_label_bank(labels, 2, 0, draw)] += 1
+        counts[few_label_bank(labels, 2, 0, draw)] += 1
     assert (abs(counts - 200) < 5 * math.sqrt(1000 * 0.2 * 0.8)).all()
 
 
@@ -164,7 +264,7 @@ def save_backbone(path, seed, arch="resnet_tiny", in_chans=3):
     return path
 
 
-FEW = ["--limit", 100, "--draws", 3]
+FEW = ["--limit", 100, "--draws", 50]
 
 
 def test_the_json_line_has_the_documented_keys():
@@ -202,11 +302,11 @@ def test_pixels_are_classified_as_the_images_themselves_are():
     queries, truth = pixel_features("test")
     scores = loops(bank, labels, queries, 20, 0.07, 10)
     few = []
-    for draw in range(4):
-        rows = eval_knn.few_label_bank(labels, 1, 0, draw)
+    for draw in range(50):
+        rows = few_label_bank(labels, 1, 0, draw)
         guess = loops(bank[rows], labels[rows], queries, 20, 0.07, 10).argmax(1)
         few.append((guess == truth).mean())
-    line = evaluate("--checkpoint", "pixels", "--shots", 1, "--draws", 4)
+    line = evaluate("--checkpoint", "pixels", "--shots", 1, "--draws", 50)
     assert line["num_train"] == len(labels) == 1442 and line["num_test"] == len(truth) == 355
     assert line["top1"] == pytest.approx((scores.argmax(1) == truth).mean(), abs=1e-12)
     assert line["shots"]["1"]["mean"] == pytest.approx(np.mean(few), abs=1e-12)
@@ -242,6 +342,108 @@ def test_several_k_and_temperatures_give_what_each_gives_alone():
             assert alone["shots"] == line["shots"]
 
 
+def test_every_layer_is_evaluated_and_the_first_one_counts(tmp_path):
+    weights = save_backbone(tmp_path / "weights.pth", 1)
+    names = ["res4-grid", "avgpool", "conv1"]
+    line = evaluate("--checkpoint", weights, "--layers", *names, "--k", 3, 20, *FEW)
+    found = [(r["layer"], r["k"], r["temperature"]) for r in line["results"]]
+    assert found == [(name, k, 0.07) for name in names for k in (3, 20)]
+    for number, name in enumerate(names):
+        alone = evaluate("--checkpoint", weights, "--layers", name, "--k", 3, 20, *FEW)
+        assert alone["results"] == line["results"][2 * number : 2 * number + 2]
+        if number == 0:
+            assert (alone["top1"], alone["shots"]) == (line["top1"], line["shots"])
+    assert evaluate("--checkpoint", weights, *FEW)["results"][0]["layer"] == "avgpool"
+
+
+def test_every_k_temperature_and_layer_is_printed(capsys):
+    flags = ["--checkpoint", "random", "pixels", "--layers", "res4", "res5", "--k", "3", "20",
+             "--temperature", "0.07", "0.5", "--limit", "100", "--shots"]
+    eval_knn.main(eval_knn.parse_args(flags))
+    *_, header, one, two, pixels, line = capsys.readouterr().out.splitlines()
+    assert " ".join(header.split()) == (
+        "checkpoint k 3 T 0.07 k 3 T 0.5 k 20 T 0.07 k 20 T 0.5"
+    )
+    rows = [row for entry in json.loads(line)["checkpoints"] for row in entry["results"]]
+    shown = [text.split() for text in (one, two, pixels)]
+    assert [s[:-4] for s in shown] == [["random", "res4"], ["random", "res5"], ["pixels"]]
+    assert [float(x) for s in shown for x in s[-4:]] == [round(r["top1"], 3) for r in rows]
+
+
+def test_a_layer_that_is_not_there_is_named():
+    assert "random: no layer res7; there are conv1 res2" in refused(
+        "--checkpoint", "random", "--layers", "res7", *FEW
+    )
+
+
+@pytest.mark.parametrize("chunk", [1, 13, 355])
+def test_the_chunk_does_not_count(chunk):
+    flags = ["--checkpoint", "pixels", "--k", 5, 20, "--shots", 1, "--draws", 50]
+    assert evaluate(*flags, "--chunk", chunk) == evaluate(*flags)
+
+
+@pytest.mark.parametrize("split, size", [("test", 355), ("train", 1442)])
+def test_leave_one_out_classifies_a_split_by_its_other_images(split, size):
+    line = evaluate("--checkpoint", "pixels", "--leave-one-out", split, "--k", 3, "--shots")
+    pixels, labels = pixel_features(split)
+    unit = pixels / np.linalg.norm(pixels, axis=1, keepdims=True)
+    cosines = unit @ unit.T
+    np.fill_diagonal(cosines, -np.inf)
+    near = np.argsort(-cosines, axis=1)[:, :3]
+    votes = np.zeros((size, 10))
+    for row in range(size):
+        for other in near[row]:
+            votes[row, labels[other]] += math.exp(cosines[row, other] / 0.07)
+    assert line["top1"] == pytest.approx((votes.argmax(1) == labels).mean(), abs=1e-12)
+    assert (line["num_train"], line["num_test"], line["leave_one_out"]) == (size, size, split)
+
+
+def test_leaving_out_makes_single_images_of_their_class_wrong():
+    """Two images in all, of two classes: without itself, each is given the other's class."""
+    line = evaluate("--checkpoint", "pixels", "--leave-one-out", "--limit", 2, "--draws", 50)
+    assert line["leave_one_out"] == "test" and line["top1"] == 0
+    assert line["shots"]["1"] == {"mean": 0, "std": 0}
+
+
+def test_feature_files_stand_for_their_checkpoints(tmp_path, capsys):
+    weights = save_backbone(tmp_path / "weights.pth", 1)
+    path = tmp_path / "features.npz"
+    flags = ["--layers", "res4", "avgpool", "--draws", 50, "--k", 5, 20]
+    first = evaluate("--checkpoint", weights, *flags, "--limit", 100, "--save-features", path)
+    again = evaluate("--features", path, *flags)
+    changed = {"checkpoint", "checkpoints"}
+    assert {k: v for k, v in first.items() if k not in changed} == {
+        k: v for k, v in again.items() if k not in changed
+    }
+    assert again["checkpoint"] == str(path)
+    with np.load(path, allow_pickle=False) as file:
+        for split, total in (("train", 1442), ("test", 355)):
+            assert file[f"{split}/index"].tolist() == [i * total // 100 for i in range(100)]
+            labels = data.open_images("digits", split, 3, limit=100).labels
+            assert np.array_equal(file[f"{split}/labels"], labels)
+            assert file[f"{split}/avgpool"].shape == (100, 128)
+    both = evaluate("--features", path, path, "--layers", "avgpool", "--shots")
+    assert [row["top1"] for row in both["checkpoints"]] == [again["results"][3]["top1"]] * 2
+
+
+def saved_features(*flags):
+    evaluate(*flags)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_any_number_of_processes_writes_the_same_features(size, pool, tmp_path):
+    weights = save_backbone(tmp_path / "weights.pth", 1)
+    flags = ["--checkpoint", weights, *FEW, "--batch-size", 16, "--save-features"]
+    evaluate(*flags, tmp_path / "alone.npz")
+    pool.run(size, saved_features, *map(str, flags), str(tmp_path / "several.npz"))
+    with np.load(tmp_path / "alone.npz") as one, np.load(tmp_path / "several.npz") as other:
+        assert one.files == other.files
+        assert all(np.array_equal(one[name], other[name]) for name in one.files)
+    alone = evaluate("--features", tmp_path / "alone.npz")
+    first, *others = pool.run(size, evaluate, "--features", str(tmp_path / "alone.npz"))
+    assert first == alone and others == [None] * (size - 1)
+
+
 def test_a_run_folder_says_how_its_backbone_is_fed(tmp_path):
     save_backbone(tmp_path / "backbone.pth", 1, "resnet18_quarter", in_chans=1)
     plain = save_backbone(tmp_path / "plain.pth", 1, "resnet18_quarter", in_chans=1)
@@ -259,7 +461,11 @@ def test_a_run_folder_says_how_its_backbone_is_fed(tmp_path):
 @pytest.mark.parametrize("size", [2, 3])
 def test_any_number_of_processes_gives_the_same_line(size, pool, tmp_path):
     weights = save_backbone(tmp_path / "weights.pth", 1)
-    flags = ["--checkpoint", "pixels", "random", str(weights), "--k", "5", "20", *FEW]
+    flags = ["--checkpoint", "pixels", "random", str(weights), "--k", "5", "20", *FEW,
+             "--leave-one-out", "train", "--chunk", "9"]
+    alone = evaluate(*flags[:-4])
+    first, *others = pool.run(size, evaluate, *flags[:-4])
+    assert first == alone and others == [None] * (size - 1)
     alone = evaluate(*flags)
     first, *others = pool.run(size, evaluate, *flags)
     assert first == alone
@@ -267,7 +473,7 @@ def test_any_number_of_processes_gives_the_same_line(size, pool, tmp_path):
 
 
 def test_fewer_test_images_than_processes_are_enough(pool):
-    flags = ["--checkpoint", "pixels", "--limit", "2", "--draws", "2"]
+    flags = ["--checkpoint", "pixels", "--limit", "2", "--draws", "50"]
     assert pool.run(3, evaluate, *flags)[0] == evaluate(*flags)
 
 
@@ -276,7 +482,7 @@ def test_loader_processes_change_nothing():
     assert evaluate(*flags, "--workers", 2) == evaluate(*flags)
 
 
-TINY = ["--arch", "resnet_tiny", "--stem", "small", "--image-size", 16, "--draws", 3]
+TINY = ["--arch", "resnet_tiny", "--stem", "small", "--image-size", 16, "--draws", 50]
 
 
 def test_a_folder_of_sixteen_images_is_enough(image_folder):
@@ -328,6 +534,30 @@ def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
 def test_weights_of_another_backbone_are_refused(tmp_path):
     weights = save_backbone(tmp_path / "weights.pth", 1, "resnet18_quarter")
     assert str(weights) in refused("--checkpoint", weights, *FEW)
+
+
+def test_a_transformer_is_fed_with_the_patches_and_any_size_that_fits(tmp_path):
+    backbone = backbones.build_backbone("vit_micro", in_chans=3, image_size=24, patch_size=8,
+                                        positions="learned", drop_path=0.0)
+    torch.save(backbone.state_dict(), tmp_path / "backbone.pth")
+    settings = dict(data="digits", arch="vit_micro", patch_size=8, image_size=24, in_chans=3,
+                    mean=[0.5], std=[0.5])
+    (tmp_path / "run.json").write_text(json.dumps({"settings": settings}))
+    for size in ((), ("--image-size", 16)):  # its positions are interpolated
+        line = evaluate("--checkpoint", tmp_path, *size, "--layers", "cls4", "patches", *FEW)
+        assert [r["layer"] for r in line["results"]] == ["cls4", "patches"]
+        assert 0 < line["top1"] <= 1
+    printed = refused("--checkpoint", tmp_path, "--image-size", 20)
+    assert "--image-size 20 is no multiple of --patch-size 8" in printed
+
+
+def test_a_released_checkpoint_is_evaluated_as_its_backbone_is(tmp_path, capsys):
+    plain = save_backbone(tmp_path / "plain.pth", 1)
+    state = {f"module.encoder_q.{key}": value
+             for key, value in torch.load(plain, weights_only=True).items()}
+    torch.save({"state_dict": {**state, "module.queue": torch.zeros(3)}}, tmp_path / "moco.pth.tar")
+    one, other = evaluate("--checkpoint", plain, tmp_path / "moco.pth.tar", *FEW)["checkpoints"]
+    assert (one["results"], one["shots"]) == (other["results"], other["shots"])
 
 
 def test_a_folder_without_labels_is_refused(tmp_path):

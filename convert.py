@@ -1,0 +1,128 @@
+"""Take a backbone away: from a run or a released checkpoint to torchvision, timm or detectron2.
+
+The source is a run folder, a `backbone.pth`, or a file in any layout that the evaluations read
+(README); every tensor of the backbone must be there. Heads stay behind. What is written:
+
+- torchvision: a state dict of a ResNet; `load_state_dict(..., strict=False)` misses `fc.*` alone.
+- timm: a state dict of a ResNet or a vision transformer; strict with `num_classes=0`.
+- detectron2: a `.pkl` of a ResNet for `MODEL.WEIGHTS`, in detectron2's names; the settings that go
+  with it are printed, since detectron2's defaults (BGR, other means) are those of other weights.
+
+    python convert.py runs/simclr --to torchvision simclr-resnet50.pth
+    python convert.py runs/simclr --to detectron2 simclr-resnet50.pkl
+    python convert.py dino_deitsmall16_pretrain.pth --arch vit_small --to timm dino-vit-small.pth
+"""
+
+import os
+import pickle
+import re
+import sys
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common import backbones, cli, dist, features
+
+DETECTRON2_NAMES = (  # what stands in torchvision's names, and in detectron2's
+    (r"^(conv1|bn1)\.", r"stem.\1."),
+    (r"^layer1\.", "res2."), (r"^layer2\.", "res3."), (r"^layer3\.", "res4."),
+    (r"^layer4\.", "res5."),
+    (r"\.downsample\.0\.", ".shortcut."), (r"\.downsample\.1\.", ".shortcut.norm."),
+    (r"\.bn(\d)\.", r".conv\1.norm."),
+)
+
+
+def parse_args(argv=None):
+    parser = cli.Parser(prog="convert.py", description=__doc__, formatter_class=cli.HelpFormatter,
+                        allow_abbrev=False)
+    parser.add_argument("source", help="run folder or weights file")
+    parser.add_argument("--to", choices=("torchvision", "timm", "detectron2"), required=True,
+                        help="whose names to write")
+    parser.add_argument("out", help="file to write; .pkl for detectron2")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
+    group = parser.add_argument_group("backbone (default: the run's, else resnet50 of 224 px)")
+    group.add_argument("--arch", choices=backbones.NAMES, help="backbone")
+    group.add_argument("--stem", choices=("imagenet", "small"), help="small: 3x3 stride 1, no pool")
+    group.add_argument("--in-chans", type=cli.count, help="channels of the images")
+    group.add_argument("--image-size", type=cli.count, help="side in pixels, of a transformer's")
+    group.add_argument("--patch-size", type=cli.count, help="side of a transformer's patches")
+    parser.set_defaults(data=None, mean=None, std=None)
+    args = parser.parse_args(argv)
+    if args.out.endswith(".pkl") != (args.to == "detectron2"):
+        ending = "must end" if args.to == "detectron2" else "must not end"
+        parser.error(f"{args.out}: a file for {args.to} {ending} with .pkl")
+    return args
+
+
+def to_detectron2(weights: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """Give a ResNet's state dict detectron2's names; counters of batches are left out."""
+    renamed = {}
+    for key, value in weights.items():
+        if key.endswith("num_batches_tracked"):
+            continue
+        for pattern, replacement in DETECTRON2_NAMES:
+            key = re.sub(pattern, replacement, key)
+        renamed[key] = value.contiguous().numpy()
+    return renamed
+
+
+def advice(to: str, settings: dict) -> list[str]:
+    """What to do with the file, and what it needs beside itself."""
+    mean, std = (list(settings[name]) * (settings["in_chans"] if len(settings[name]) == 1 else 1)
+                 for name in ("mean", "std"))
+    if to == "detectron2":
+        depth = re.sub(r"\D*(\d+).*", r"\1", settings["arch"])
+        return [
+            f"MODEL.PIXEL_MEAN {[round(255 * m, 3) for m in mean]}",
+            f"MODEL.PIXEL_STD {[round(255 * s, 3) for s in std]}",
+            f'INPUT.FORMAT "RGB", MODEL.RESNETS.DEPTH {depth}, MODEL.RESNETS.STRIDE_IN_1X1 False',
+        ]
+    lines = [f"images in [0, 1], minus {mean}, divided by {std}"]
+    if settings["arch"] in backbones.RESNETS and settings["stem"] == "small":
+        lines.append("conv1 is 3x3 with stride 1 and there is no max-pool: change the model's")
+    if settings["in_chans"] != 3:
+        lines.append(f"the first layer takes {settings['in_chans']} channels: change the model's")
+    return lines
+
+
+def main(args):
+    checkpoint = features.find_checkpoint(args.source)
+    if checkpoint.weights is None:
+        raise dist.RunError(f"{args.source} has no weights to convert")
+    args.data = checkpoint.settings.get("data", "folder")  # what is not described is as for photos
+    settings = features.resolve(args, [checkpoint])
+    arch = settings["arch"]
+    if arch in backbones.VITS and args.to != "timm":
+        raise dist.RunError(f"{arch} goes --to timm only: {args.to} has no transformer in this "
+                            "layout")
+    if args.to == "detectron2" and (arch in backbones.SMALL or settings["stem"] == "small"):
+        raise dist.RunError(f"{arch} with the {settings['stem']} stem: detectron2 has ResNets of "
+                            "torchvision's sizes with the ImageNet stem only")
+    if os.path.exists(args.out) and not args.overwrite:
+        raise dist.RunError(f"{args.out} is there already; give another name or --overwrite")
+
+    image_size = checkpoint.settings.get("image_size", settings["image_size"])
+    backbone = backbones.build_backbone(
+        arch, in_chans=settings["in_chans"], stem=settings["stem"], zero_init_residual=False,
+        image_size=image_size, patch_size=settings["patch_size"], positions="learned",
+        drop_path=0.0,
+    )
+    features.load_backbone(backbone, checkpoint.weights)
+    weights = {key: value.detach().clone() for key, value in backbone.state_dict().items()}
+
+    folder = os.path.dirname(args.out) or "."
+    with dist.together(writing=folder):
+        os.makedirs(folder, exist_ok=True)
+        with open(f"{args.out}.tmp", "wb") as file:
+            if args.to == "detectron2":
+                pickle.dump({"model": to_detectron2(weights), "__author__": "converted by "
+                             "convert.py", "matching_heuristics": True}, file)
+            else:
+                torch.save(weights, file)
+        os.replace(f"{args.out}.tmp", args.out)
+    dist.say("\n  ".join([f"{args.out}: {arch} for {args.to}", *advice(args.to, settings)]))
+
+
+if __name__ == "__main__":
+    sys.exit(dist.launch(main, parse_args()))
