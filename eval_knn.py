@@ -207,10 +207,13 @@ def main(args):
         return (found[0], splits[0].labels, found[1], splits[1].labels), protocol
 
     def frozen(settings, weights, trained_size=None):
+        size, patch = settings["image_size"], settings["patch_size"]
+        if settings["arch"] in backbones.VITS and size % patch:
+            raise dist.RunError(f"--image-size {size} is no multiple of --patch-size {patch}")
         backbone = backbones.build_backbone(
             settings["arch"], in_chans=settings["in_chans"], stem=settings["stem"],
-            zero_init_residual=False, image_size=trained_size or settings["image_size"],
-            patch_size=settings["patch_size"], positions="sincos", drop_path=0.0,
+            zero_init_residual=False, image_size=trained_size or size, patch_size=patch,
+            positions="sincos", drop_path=0.0,
         )
         return features.freeze(backbone, weights, world)
 

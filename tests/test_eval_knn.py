@@ -330,6 +330,19 @@ def test_weights_of_another_backbone_are_refused(tmp_path):
     assert str(weights) in refused("--checkpoint", weights, *FEW)
 
 
+def test_a_transformer_is_fed_with_the_patches_and_any_size_that_fits(tmp_path):
+    backbone = backbones.build_backbone("vit_micro", in_chans=3, image_size=24, patch_size=8,
+                                        positions="learned", drop_path=0.0)
+    torch.save(backbone.state_dict(), tmp_path / "backbone.pth")
+    settings = dict(data="digits", arch="vit_micro", patch_size=8, image_size=24, in_chans=3,
+                    mean=[0.5], std=[0.5])
+    (tmp_path / "run.json").write_text(json.dumps({"settings": settings}))
+    for size in ((), ("--image-size", 16)):  # its positions are interpolated
+        assert 0 < evaluate("--checkpoint", tmp_path, *size, *FEW)["top1"] <= 1
+    printed = refused("--checkpoint", tmp_path, "--image-size", 20)
+    assert "--image-size 20 is no multiple of --patch-size 8" in printed
+
+
 def test_a_folder_without_labels_is_refused(tmp_path):
     for split in ("train", "test"):
         (tmp_path / split).mkdir()
