@@ -48,8 +48,8 @@ RECIPES = {
     "digits": dict(
         arch="vit_micro", patch_size=4, image_size=16, in_chans=3, mean=[0.5, 0.5, 0.5],
         std=[0.5, 0.5, 0.5], views="digits", crop_scale=[0.6, 1.0], mask_ratio=0.75,
-        norm_pix=True, decoder_dim=64, decoder_depth=2, decoder_heads=4, epochs=100,
-        batch_size=128, lr=2e-3, weight_decay=0.05, warmup_epochs=5,
+        norm_pix=True, decoder_dim=64, decoder_depth=2, decoder_heads=4, epochs=80,
+        batch_size=128, lr=4e-3, weight_decay=0.05, warmup_epochs=5,
     ),
 }
 
@@ -322,7 +322,8 @@ def main(args):
             for batch in loader.epoch(epoch):  # 1. one view
                 for group in optimizer.param_groups:
                     group["lr"] = lr_of_step[step]
-                noise = mask_noise(batch.index, num_patches, args.seed, epoch).to(world.device)
+                noise = mask_noise(batch.index, num_patches, args.seed, epoch)
+                noise = noise.to(world.device, non_blocking=True)
                 parts = [x.chunk(args.accum_steps) for x in (batch.views[0], noise)]
                 optimizer.zero_grad(set_to_none=True)
                 loss = 0.0

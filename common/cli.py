@@ -188,10 +188,10 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def peek(argv, flag: str) -> int | None:
-    """The whole number given to a flag, before the defaults that hang on it are known."""
+def peek(argv, flag: str, kind=int):
+    """The value given to a flag, if any, before the defaults that hang on it are known."""
     first = Parser(add_help=False, allow_abbrev=False)
-    first.add_argument(flag, type=int, dest="value")
+    first.add_argument(flag, type=kind, dest="value")
     return first.parse_known_args(argv)[0].value
 
 

@@ -30,6 +30,7 @@ def _serve(rank, tasks, results):
                 dist.init_process_group(
                     "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size
                 )
+                dist.barrier()  # nobody leaves while others still connect
             results.put((rank, True, function(*arguments)))
         except BaseException:
             results.put((rank, False, traceback.format_exc()))

@@ -1,0 +1,519 @@
+"""NPID, arXiv 1805.01978, and PIRL, arXiv 1912.01991: instance discrimination with a memory bank.
+
+1. Make one view of every image. PIRL adds a jigsaw: nine patches of another crop, shuffled.
+2. Embed it: backbone h, head, unit length. PIRL joins the embeddings of the nine patches.
+3. The memory bank keeps one unit row for every image of the data set. The image's own row is the
+   positive, the rows of K images drawn at random are the negatives.
+4. Tell the own row from the others: NCE, or the softmax over these 1 + K (`--loss cross_entropy`),
+   or over the whole bank (`--num-negatives 0`). PIRL's two embeddings face the same rows, with
+   weights of one half.
+5. Move the own row towards the image's embedding.
+
+Letters: N images per process, W processes, V views (NPID 1, PIRL 2), D embedding size, K negatives,
+n rows of the bank, T temperature.
+
+A step reads 4 (1 + K) N D bytes of the bank, and keeps a copy of them for the backward: batch 256,
+D 128: 0.54 GB for K 4,096, 4.2 GB for K 32,000. Up to 50,000 rows all logits are computed instead:
+4 n (D + V N) bytes, 77 MB for n 50,000. The bank itself takes 4 n D bytes, 0.66 GB for ImageNet.
+
+Differs from the official codes (zhirongw/lemniscate.pytorch; PIRL and NPID++: VISSL): negatives are
+never the image itself, which both may draw, and are drawn for each (seed, step, row of the batch);
+the bank starts with unit rows, where lemniscate's have that length in expectation only; an image
+that a batch holds twice moves its row once, from the old value, to its last embedding. PIRL's chain
+of posterize, sharpness, solarize and autocontrast on two thirds of its patches and images is left
+out. NPID++ jitters colours before the crop there, and decays the head's bias.
+
+    python npid_pirl.py
+    python npid_pirl.py --method pirl --output runs/pirl-digits
+    torchrun --nproc_per_node=8 npid_pirl.py --data /path/to/imagenet --output runs/npid
+"""
+
+import math
+import sys
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common import augment, backbones, cli, data, dist, optim
+from common.checkpoint import Run
+from common.log import Log
+
+RECIPES = {
+    # NPID: paper, section 4, and its code.
+    "imagenet": dict(
+        arch="resnet50", stem="imagenet", image_size=224, in_chans=3, mean=[0.485, 0.456, 0.406],
+        std=[0.229, 0.224, 0.225], views="npid", crop_scale=[0.2, 1.0], flip=True, blur=False,
+        mlp_head=False, embedding_dim=128, loss="nce", num_negatives=4096, temperature=0.07,
+        memory_momentum=0.5, epochs=200, batch_size=256, lr=0.03, weight_decay=1e-4,
+        decay_norms=True, warmup_epochs=0, schedule="step", sync_bn=False,
+    ),
+    # NPID++, appendix of the PIRL paper.
+    "imagenet_plus": dict(
+        arch="resnet50", stem="imagenet", image_size=224, in_chans=3, mean=[0.485, 0.456, 0.406],
+        std=[0.229, 0.224, 0.225], views="npid_plus", crop_scale=[0.08, 1.0], flip=True, blur=False,
+        mlp_head=False, embedding_dim=128, loss="nce", num_negatives=32000, temperature=0.07,
+        memory_momentum=0.5, epochs=800, batch_size=1024, lr=0.03, weight_decay=1e-4,
+        decay_norms=False, warmup_epochs=0, schedule="cosine", sync_bn=False,
+    ),
+    # NPID's code for CIFAR-10: the full softmax; rate .03 for 128 images.
+    "cifar10": dict(
+        arch="resnet18", stem="small", image_size=32, in_chans=3, mean=[0.4914, 0.4822, 0.4465],
+        std=[0.2023, 0.1994, 0.2010], views="npid", crop_scale=[0.2, 1.0], flip=False, blur=False,
+        mlp_head=False, embedding_dim=128, loss="cross_entropy", num_negatives=0, temperature=0.1,
+        memory_momentum=0.5, epochs=200, batch_size=128, lr=0.06, weight_decay=5e-4,
+        decay_norms=True, warmup_epochs=0, schedule="step", sync_bn=False,
+    ),
+    # Ours, chosen on the built-in digits: under a minute on two cores. Not NCE: at this rate it
+    # collapsed, with K 16 as with 512. An epoch of 11 steps fills the bank with rows of an
+    # untrained network, far more alike than those that Z was estimated on.
+    "digits": dict(
+        arch="resnet_tiny", stem="small", image_size=16, in_chans=3, mean=[0.5, 0.5, 0.5],
+        std=[0.5, 0.5, 0.5], views="digits", crop_scale=[0.6, 1.0], flip=False, blur=False,
+        mlp_head=False, embedding_dim=64, loss="cross_entropy", num_negatives=512,
+        temperature=0.1, memory_momentum=0.5, epochs=60, batch_size=128, lr=0.12,
+        weight_decay=1e-4, decay_norms=True, warmup_epochs=5, schedule="cosine", sync_bn=False,
+    ),
+}
+PIRL = {  # what `--method pirl` changes
+    # Paper, section 3, and its code.
+    "imagenet": dict(
+        views="pirl", crop_scale=[0.08, 1.0], jigsaw_size=255, jigsaw_crop_scale=[0.6, 1.0],
+        jigsaw_patch_size=64, num_negatives=32000, epochs=800, batch_size=1024, decay_norms=False,
+        schedule="cosine",
+    ),
+    # The code's later setting: MLP heads, strong colours and blur, InfoNCE.
+    "imagenet_plus": dict(
+        views="pirl", crop_scale=[0.08, 1.0], jigsaw_size=255, jigsaw_crop_scale=[0.6, 1.0],
+        jigsaw_patch_size=64, blur=True, mlp_head=True, loss="cross_entropy", temperature=0.1,
+    ),
+    # Ours, on NPID's settings.
+    "cifar10": dict(views="pirl", flip=True, jigsaw_size=48, jigsaw_crop_scale=[0.6, 1.0],
+                    jigsaw_patch_size=12),
+    "digits": dict(jigsaw_size=24, jigsaw_crop_scale=[0.6, 1.0], jigsaw_patch_size=7, epochs=40),
+}
+
+
+def parse_args(argv=None):
+    recipes = RECIPES
+    if cli.peek(argv, "--method", str) == "pirl":
+        recipes = {name: {**recipe, **PIRL[name]} for name, recipe in RECIPES.items()}
+    parser = cli.parser(__file__, __doc__)
+    group = parser.add_argument_group("images")
+    group.add_argument("--image-size", type=cli.count, help="side of a view in pixels")
+    group.add_argument("--in-chans", type=cli.count, help="channels of the images")
+    group.add_argument("--mean", type=cli.number, nargs="+", help="subtracted from each channel")
+    group.add_argument("--std", type=cli.positive, nargs="+", help="each channel is divided by it")
+    group = parser.add_argument_group("method")
+    group.add_argument("--method", choices=("npid", "pirl"), default="npid",
+                       help="pirl adds the jigsaw, and sets what its paper sets")
+    group.add_argument("--arch", choices=backbones.RESNETS, help="backbone")
+    group.add_argument("--stem", choices=("imagenet", "small"), help="small: 3x3 stride 1, no pool")
+    group.add_argument("--views", choices=("npid", "npid_plus", "pirl", "digits"),
+                       help="what views are made of")
+    group.add_argument("--crop-scale", type=cli.share, nargs=2, help="smallest, largest area share")
+    group.add_argument("--flip", action=cli.Switch, help="mirror half of the views and patches")
+    group.add_argument("--blur", action=cli.Switch,
+                       help="Gaussian blur of half of the views; stronger colours in pirl's")
+    group.add_argument("--jigsaw-size", type=cli.count, metavar="PX",
+                       help="pirl: side of the crop that is cut into 3 x 3 cells")
+    group.add_argument("--jigsaw-crop-scale", type=cli.share, nargs=2,
+                       help="pirl: smallest, largest area share of that crop")
+    group.add_argument("--jigsaw-patch-size", type=cli.count, metavar="PX",
+                       help="pirl: side of a patch, which lies anywhere in its cell")
+    group.add_argument("--mlp-head", action=cli.Switch, help="a hidden layer in the heads")
+    group.add_argument("--embedding-dim", type=cli.count, help="D, size of an embedding")
+    group.add_argument("--loss", choices=("nce", "cross_entropy"), help="how to find the own row")
+    group.add_argument("--num-negatives", type=cli.whole, metavar="K",
+                       help="rows of other images; 0: the softmax over the bank, whatever --loss")
+    group.add_argument("--temperature", type=cli.positive, help="lower: hard negatives count more")
+    group.add_argument("--memory-momentum", type=cli.share, help="what a row keeps of itself")
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--epochs", type=cli.count, help="passes over the images")
+    group.add_argument("--batch-size", type=cli.count, help="images over all processes")
+    group.add_argument("--lr", type=cli.positive, help="learning rate per 256 images")
+    group.add_argument("--weight-decay", type=cli.not_negative, help="of weights; of the rest, see "
+                       "--decay-norms")
+    group.add_argument("--decay-norms", action=cli.Switch, help="decay biases and norms as well")
+    group.add_argument("--warmup-epochs", type=cli.whole, help="linear from 0")
+    group.add_argument("--schedule", choices=("cosine", "step"), help="once an epoch: a cosine to "
+                       "a thousandth, or a tenth at 60 %% and at 80 %%")
+    group.add_argument("--sync-bn", action=cli.Switch, help="batch norm over all processes")
+    group.add_argument("--seed", type=cli.whole, default=0, help="of every random choice")
+    args = cli.parse(parser, recipes, argv)
+    if args.method == "npid":
+        for flag in ("jigsaw_size", "jigsaw_crop_scale", "jigsaw_patch_size"):
+            if getattr(args, flag) is not None:
+                parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)} needs --method "
+                             "pirl")
+    elif args.jigsaw_patch_size > args.jigsaw_size // 3:
+        parser.error(f"--jigsaw-patch-size {args.jigsaw_patch_size} does not fit into the cells of "
+                     f"{args.jigsaw_size // 3} px that --jigsaw-size {args.jigsaw_size} has")
+    return args
+
+
+# -------------------------------------------------------------------------------------------- views
+
+
+def geometry(kind, crop_scale, flip):
+    """Where a view is taken from: a random crop; digits are moved before."""
+    steps = [
+        augment.RandomResizedCrop(crop_scale, ratio=(3 / 4, 4 / 3), interpolation="bilinear"),
+        augment.HorizontalFlip(p=0.5 if flip else 0.0),
+    ]
+    if kind == "digits":
+        steps.insert(0, augment.RandomAffine(degrees=15, translate=0.1, scale=(0.8, 1.2), shear=10,
+                                             fill=0, interpolation="bilinear"))
+    return steps
+
+
+def colours(kind, blur, mean, std):
+    """What is done to the colours of a view, or of one patch."""
+    steps = {
+        "npid": [  # as in lemniscate: gray first
+            augment.Grayscale(p=0.2),
+            augment.ColorJitter(0.4, 0.4, saturation=0.4, hue=0.4, p=1.0),
+        ],
+        "npid_plus": [augment.ColorJitter(0.4, 0.4, saturation=0.4, hue=0.4, p=1.0)],
+        "pirl": [
+            augment.ColorJitter(0.8, 0.8, saturation=0.8, hue=0.2, p=0.8)
+            if blur else augment.ColorJitter(0.4, 0.4, saturation=0.4, hue=0.2, p=1.0),
+            augment.Grayscale(p=0.2),
+        ],
+        "digits": [augment.ColorJitter(0.5, 0.5, saturation=0.0, hue=0.0, p=0.8)],
+    }[kind]
+    sigma = (0.1, 1.0 if kind == "digits" else 2.0)
+    blurred = augment.GaussianBlur(sigma, p=0.5 if blur else 0.0)
+    return [*steps, blurred, augment.Normalize(mean, std)]
+
+
+class JigsawView:
+    """Nine patches of one crop in random order, each with its own flip and colours (PIRL).
+
+    The crop has 3 x 3 cells; each patch lies anywhere in its cell. To the loader this is a view
+    like `augment.View`: until `finish`, the patches stand in one image, below each other.
+
+    Args:
+        crop: the view that is cut up; its size gives the cells'.
+        patch: size and colour steps of a patch.
+        flip: mirror half of the patches.
+    """
+
+    def __init__(self, crop: augment.View, patch: augment.View, flip: bool):
+        self.whole, self.patch, self.flip_p = crop, patch, 0.5 if flip else 0.0
+        self.cell, self.side = crop.size[0] // 3, patch.size[0]
+        self.size = (9 * self.side, self.side)
+        self.channels, self.left_out = patch.channels, patch.left_out
+        self.num_uniforms = crop.num_uniforms + 9 * (4 + patch.num_uniforms)
+
+    def draw(self, uniforms: np.ndarray, sizes: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+        """Turn uniform numbers (n, num_uniforms) into parameters; see `augment.View.draw`.
+
+        Behind the crop's own stand (n, 9, 3) integers: top, left, and whether to mirror.
+        """
+        n, own = len(uniforms), self.whole.num_uniforms
+        crop, _ = self.whole.draw(uniforms[:, :own], sizes)
+        u = uniforms[:, own:].reshape(n, 9, -1)
+        order = u[:, :, 0].argsort(axis=1)  # all 9! orders are alike
+        corners = self.cell * np.stack([order // 3, order % 3], axis=2)
+        corners += np.floor(u[:, :, 1:3] * (self.cell - self.side + 1)).astype(int)
+        places = np.concatenate([corners, u[:, :, 3:4] < self.flip_p], axis=2)
+        _, colour = self.patch.draw(u[:, :, 4:].reshape(9 * n, -1), np.repeat(sizes, 9, axis=0))
+        return [*crop, places], colour.reshape(n, -1)
+
+    def crop(self, planes: list, parameters: list[np.ndarray]) -> np.ndarray:
+        """Cut the patches out of one image, given as Pillow planes; uint8 (C, 9 * side, side)."""
+        *crop, places = parameters
+        whole = self.whole.crop(planes, crop)
+        patches = [whole[:, top : top + self.side, left : left + self.side][:, :, :: 1 - 2 * flip]
+                   for top, left, flip in places.tolist()]
+        return np.concatenate(patches, axis=1)
+
+    def finish(self, crops: Tensor, parameters: Tensor, device: torch.device) -> Tensor:
+        """Move the patches to the device and apply the colour steps; (9n, C, side, side)."""
+        crops = crops.to(device, non_blocking=True)
+        patches = crops.unflatten(2, (9, self.side)).transpose(1, 2).flatten(0, 1)
+        return self.patch.finish(patches, parameters.view(len(patches), -1), device)
+
+
+# -------------------------------------------------------------------------------------------- model
+
+
+class Encoder(nn.Module):
+    """Backbone and head H -> D, or H -> H -> D; for the jigsaw, a head H -> D for each patch, then
+    9 D -> D. No batch norm in the heads.
+    """
+
+    def __init__(self, backbone: nn.Module, jigsaw: bool, mlp_head: bool, embedding_dim: int):
+        super().__init__()
+        self.backbone = backbone
+        width = backbone.num_features
+
+        def head(*after):
+            hidden = [nn.Linear(width, width), nn.ReLU(inplace=True)] if mlp_head else []
+            return nn.Sequential(*hidden, nn.Linear(width, embedding_dim), *after)
+
+        self.head = head()
+        if jigsaw:
+            self.patch_head = head(nn.ReLU(inplace=True)) if mlp_head else head()
+            self.jigsaw_head = nn.Linear(9 * embedding_dim, embedding_dim)
+
+    def forward(self, views: list[Tensor]) -> Tensor:
+        """Embed images (N, C, H, W) and patches (9N, C, h, w), each with its own batch statistics.
+
+        Returns:
+            Embeddings (V, N, D): of the images, then of the jigsaws if there are any.
+        """
+        images, *jigsaw = views
+        z = [self.head(self.backbone(images))]
+        for patches in jigsaw:
+            each = self.patch_head(self.backbone(patches))  # (9N, D)
+            z.append(self.jigsaw_head(each.view(len(images), -1)))
+        return torch.stack(z)
+
+
+# ---------------------------------------------------------------------------------- loss and memory
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """Give every row unit length, in float32 at least."""
+    return nn.functional.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
+
+
+def draw_negatives(index: Tensor, num_images: int, num_negatives: int, seed: int, step: int):
+    """Draw images other than the own one, uniformly and with replacement.
+
+    Args:
+        index: (N,) data-set indices of this process's rows, on the CPU.
+
+    Returns:
+        Data-set indices (N, K), on the CPU: a function of seed, step, own index and place in the
+        global batch.
+    """
+    first = dist.rank() * len(index)
+    rows = [
+        data.philox(seed, data.NEGATIVES, step, first + row).integers(
+            num_images - 1, size=num_negatives, dtype=np.int32)
+        for row in range(len(index))
+    ]
+    drawn = torch.from_numpy(np.stack(rows))
+    return drawn + (drawn >= index[:, None])  # the own index is passed over
+
+
+def memory_logits(z: Tensor, memory: Tensor, index: Tensor, negatives: Tensor | None,
+                  temperature: float) -> Tensor:
+    """Compare embeddings with rows of the bank.
+
+    Args:
+        z: unit embeddings (V, N, D).
+        memory: unit rows (n, D), detached.
+        index: (N,) the own rows.
+        negatives: (N, K) the others, or None for all.
+        temperature: divides the cosines.
+
+    Returns:
+        Logits (V, N, 1 + K), the own row in column 0; without negatives (V, N, n) in the bank's
+        order.
+    """
+    memory = memory.detach().to(z.dtype)
+    if negatives is None:
+        return z @ memory.T / temperature
+    columns = torch.cat([index[:, None], negatives], dim=1)  # (N, 1 + K)
+    if len(memory) <= 50_000:  # cheaper than to gather rows
+        return (z @ memory.T).gather(2, columns.expand(len(z), -1, -1)) / temperature
+    rows = memory.index_select(0, columns.flatten()).unflatten(0, columns.shape)  # (N, 1 + K, D)
+    return (rows @ z.permute(1, 2, 0)).permute(2, 0, 1) / temperature
+
+
+@torch.no_grad()
+def estimate_z(logits: Tensor, num_images: int) -> Tensor:
+    """Estimate the constant Z of P(i | v) = exp(logit) / Z from the logits (N, 1 + K) of a batch.
+
+    Returns:
+        Scalar: mean of exp(logits) over all columns and processes, times the number of images.
+
+    Reference: NPID, section 3.2.
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return dist.mean_over_processes(logits.exp().mean()) * num_images
+
+
+def nce_loss(logits: Tensor, num_images: int, z: Tensor | float) -> Tensor:
+    """Compute the noise-contrastive estimation of the own row among K drawn ones.
+
+    Args:
+        logits: (N, 1 + K), the positive in column 0, divided by the temperature.
+        num_images: n; noise draws each image with probability 1 / n.
+        z: the constant Z.
+
+    Returns:
+        Scalar: with P = exp(logit) / Z and c = K / n, the mean over rows of
+        -log(P_0 / (P_0 + c + eps)) - sum over k of log(c / (P_k + c + eps)), eps = 1e-7.
+
+    Reference: NPID, section 3.2.
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    probability = logits.exp() / z
+    c, eps = (logits.shape[1] - 1) / num_images, 1e-7
+    positive = torch.log1p((c + eps) / probability[:, 0])
+    negative = torch.log1p((probability[:, 1:] + eps) / c).sum(1)
+    return (positive + negative).mean()
+
+
+@torch.no_grad()
+def update_memory(memory: Tensor, index: Tensor, embedding: Tensor, momentum: float) -> None:
+    """Move the rows of the images of all processes to their embeddings.
+
+    Args:
+        memory: unit rows (n, D), written in place: normalise(momentum old + (1 - momentum) new).
+        index: (N,) the images; of one that stands there twice, the last in rank order counts.
+        embedding: their unit embeddings (N, D).
+        momentum: what a row keeps of itself.
+    """
+    index, embedding = dist.all_gather_no_grad(index), dist.all_gather_no_grad(embedding)
+    last = {image: row for row, image in enumerate(index.tolist())}
+    images, rows = (torch.tensor(list(x)).to(memory.device, non_blocking=True)
+                    for x in (last.keys(), last.values()))
+    moved = momentum * memory[images] + (1 - momentum) * embedding[rows].to(memory.dtype)
+    memory[images] = nn.functional.normalize(moved, dim=1)
+
+
+def chance_loss(loss: str, num_negatives: int, num_images: int) -> float:
+    """Expect this loss where all rows are alike to the model."""
+    if num_negatives == 0:
+        return math.log(num_images)
+    softmax = math.log(1 + num_negatives)
+    return softmax + (num_negatives * math.log1p(1 / num_negatives) if loss == "nce" else 0)
+
+
+def lr_schedule(lr, schedule, epochs, warmup_epochs, steps_per_epoch) -> list[float]:
+    """The learning rate of every step; it changes once an epoch, but for the warm-up."""
+    rates = []
+    for step in range(epochs * steps_per_epoch):
+        epoch = step // steps_per_epoch
+        if step < warmup_epochs * steps_per_epoch:
+            rates.append(lr * step / (warmup_epochs * steps_per_epoch))
+        elif schedule == "cosine":
+            cosine = (1 + math.cos(math.pi * epoch / epochs)) / 2
+            rates.append(lr * (0.001 + 0.999 * cosine))
+        else:
+            rates.append(lr * 0.1 ** ((epoch >= 0.6 * epochs) + (epoch >= 0.8 * epochs)))
+    return rates
+
+
+@torch.no_grad()
+def indicators(z: Tensor, logits: Tensor, own: Tensor, temperature: float) -> dict[str, Tensor]:
+    """What tells learning from collapse, on this process's images.
+
+    Args:
+        z: unit embeddings (N, D). logits: theirs. own: (N,) the column of the own row.
+    """
+    return {
+        "contrast_accuracy": (logits.argmax(1) == own).float().mean(),
+        "positive_similarity": logits.gather(1, own[:, None]).mean() * temperature,
+        "z_std": z.std(0, correction=0).mean(),  # 1 / sqrt(D) where they spread, 0 in collapse
+    }
+
+
+# --------------------------------------------------------------------------------------------- main
+
+
+def main(args):
+    world = dist.setup(args.device, args.deterministic)
+    torch.manual_seed(args.seed)
+
+    # Data
+    images = data.open_images(args.data, "pretrain", args.in_chans, root=args.data_root,
+                              download=args.download, limit=args.limit)
+    colour = colours(args.views, args.blur, args.mean, args.std)
+    steps = [*geometry(args.views, args.crop_scale, args.flip), *colour]
+    views = [augment.View(args.image_size, steps, args.in_chans)]
+    if args.method == "pirl":
+        steps = geometry(args.views, args.jigsaw_crop_scale, flip=False)  # patches are, by one
+        crop = augment.View(args.jigsaw_size, steps, args.in_chans)
+        patch = augment.View(args.jigsaw_patch_size, colour, args.in_chans)
+        views.append(JigsawView(crop, patch, args.flip))
+
+    # Model
+    backbone = backbones.build_backbone(args.arch, stem=args.stem, in_chans=args.in_chans,
+                                        zero_init_residual=False)
+    model = Encoder(backbone, args.method == "pirl", args.mlp_head, args.embedding_dim)
+    model = model.to(world.device, memory_format=torch.channels_last)
+    if args.sync_bn:
+        model = dist.convert_sync_batchnorm(model, world.device)
+    memory = unit_rows(torch.randn(len(images), args.embedding_dim)).to(world.device)
+    constant_z = torch.zeros((), device=world.device)  # of NCE, estimated in the first step
+
+    # Optimiser
+    lr = args.lr * args.batch_size / 256
+    weights, others = optim.split_by_dimension(model)
+    decay = args.weight_decay if args.decay_norms else 0.0
+    groups = [{"params": weights}, {"params": others, "weight_decay": decay}]
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=args.weight_decay,
+                                fused=True)
+    autocast, scaler = optim.precision(args.amp, world.device)
+    dist.say(f"{len(images)} images; batch {args.batch_size} = {args.batch_size // world.size} on "
+             f"each of {world.size}; lr {args.lr:g} x {args.batch_size} / 256 = {lr:g}")
+
+    with Run(args.output, cli.settings(args), images, world, resume=args.resume,
+             save_every_minutes=args.save_every_minutes) as run:
+        # Resume
+        state = {"model": model, "memory": memory, "constant_z": constant_z,
+                 "optimizer": optimizer, "scaler": scaler}
+        step = run.start(state)
+        loader = data.Loader(images, views, batch_size=args.batch_size, epochs=args.epochs,
+                             seed=args.seed, world=world, workers=args.workers, start_step=step)
+        lr_of_step = lr_schedule(lr, args.schedule, args.epochs, args.warmup_epochs,
+                                 loader.steps_per_epoch)
+        log = Log(args.output, world, batch_size=args.batch_size, total_steps=len(lr_of_step),
+                  first_step=step, every=args.log_every,
+                  chance_loss=chance_loss(args.loss, args.num_negatives, len(images)),
+                  floors={"z_std": 0.1 / math.sqrt(args.embedding_dim)})
+        ddp_model = DistributedDataParallel(model) if world.size > 1 else model
+
+        # Train
+        for epoch in range(step // loader.steps_per_epoch, args.epochs):
+            for batch in loader.epoch(epoch):  # 1. an image, a jigsaw
+                for group in optimizer.param_groups:
+                    group["lr"] = lr_of_step[step]
+                with autocast():
+                    z = ddp_model(batch.views)
+                z = unit_rows(z)  # 2. embeddings
+                index, negatives = batch.index.to(world.device, non_blocking=True), None
+                own = index  # the column of the own row
+                if args.num_negatives:
+                    negatives = draw_negatives(batch.index, len(images), args.num_negatives,
+                                               args.seed, step)
+                    negatives = negatives.to(world.device, non_blocking=True)
+                    own = torch.zeros_like(index)
+                logits = memory_logits(z, memory, index, negatives, args.temperature)  # 3. rows
+                # 4. find the own one
+                if args.loss == "nce" and args.num_negatives:
+                    if step == 0:
+                        constant_z.copy_(estimate_z(logits[-1], len(images)))
+                    losses = [nce_loss(each, len(images), constant_z) for each in logits]
+                else:
+                    losses = [nn.functional.cross_entropy(each, own) for each in logits]
+                loss = torch.stack(losses).mean()
+                optimizer.zero_grad(set_to_none=True)
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+
+                step += 1
+                seen = (indicators(z[0], logits[0], own, args.temperature) if log.due(step)
+                        else {})
+                update_memory(memory, batch.index, z[0], args.memory_momentum)  # 5. move the row
+                log.write(step, epoch=epoch, loss=loss, lr=lr_of_step[step - 1],
+                          waited=loader.waited, **seen)
+                save, stop = run.agree(step % loader.steps_per_epoch == 0)
+                if save:
+                    log.check()
+                    run.save(step, state, model.backbone)
+                if stop:
+                    return
+
+
+if __name__ == "__main__":
+    sys.exit(dist.launch(main, parse_args()))

@@ -1,0 +1,89 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mae
+import visualize
+from common import dist
+from test_all_scripts import SCRIPTS, TINY
+
+
+def run(*flags):
+    visualize.main(visualize.parse_args(list(map(str, flags))))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_views_of_every_script_become_one_picture(script, tmp_path):
+    picture = tmp_path / "views.png"
+    run("views", script, "--image", picture, "--rows", 3)
+    pixels = np.asarray(Image.open(picture))
+    assert pixels.shape[0] >= 3 * visualize.TILE and pixels.shape[2] == 3
+    assert len(np.unique(pixels)) > 20
+
+
+def test_views_are_those_of_the_scripts_flags(tmp_path):
+    widths = []
+    small = ["--num-crops", 2, 3, "--crop-sizes", 16, 8, "--crop-scales", 0.5, 1, 0.2, 0.5]
+    for flags in ([], small):
+        run("views", "simclr.py", "--image", tmp_path / "views.png", "--rows", 2, *flags)
+        widths.append(Image.open(tmp_path / "views.png").width)
+    assert [round(width / visualize.TILE) for width in widths] == [3, 6]
+
+
+def test_the_first_column_is_the_image_itself():
+    images, views, given = visualize.loader_of("simclr", [])
+    args = visualize.parse_args(["views", "simclr", "--image", "x.png", "--rows", "2"])
+    picture = np.asarray(visualize.views_picture(args))
+    from common import data
+
+    first = int(data.epoch_order(given.seed, 0, len(images))[0])
+    original = np.asarray(images.read(first)[0].convert("RGB"))
+    factor = round(visualize.TILE / len(original))
+    tile = picture[visualize.GAP :, visualize.GAP :][: factor * len(original)]
+    np.testing.assert_array_equal(tile[::factor, : factor * len(original) : factor], original)
+
+
+def test_normalisation_is_undone_and_many_channels_become_gray():
+    images = torch.rand(2, 3, 4, 4)
+    normalised = (images - 0.4) / 0.2
+    pixels = visualize.to_pixels(normalised, [0.4] * 3, [0.2] * 3)
+    np.testing.assert_allclose(pixels, images.permute(0, 2, 3, 1) * 255, atol=0.51)
+    assert visualize.to_pixels(torch.rand(2, 5, 4, 4), [0.5], [0.5]).shape == (2, 4, 4, 3)
+
+
+@pytest.fixture(scope="module")
+def mae_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mae")
+    mae.main(mae.parse_args([*TINY, "--output", str(folder)]))
+    return folder
+
+
+@pytest.mark.parametrize("kind, columns", [("reconstruction", 3), ("attention", 4)])
+def test_pictures_of_a_run(mae_run, tmp_path, kind, columns):
+    run(kind, "--checkpoint", mae_run, "--image", tmp_path / "out.png", "--rows", 4)
+    picture = Image.open(tmp_path / "out.png")
+    assert [round(side / visualize.TILE) for side in picture.size] == [columns, 4]
+
+
+def test_what_was_not_removed_is_shown_as_it_is(mae_run, tmp_path):
+    run("reconstruction", "--checkpoint", mae_run, "--image", tmp_path / "out.png", "--rows", 1)
+    pixels = np.asarray(Image.open(tmp_path / "out.png"))[4:-4, :, 0]
+    side = (pixels.shape[1] - 16) // 3
+    image, left, made = (pixels[:, 4 + i * (side + 4) :][:, :side] for i in range(3))
+    kept = left != 128
+    assert 0.2 < kept.mean() < 0.5
+    np.testing.assert_array_equal(image[kept], made[kept])
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["views", "nothing"], "nothing is no method script"),
+        (["attention", "--checkpoint", "nowhere"], "nowhere: no run.json"),
+        (["reconstruction", "--checkpoint", "nowhere"], "a run of mae.py"),
+    ],
+)
+def test_what_cannot_be_shown_is_said(flags, named, tmp_path):
+    with pytest.raises(dist.RunError, match=named):
+        run(*flags, "--image", tmp_path / "out.png")

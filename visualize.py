@@ -1,0 +1,266 @@
+"""Pictures of what the methods do, one PNG each.
+
+views: some images, and beside each the views that a script trains on, exactly as its loader gives
+them (any flag of the script may follow).
+attention: what the class token of a vision transformer looks at, head by head, in its last block.
+reconstruction: images, what a masked autoencoder sees of them, and what it makes of that; where it
+was trained on normalised patches, each patch gets its true mean and variance back.
+
+    python visualize.py views simclr --image views.png
+    python visualize.py views npid_pirl --image jigsaw.png --method pirl
+    python visualize.py attention --checkpoint runs/dino-digits-vit_micro --image attention.png
+    python visualize.py reconstruction --checkpoint runs/mae-digits-vit_micro --image mae.png
+"""
+
+import importlib
+import json
+import os
+import sys
+import tempfile
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from common import augment, backbones, cli, data, dist, features
+
+TILE = 96  # smallest side of an image in a picture, in pixels
+GAP = 4
+
+
+def parse_args(argv=None):
+    parser = cli.Parser(prog="visualize.py", description=__doc__,
+                        formatter_class=cli.HelpFormatter, allow_abbrev=False)
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
+    views = kinds.add_parser("views", allow_abbrev=False, formatter_class=cli.HelpFormatter,
+                             help="the views of a script; its flags may follow")
+    views.add_argument("script", help="simclr, moco, ...")
+    for name in ("attention", "reconstruction"):
+        kind = kinds.add_parser(name, allow_abbrev=False, formatter_class=cli.HelpFormatter,
+                                help=f"{name} of a trained run")
+        kind.add_argument("--checkpoint", required=True, metavar="RUN", help="a run folder")
+        kind.add_argument("--data", help="default: as the run")
+        kind.add_argument("--data-root", default="data", metavar="FOLDER",
+                          help="where torchvision's data sets are")
+    for kind in kinds.choices.values():
+        kind.add_argument("--image", required=True, metavar="PNG", help="the picture to write")
+        kind.add_argument("--rows", type=cli.count, default=6, help="number of images")
+    args, others = parser.parse_known_args(argv)
+    if others and args.kind != "views":
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    args.flags = others
+    return args
+
+
+# ----------------------------------------------------------------------------------------- pictures
+
+
+def to_pixels(images: Tensor, mean, std) -> np.ndarray:
+    """Undo a normalisation: images (n, C, H, W) to uint8 (n, H, W, 3); C other than 3 as gray."""
+    shape = (1, -1, 1, 1)
+    mean, std = (torch.tensor(x, dtype=images.dtype).view(shape) for x in (mean, std))
+    images = (images.cpu() * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
+    if images.shape[1] != 3:
+        images = images.float().mean(1, keepdim=True).to(torch.uint8).expand(-1, 3, -1, -1)
+    return images.permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def enlarge(pixels: np.ndarray, side: int) -> Image.Image:
+    """One image (H, W, 3) with a long side of `side` pixels or more, its pixels left square."""
+    factor = max(1, round(side / max(pixels.shape[:2])))
+    return Image.fromarray(pixels.repeat(factor, axis=0).repeat(factor, axis=1))
+
+
+def grid(rows: list[list[np.ndarray]]) -> Image.Image:
+    """A picture of rows of uint8 images (H, W, 3) of any sizes, on white."""
+    tiles = [[enlarge(pixels, TILE) for pixels in row] for row in rows]
+    widths = [max(tile.width for tile in column) for column in zip(*tiles, strict=True)]
+    heights = [max(tile.height for tile in row) for row in tiles]
+    size = (sum(widths) + GAP * (len(widths) + 1), sum(heights) + GAP * (len(heights) + 1))
+    picture = Image.new("RGB", size, "white")
+    top = GAP
+    for row, height in zip(tiles, heights, strict=True):
+        left = GAP
+        for tile, width in zip(row, widths, strict=True):
+            picture.paste(tile, (left, top))
+            left += width + GAP
+        top += height + GAP
+    return picture
+
+
+def joined(patches: np.ndarray) -> np.ndarray:
+    """Nine patches (9, H, W, 3) as one image, with white lines between them."""
+    _, height, width, _ = patches.shape
+    framed = np.full((9, height + 1, width + 1, 3), 255, dtype=np.uint8)
+    framed[:, :height, :width] = patches
+    rows = framed.reshape(3, 3, height + 1, width + 1, 3).transpose(0, 2, 1, 3, 4)
+    return rows.reshape(3 * (height + 1), 3 * (width + 1), 3)[:-1, :-1]
+
+
+# -------------------------------------------------------------------------------------------- views
+
+
+class Caught(Exception):
+    """Carries what a script gives to its loader out of the script."""
+
+
+def loader_of(script: str, flags: list[str]):
+    """The images and views that a script would train on, and its settings."""
+    try:
+        module = importlib.import_module(script.removesuffix(".py"))
+        module.RECIPES  # noqa: B018  a method script has them
+    except (ModuleNotFoundError, AttributeError):
+        raise dist.RunError(f"{script} is no method script; try simclr") from None
+    given = module.parse_args(flags)
+    own = data.Loader
+
+    def catch(images, views, **_):
+        raise Caught(images, views)
+
+    with tempfile.TemporaryDirectory() as folder:
+        given.output, data.Loader = folder, catch
+        try:
+            module.main(given)
+        except Caught as caught:
+            return *caught.args, given
+        finally:
+            data.Loader = own
+
+
+def views_picture(args) -> Image.Image:
+    """Images, and beside each its views in the first epoch."""
+    images, views, given = loader_of(args.script, args.flags)
+    rows = min(args.rows, len(images))
+    world = dist.World(0, 1, torch.device("cpu"))
+    loader = data.Loader(images, views, batch_size=rows, epochs=1, seed=given.seed, world=world,
+                         workers=0)
+    batch = next(loader.epoch(0))
+    pictures = [to_pixels(view, given.mean, given.std) for view in batch.views]
+    table = []
+    for row, index in enumerate(batch.index.tolist()):
+        planes = images.read(index)
+        original = planes[0].convert("RGB")
+        if len(planes) > 1:  # many channels: their mean
+            stack = np.mean([np.asarray(plane) for plane in planes], axis=0)
+            original = Image.fromarray(stack.astype(np.uint8)).convert("RGB")
+        parts = [joined(p[9 * row : 9 * row + 9]) if len(p) == 9 * rows else p[row]
+                 for p in pictures]
+        table.append([np.asarray(original), *parts])
+    return grid(table)
+
+
+# ------------------------------------------------------------------------ attention, reconstruction
+
+
+def some_images(args, settings: dict) -> Tensor:
+    """Some evenly spaced images (n, C, S, S) of the test split (all images, if there is none)."""
+    try:
+        images = data.open_images(args.data or settings["data"], "test", settings["in_chans"],
+                                  root=args.data_root)
+    except dist.RunError:
+        images = data.open_images(args.data or settings["data"], "pretrain", settings["in_chans"],
+                                  root=args.data_root)
+    size = settings["image_size"]
+    view = augment.View(size, [augment.CenterCrop(size, interpolation="bicubic"),
+                               augment.Normalize(settings["mean"], settings["std"])],
+                        settings["in_chans"])
+    rows = min(args.rows, len(images))
+    chosen = [i * len(images) // rows for i in range(rows)]
+    crops = []
+    for index in chosen:
+        planes = images.read(index)
+        drawn, _ = view.draw(np.empty((1, 0)), np.array([planes[0].size[::-1]]))
+        crops.append(torch.from_numpy(view.crop(planes, [part[0] for part in drawn]).copy()))
+    return view.finish(torch.stack(crops), torch.empty(rows, 0), torch.device("cpu"))
+
+
+def settings_of(args, script: str) -> dict:
+    """The settings of a run of a certain script, from its run.json."""
+    path = os.path.join(args.checkpoint, "run.json")
+    try:
+        with open(path) as file:
+            settings = json.load(file)["settings"]
+    except (OSError, ValueError, KeyError):
+        raise dist.RunError(f"--checkpoint {args.checkpoint}: no run.json that can be read there; "
+                            f"give the folder of a run of {script}") from None
+    if settings.get("arch") not in backbones.VITS:
+        raise dist.RunError(f"--checkpoint {args.checkpoint}: {settings.get('arch')} is no vision "
+                            "transformer")
+    return settings
+
+
+@torch.inference_mode()
+def attention_picture(args) -> Image.Image:
+    """Images, and beside each every head's attention: white at its strongest patch, black at its
+    weakest."""
+    settings = settings_of(args, "dino.py")
+    backbone = backbones.build_backbone(
+        settings["arch"], in_chans=settings["in_chans"], image_size=settings["image_size"],
+        patch_size=settings["patch_size"], positions="learned", drop_path=0.0,
+    )
+    features.load_backbone(backbone, os.path.join(args.checkpoint, "backbone.pth"))
+    images = some_images(args, settings)
+    heads = backbone.eval().attention(images)[:, :, 1:]  # (n, heads, L)
+    low, high = heads.amin(2, keepdim=True), heads.amax(2, keepdim=True)
+    heads = (heads - low) / (high - low).clamp(min=1e-12)
+    heads = heads.view(*heads.shape[:2], *backbone.grid)
+    originals = to_pixels(images, settings["mean"], settings["std"])
+    maps = heads.mul(255).to(torch.uint8).numpy()
+    return grid([[own, *(m[..., None].repeat(3, axis=-1) for m in each)]
+                 for own, each in zip(originals, maps, strict=True)])
+
+
+@torch.inference_mode()
+def reconstruction_picture(args) -> Image.Image:
+    """Image, what is left of it, and the reconstruction with what was left pasted in."""
+    import mae
+
+    settings = settings_of(args, "mae.py")
+    path = os.path.join(args.checkpoint, "checkpoint.pt")
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)["state"]["model"]
+    except Exception as error:
+        raise dist.RunError(f"{path} cannot be read: {type(error).__name__}") from error
+    if "mask_ratio" not in settings:
+        raise dist.RunError(f"--checkpoint {args.checkpoint} is no run of mae.py")
+    patch = settings["patch_size"]
+    backbone = backbones.build_backbone(
+        settings["arch"], in_chans=settings["in_chans"], image_size=settings["image_size"],
+        patch_size=patch, positions="sincos", drop_path=0.0,
+    )
+    model = mae.MAE(backbone, settings["mask_ratio"], settings["in_chans"],
+                    settings["decoder_dim"], settings["decoder_depth"], settings["decoder_heads"])
+    model.load_state_dict(weights)
+    images = some_images(args, settings)
+    noise = mae.mask_noise(torch.arange(len(images)), len(backbone.pos_embed[0]) - 1,
+                           seed=0, epoch=0)
+    predicted, mask = model.eval()(images, noise)
+    target = mae.patchify(images, patch)
+    if settings["norm_pix"]:
+        variance, mean = torch.var_mean(target, dim=2, keepdim=True)
+        predicted = predicted * (variance + 1e-6).sqrt() + mean
+    removed = mask[:, :, None].bool()
+    whole = torch.where(removed, predicted, target)
+    rows = []
+    for patches in (target, whole):
+        pixels = mae.unpatchify(patches, patch, settings["in_chans"], backbone.grid)
+        rows.append(to_pixels(pixels, settings["mean"], settings["std"]))
+    gaps = mae.unpatchify(removed.expand_as(target).float(), patch, settings["in_chans"],
+                          backbone.grid)
+    gaps = gaps.permute(0, 2, 3, 1)[..., :1].bool().numpy()
+    left = np.where(gaps, np.uint8(128), rows[0])
+    return grid([list(row) for row in zip(rows[0], left, rows[1], strict=True)])
+
+
+def main(args):
+    pictures = {"views": views_picture, "attention": attention_picture,
+                "reconstruction": reconstruction_picture}
+    picture = pictures[args.kind](args)
+    with dist.together(writing=args.image):
+        picture.save(args.image, format="PNG")
+    dist.say(f"{args.image}: {picture.width} x {picture.height} pixels")
+
+
+if __name__ == "__main__":
+    sys.exit(dist.launch(main, parse_args()))
