@@ -1,0 +1,113 @@
+"""Train every method on the built-in digits, and put all of them through all evaluations.
+
+    python benchmarks/digits_table.py --folder runs/digits
+
+A few minutes on two cores. Runs that are finished are not repeated: give the same command again
+after an interruption. Prints the table of the README and, last, one JSON object; the baselines are
+the pixels and untrained backbones of the same kind.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+METHODS = {  # name: script and flags
+    "SimCLR": ["simclr.py"],
+    "MoCo v2": ["moco.py"],
+    "NPID": ["npid_pirl.py"],
+    "PIRL": ["npid_pirl.py", "--method", "pirl"],
+    "DeepCluster v2": ["deepcluster_v2.py"],
+    "SwAV": ["swav.py"],
+    "DINO": ["dino.py"],
+    "Barlow Twins": ["barlow_twins.py"],
+    "MAE": ["mae.py"],
+}
+TRANSFORMERS = {"DINO": "cls", "MAE": "patches"}  # and the layer that is evaluated
+EVALUATIONS = {
+    "eval_knn.py": [],
+    "eval_linear.py": [],
+    "eval_svm.py": ["--costs", "0.1", "1", "10", "--low-shot", "1"],
+}
+
+
+def run(command, processes=1):
+    """Run a script of the repository to its end; all that it printed."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone",
+                     f"--nproc_per_node={processes}"]
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+    if processes > 1:
+        environment["OMP_NUM_THREADS"] = "1"
+    done = subprocess.run([*launcher, *map(str, command)], cwd=ROOT, env=environment, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))} failed:\n{done.stdout}")
+    return done.stdout
+
+
+def train(folder: Path, processes: int) -> dict:
+    """Seconds that each method took; of earlier commands where it was finished already."""
+    seconds = {}
+    for name, command in METHODS.items():
+        output = folder / name.lower().replace(" ", "-")
+        noted = output / "seconds.json"
+        if not noted.exists():
+            started = time.perf_counter()
+            run([*command, "--output", output], processes)
+            noted.write_text(json.dumps(round(time.perf_counter() - started, 1)))
+        seconds[name] = json.loads(noted.read_text())
+        print(f"{name}: trained in {seconds[name]} s", flush=True)
+    return seconds
+
+
+def evaluate(folder: Path) -> dict:
+    """Results by name, then by evaluation."""
+    groups = [(None, ["pixels", "random"], [n for n in METHODS if n not in TRANSFORMERS])]
+    groups += [(layer, ["random"], [name]) for name, layer in TRANSFORMERS.items()]
+    found = {}
+    for layer, baselines, names in groups:
+        runs = [folder / name.lower().replace(" ", "-") for name in names]
+        suffix = f" ({layer})" if layer else ""
+        titles = [b if b == "pixels" else f"random{suffix or ' (ResNet)'}" for b in baselines]
+        for script, flags in EVALUATIONS.items():
+            layers = ["--layers", layer] if layer else []
+            printed = run([script, "--checkpoint", *baselines, *runs, *flags, *layers])
+            rows = json.loads(printed.splitlines()[-1])["checkpoints"]
+            for name, row in zip([*titles, *names], rows, strict=True):
+                found.setdefault(name, {})[script.removesuffix(".py")] = row
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/digits"))
+    parser.add_argument("--processes", type=int, default=2)
+    args = parser.parse_args()
+    folder = args.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    seconds = train(folder, args.processes)
+    found = evaluate(folder)
+    print("\n| | training, s | k-NN | 5 labels a class | 1 label a class | linear | SVM, mAP |")
+    print("|---|---|---|---|---|---|---|")
+    for name, results in found.items():
+        knn, linear, svm = (results[f"eval_{kind}"] for kind in ("knn", "linear", "svm"))
+        few = [f"{knn['shots'][s]['mean']:.3f} ±{knn['shots'][s]['std']:.3f}" for s in ("5", "1")]
+        print(f"| {name} | {seconds.get(name, ''):} | {knn['top1']:.3f} | {few[0]} | {few[1]} | "
+              f"{linear['top1']:.3f} | {svm['map']:.3f} |")
+    print(json.dumps({
+        "benchmark": "digits_table", "date": time.strftime("%Y-%m-%d"),
+        "machine": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+        "processes": args.processes, "seconds": seconds, "results": found,
+    }))
+
+
+if __name__ == "__main__":
+    main()
