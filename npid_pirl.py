@@ -426,6 +426,8 @@ def main(args):
     # Data
     images = data.open_images(args.data, "pretrain", args.in_chans, root=args.data_root,
                               download=args.download, limit=args.limit)
+    if len(images) < 2:
+        raise dist.RunError("--data holds one image: there is nothing to tell it from")
     colour = colours(args.views, args.blur, args.mean, args.std)
     steps = [*geometry(args.views, args.crop_scale, args.flip), *colour]
     views = [augment.View(args.image_size, steps, args.in_chans)]
