@@ -202,7 +202,7 @@ def nearest_centroids(x: Tensor, centroids: Tensor) -> Tensor:
         metric = faiss.METRIC_INNER_PRODUCT
         _, rows = faiss.knn(x.contiguous().numpy(), centroids.contiguous().numpy(), 1, metric)
         return torch.from_numpy(rows)[:, 0]
-    return (x @ centroids.T).argmax(1)
+    return torch.cat([(part @ centroids.T).argmax(1) for part in x.split(8192)])
 
 
 @torch.no_grad()
@@ -241,14 +241,14 @@ def spherical_kmeans(x: Tensor, num_clusters: int, iterations: int, generator: t
     centroids = init.to(x.dtype)
     for _ in range(iterations):
         sums = torch.zeros_like(centroids, dtype=torch.float64)
-        for part in x.split(8192):  # bounds the memory
-            sums.index_add_(0, nearest_centroids(part, centroids), part.double())
+        nearest = nearest_centroids(x, centroids)
+        for rows, part in zip(nearest.split(4096), x.split(4096), strict=True):
+            sums.index_add_(0, rows, part.double())
         sums = dist.sum_over_processes(sums)
         norms = sums.norm(dim=1, keepdim=True)  # 0: the cluster is empty
         means = (sums / norms.clamp(min=1e-12)).to(x.dtype)
         centroids = torch.where(norms > 0, means, centroids)
-    nearest = [nearest_centroids(part, centroids) for part in x.split(8192)]
-    return centroids, torch.cat(nearest)
+    return centroids, nearest_centroids(x, centroids)
 
 
 @torch.no_grad()
