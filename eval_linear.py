@@ -331,7 +331,7 @@ def auto_probe(
     tried = range(1 if len(labels) > MANY_IMAGES else min(folds, len(labels)))
     heads = [(decay, out) for decay in decays for out in tried]
     used = torch.stack([fold != out for _, out in heads], dim=1)  # (N, H)
-    shares = (used / used.sum(0))[part].to(x)
+    shares = (used.double() / used.sum(0))[part].to(x)
     left_out = ~used[part].to(world.device)
     each = x.new_tensor([decay for decay, _ in heads])
     function = cross_entropies(x, y, shares, each, num_classes)
