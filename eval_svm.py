@@ -273,7 +273,7 @@ class Fits:
 
     def __init__(self, folder: str | None, jobs: int | None, world: dist.World):
         self.world, self.path, self.lock, self.known = world, None, None, {}
-        self.jobs = jobs or max(1, data.default_workers())
+        self.jobs = jobs
         if folder is None:
             return
         with dist.together(writing=folder):
@@ -294,11 +294,12 @@ class Fits:
 
         Equal on every process.
         """
-        from joblib import Parallel, delayed
+        from joblib import Parallel, cpu_count, delayed
 
         missing = [key for key in tasks if key not in self.known]
         own = missing[self.world.rank :: self.world.size]
-        jobs = self.jobs if work * len(own) >= MUCH_WORK else 1
+        share = cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        jobs = (self.jobs or max(1, share)) if work * len(own) >= MUCH_WORK else 1
         with dist.together(writing=self.path):
             done = dict(Parallel(n_jobs=min(jobs, max(1, len(own))))(
                 delayed(noted)(self.path, key, *tasks[key]) for key in own

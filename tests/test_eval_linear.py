@@ -449,6 +449,8 @@ def test_any_number_of_processes_gives_the_same_line(size, pool, weights):
     flags = list(map(str, ["--checkpoint", "pixels", weights, *FEW]))
     first, *others = pool.run(size, evaluate, *flags)
     assert first == evaluate(*flags) and others == [None] * (size - 1)
+    flags = ["--checkpoint", "pixels", "--limit", "2"]  # as many images as processes, or fewer
+    assert pool.run(size, evaluate, *flags)[0] == evaluate(*flags)
 
 
 @pytest.mark.parametrize("protocol", ["vissl", "mae"])
