@@ -3,7 +3,8 @@
 The backbone is in eval mode and nothing of it is trained: its hash is printed before and after.
 
 `--protocol auto`, the default, takes the features of one central view of every image:
-1. Standardise them by the mean and deviation of the training images.
+1. Standardise them by the mean and deviation of the training images, and turn them to their
+   principal axes, along which the steps of 2. are known to be short or long.
 2. For many weight decays at once, minimise cross-entropy + decay / 2 |W|^2 on all training images
    but a fifth, for each fifth in turn (only the first one beyond 20,000 images), by L-BFGS on all
    images together: one matrix product serves all heads, and there is no learning rate to choose.
@@ -89,10 +90,11 @@ PROTOCOLS = {
         crop="bilinear", resize="bilinear",
     ),
 }
-DECAYS = [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0]
+DECAYS = [float(f"{10 ** (half / 2 - 6):.1e}") for half in range(13)]  # 1e-6, 3.2e-6, ... 1
 NOT_MIRRORED = ("digits", "mnist", "svhn")  # a mirrored digit is another sign
 MANY_IMAGES = 20_000  # from here on, one fifth left out tells enough
 LOGITS_AT_A_TIME = 2**25
+P_SPREAD = 0.05  # p (1 - p) of a usual probability p: the curvature that a logit is taken to have
 
 
 def parse_args(argv=None):
@@ -210,31 +212,42 @@ def cross_entropies(rows, labels, shares, decays, num_classes: int):
     return function
 
 
-def minimise(function, points: Tensor, *, tolerance: float, iterations: int, memory: int = 10):
+def minimise(
+    function, points: Tensor, curvatures: Tensor, *, tolerance: float, iterations: int,
+    memory: int = 10,
+) -> Tensor:
     """Minimise several smooth convex functions at once by L-BFGS with backtracking.
 
     Args:
         function: of points (n, P) and which functions they are for (n,), to values (n,) and
             gradients (n, P).
         points: where to start, (H, P).
-        tolerance: largest entry of the gradient at which a function is done.
+        curvatures: (H, P), above 0: about how strongly each function is curved along each
+            coordinate. Right ones save most of the steps.
+        tolerance: how far above its least value a function may stay, by that curvature.
 
     Returns:
         Where the functions are least, (H, P).
 
     Reference: Liu and Nocedal, 1989; Nocedal and Wright, algorithms 7.4 and 3.1.
     """
-    found = points.clone()
+    unit = curvatures.rsqrt()  # coordinates in which the curvature is about 1
+
+    def function_of(x: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+        value, gradient = function(x * unit[which], which)
+        return value, gradient * unit[which]
+
+    found = points / unit
     left = torch.arange(len(points), device=points.device)  # functions that are not done
-    x, (value, gradient) = points, function(points, left)
+    x, (value, gradient) = found.clone(), function_of(found, left)
     steps, changes = x.new_zeros(2, memory, *x.shape)
     curvature = x.new_zeros(memory, len(x))  # 1 / (step . change), 0 where there is none
     for iteration in range(iterations):
-        going = gradient.abs().amax(1) > tolerance
+        going = gradient.square().sum(1) / 2 > tolerance
         if not going.all():
             found[left] = x
             if not going.any():
-                return found
+                return found * unit
             left, x, value, gradient = left[going], x[going], value[going], gradient[going]
             steps, changes, curvature = steps[:, going], changes[:, going], curvature[:, going]
 
@@ -254,13 +267,11 @@ def minimise(function, points: Tensor, *, tolerance: float, iterations: int, mem
         # Length: halved, for those functions that need it, until they fall enough
         slope = (gradient * direction).sum(1)
         length = torch.ones_like(value)
-        if not recent:
-            length = 1 / gradient.abs().sum(1).clamp(min=1)
         new_x, new_value, new_gradient = x.clone(), value.clone(), gradient.clone()
         trying = torch.arange(len(x), device=x.device)
         for _ in range(30):
             tried = x[trying] + length[trying, None] * direction[trying]
-            got, got_gradient = function(tried, left[trying])
+            got, got_gradient = function_of(tried, left[trying])
             falls = got <= value[trying] + 1e-4 * length[trying] * slope[trying]
             fine = trying[falls]
             new_x[fine], new_value[fine] = tried[falls], got[falls]
@@ -277,7 +288,7 @@ def minimise(function, points: Tensor, *, tolerance: float, iterations: int, mem
         curvature[at] = torch.where(bend > 0, 1 / bend, 0)
         x, value, gradient = new_x, new_value, new_gradient
     found[left] = x
-    return found
+    return found * unit
 
 
 def fold_of(labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
@@ -318,14 +329,23 @@ def auto_probe(
     center, scale = standardisation(train)
 
     def own(rows, numbers):
+        """This process's part, its standardised rows and its labels."""
         part = slice(*(len(rows) * r // world.size for r in (world.rank, world.rank + 1)))
         x = rows[part].to(world.device, kind, copy=True)
         x.sub_(center.to(x)).mul_(scale.to(x))
         return part, x, torch.from_numpy(numbers[part]).to(world.device)
 
     part, x, y = own(train, labels)
+    axes, variances = principal_axes(x, len(labels))
+    x = x @ axes.to(x)
     start = x.new_zeros(1, (train.shape[1] + 1) * num_classes)
-    options = dict(tolerance=1e-5 if kind == torch.float64 else 1e-4, iterations=300)
+    options = dict(tolerance=1e-8 if kind == torch.float64 else 1e-6, iterations=1000)
+
+    def curvatures(decay: Tensor) -> Tensor:
+        """About those of the functions along the principal axes, (H, (D + 1) C)."""
+        weights = P_SPREAD * variances.to(decay) + decay[:, None]
+        offsets = torch.full_like(weights[:, :1], P_SPREAD)
+        return torch.cat([weights, offsets], dim=1).repeat_interleave(num_classes, dim=1)
 
     # 2. Many heads: every weight decay, with every fold left out
     fold = torch.from_numpy(fold_of(labels, min(folds, len(labels)), seed))
@@ -336,7 +356,7 @@ def auto_probe(
     left_out = ~used[part].to(world.device)
     each = x.new_tensor([decay for decay, _ in heads])
     function = cross_entropies(x, y, shares, each, num_classes)
-    points = minimise(function, start.expand(len(heads), -1), **options)
+    points = minimise(function, start.expand(len(heads), -1), curvatures(each), **options)
 
     # 3. The best of them; once more on all training images
     right = torch.zeros(len(heads), dtype=torch.float64, device=world.device)
@@ -347,10 +367,12 @@ def auto_probe(
     right = right.view(len(decays), -1).sum(1) / (~used).sum(0)[: len(tried)].sum().item()
     validation, decay = max(zip(right.tolist(), decays, strict=True))  # of equal ones the largest
     shares = x.new_full((len(x), 1), 1 / len(labels))
-    function = cross_entropies(x, y, shares, x.new_tensor([decay]), num_classes)
-    points = minimise(function, start, **options)
+    each = x.new_tensor([decay])
+    function = cross_entropies(x, y, shares, each, num_classes)
+    points = minimise(function, start, curvatures(each), **options)
 
     _, x, y = own(test, truth)
+    x = x @ axes.to(x)
     hits = torch.zeros(2, dtype=torch.float64, device=world.device)
     for first, logits in logits_of(points, x, num_classes):
         best = logits[:, 0].topk(min(5, num_classes), dim=1).indices
@@ -371,6 +393,22 @@ def standardisation(rows: Tensor) -> tuple[Tensor, Tensor]:
     deviation = square.sqrt()
     varies = deviation > 1e-6 * deviation.max()
     return mean, torch.where(varies, 1 / deviation, 0)
+
+
+def principal_axes(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Principal axes (D, D) and variances (D,) of n centred rows, of which x are this process's.
+
+    In these coordinates the functions to minimise are curved along the axes, and the weight decay
+    is what it was.
+    """
+    covariance = (x.T @ x).double() / n
+    covariance = dist.mean_over_processes(covariance) * dist.size()
+    if len(covariance) > 4096:  # would take longer than what it saves
+        return torch.eye(len(covariance), dtype=x.dtype, device=x.device), covariance.diagonal()
+    variances, axes = torch.linalg.eigh(covariance)
+    found = torch.cat([axes, variances[None]]).cpu().contiguous()
+    dist.share_rows(found, [0] + [len(found)] * dist.size())  # the same ones on every machine
+    return found[:-1], found[-1].clamp(min=0)
 
 
 def evaluate(found: features.Features, args, world) -> dict:

@@ -163,18 +163,66 @@ def quadratics(h=6, p=8):
         gradients = (hessians[which] @ x[:, :, None])[:, :, 0]
         return (x * gradients).sum(1) / 2, gradients
 
-    return function, least
+    return function, least, hessians
 
 
 def test_several_functions_are_minimised_at_once_and_each_as_if_alone():
-    function, least = quadratics()
-    found = eval_linear.minimise(function, torch.zeros_like(least), tolerance=1e-9, iterations=200)
+    function, least, hessians = quadratics()
+    start, curvatures = torch.zeros_like(least) + 3, hessians.diagonal(dim1=1, dim2=2)
+    options = dict(tolerance=1e-16, iterations=200)
+    found = eval_linear.minimise(function, start, curvatures, **options)
+    torch.testing.assert_close(found, least, rtol=1e-6, atol=1e-6)
+    found = eval_linear.minimise(function, start, torch.ones_like(start), **options)
     torch.testing.assert_close(found, least, rtol=1e-6, atol=1e-6)
     for h in range(len(least)):
-        alone = eval_linear.minimise(lambda x, which, h=h: function(x, which + h),
-                                     torch.zeros(1, 8, dtype=torch.float64), tolerance=1e-9,
-                                     iterations=200)
+        alone = eval_linear.minimise(lambda x, which, h=h: function(x, which + h), start[:1],
+                                     curvatures[h : h + 1], **options)
         torch.testing.assert_close(alone[0], found[h], rtol=1e-6, atol=1e-6)
+
+
+def test_a_known_curvature_saves_the_steps():
+    scales = torch.logspace(-4, 4, 40, dtype=torch.float64)[None]
+    calls = []
+
+    def function(points, which):
+        calls.append(len(which))
+        return (scales * (points - 1).square()).sum(1) / 2, scales * (points - 1)
+
+    start = torch.zeros(1, 40, dtype=torch.float64)
+    found = eval_linear.minimise(function, start, scales, tolerance=1e-20, iterations=500)
+    torch.testing.assert_close(found, start + 1)
+    assert len(calls) == 2  # the start, and one step to the end
+    calls.clear()
+    eval_linear.minimise(function, start, start + 1, tolerance=1e-20, iterations=500)
+    assert len(calls) > 40
+
+
+def test_principal_axes_turn_the_rows_and_know_their_variances():
+    x = torch.randn(50, 7, dtype=torch.float64) @ torch.randn(7, 7, dtype=torch.float64)
+    x -= x.mean(0)
+    axes, variances = eval_linear.principal_axes(x, 50)
+    torch.testing.assert_close(axes.T @ axes, torch.eye(7, dtype=torch.float64))
+    torch.testing.assert_close((x @ axes).square().mean(0), variances)
+    torch.testing.assert_close(((x @ axes).T @ (x @ axes)) / 50, variances.diag())
+
+
+def test_features_of_little_rank_are_fitted_to_the_end():
+    """Nearly collinear features, as bad backbones have: the validation equals scikit-learn's."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(150) % 3
+    hidden = np.eye(3)[labels] + 0.7 * rng.normal(size=(150, 3))
+    rows = hidden @ rng.normal(size=(3, 40)) * 10 + 0.05 * rng.normal(size=(150, 40)) + 7
+    decay, fold = 1e-5, eval_linear.fold_of(labels, 5, 0)
+    rows = torch.tensor(rows, dtype=torch.float32)
+    got = auto(rows, labels, rows, labels, decays=[decay])
+    x = rows.double().numpy()
+    x = (x - x.mean(0)) / x.std(0)
+    right = 0
+    for out in range(5):
+        model = LogisticRegression(C=1 / (decay * 120), tol=1e-10, max_iter=100_000)
+        model.fit(x[fold != out], labels[fold != out])
+        right += (model.predict(x[fold == out]) == labels[fold == out]).sum()
+    assert got["validation"] == pytest.approx(right / 150, abs=1e-12)
 
 
 def test_it_needs_few_passes_over_the_images():
@@ -189,7 +237,8 @@ def test_it_needs_few_passes_over_the_images():
         calls.append(len(which))
         return function(points, which)
 
-    eval_linear.minimise(counted, rows.new_zeros(3, 84), tolerance=1e-5, iterations=300)
+    eval_linear.minimise(counted, rows.new_zeros(3, 84), rows.new_ones(3, 84), tolerance=1e-6,
+                         iterations=300)
     assert len(calls) < 100 and calls[0] == 3 and calls[-1] < 3  # what is done is left out
 
 
@@ -200,7 +249,8 @@ def test_every_head_is_scikit_learns_logistic_regression():
     used = torch.arange(120)[:, None] % 5 != torch.tensor([0, 3])
     shares = used / used.sum(0).double()
     function = eval_linear.cross_entropies(rows, labels, shares, decays, 3)
-    points = eval_linear.minimise(function, rows.new_zeros(2, 21), tolerance=1e-9, iterations=500)
+    points = eval_linear.minimise(function, rows.new_zeros(2, 21), rows.new_ones(2, 21),
+                                  tolerance=1e-16, iterations=500)
     for h in range(2):
         theirs = LogisticRegression(C=1 / (decays[h].item() * 96), tol=1e-10, max_iter=10_000)
         theirs.fit(rows[used[:, h]].numpy(), labels[used[:, h]].numpy())
@@ -266,11 +316,11 @@ def test_the_test_images_choose_nothing():
 def test_many_images_leave_out_one_fifth_only(monkeypatch):
     heads, minimise = [], eval_linear.minimise
     monkeypatch.setattr(eval_linear, "minimise",
-                        lambda f, x, **o: heads.append(len(x)) or minimise(f, x, **o))
+                        lambda f, x, c, **o: heads.append(len(x)) or minimise(f, x, c, **o))
     auto(*blobs(90, 0), *blobs(60, 1))
     monkeypatch.setattr(eval_linear, "MANY_IMAGES", 50)
     auto(*blobs(90, 0), *blobs(60, 1))
-    assert heads == [35, 1, 7, 1]
+    assert heads == [65, 1, 13, 1]
 
 
 # -------------------------------------------------------------------------------------------- heads
