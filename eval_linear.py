@@ -660,7 +660,8 @@ def paper_table(args, world, open_split, make_view, build) -> list[dict] | None:
                  f"{settings['image_size']} px ({words} in the test)")
         runs = []
         for backbone in features.models(checkpoint, settings, build, args.seed, world):
-            watched = Watched(backbone)
+            watched = Watched()
+            watched.watch(backbone)
             mark = watched.before or checkpoint.name
             runs.append(paper_probe(backbone, train, test, view, settings, mark, args, world))
             if runs[-1] is None:
@@ -687,14 +688,16 @@ def fingerprint(backbone: nn.Module) -> str | None:
 class Watched:
     """Tells whether a backbone is after its use what it was before."""
 
-    def __init__(self, backbone: nn.Module | None = None):
-        self.backbone = backbone
-        self.before = None if backbone is None else fingerprint(backbone)
+    def __init__(self):
+        self.backbone, self.before = None, None
+
+    def watch(self, backbone: nn.Module) -> None:
+        self.backbone, self.before = backbone, fingerprint(backbone)
 
     def layers(self, backbone: nn.Module, images: Tensor, names) -> dict[str, Tensor]:
         """`backbones.flat_layers` of a backbone that is watched from here on."""
         if backbone is not self.backbone:
-            self.__init__(backbone)
+            self.watch(backbone)
         return backbones.flat_layers(backbone, images, names)
 
     def check(self, name: str) -> None:
@@ -709,7 +712,7 @@ class Watched:
                 dist.say(f"{name}: hash of the backbone {before} before, {after} after")
             if before != after:
                 raise dist.RunError(f"{name}: the backbone has changed")
-        self.backbone = self.before = None
+        self.backbone, self.before = None, None
 
 
 # --------------------------------------------------------------------------------------------- main
