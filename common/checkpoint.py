@@ -40,13 +40,18 @@ class Run:
         images: the training images; their identity is compared instead of their path.
         resume: go on from the folder's checkpoint, if it has one.
         save_every_minutes: how long rank 0 waits between saves within an epoch.
+        product: file name of what the run makes.
 
     Raises:
         RunError: another run holds the folder; it cannot be written; its checkpoints do not load or
             were made with other settings.
     """
 
-    def __init__(self, folder, settings, images, world: World, *, resume, save_every_minutes):
+    def __init__(
+        self, folder, settings, images, world: World, *, resume, save_every_minutes,
+        product="backbone.pth",
+    ):
+        self.product = product
         self.folder, self.settings, self.world = folder, settings, world
         self.identity = images.identity()
         self.save_every = 60 * save_every_minutes
@@ -85,7 +90,7 @@ class Run:
         if kind is None and self.stopping:
             dist.say(f"stopped at step {self.saved_step} and saved; the same command goes on")
         elif kind is None:
-            dist.say(f"finished: {self.path('backbone.pth')}")
+            dist.say(f"finished: {self.path(self.product)}")
 
     def path(self, name: str) -> str:
         return os.path.join(self.folder, name)
@@ -220,7 +225,7 @@ class Run:
         return self.stopping or due or epoch_ends, self.stopping
 
     def save(self, step: int, state: dict, backbone: nn.Module):
-        """Write backbone.pth and the checkpoint of `step`; all processes call it.
+        """Write the product (backbone.pth) and the checkpoint of `step`; all processes call it.
 
         Raises:
             RunError: the disk is full or the like, or a weight is not finite; the last good
@@ -244,7 +249,7 @@ class Run:
             "processes": self.world.size,
             "state": kept,
         }
-        with replacing(self.path("backbone.pth")) as file:
+        with replacing(self.path(self.product)) as file:
             torch.save({k: v.cpu().contiguous() for k, v in backbone.state_dict().items()}, file)
         # What is moved behind the new checkpoint is this run's, and whole.
         newest, previous = self.path("checkpoint.pt"), self.path("checkpoint.prev.pt")

@@ -118,13 +118,17 @@ def parse(made: Parser, recipes: dict, argv=None) -> argparse.Namespace:
     return args
 
 
-def evaluation_parser(script: str, description: str, archs) -> Parser:
+def evaluation_parser(
+    script: str, description: str, archs, *, layers: str = "avgpool or cls",
+    resize: str = "the image size up to 96 px, 256/224 of it above",
+) -> Parser:
     """Make an evaluation's parser with the flags that all evaluations share.
 
     What is not given is None where it is taken from a run among the checkpoints.
 
     Args:
         archs: names of the backbones.
+        layers, resize: what is taken without these flags, in words.
     """
     made = Parser(os.path.basename(script), description=description,
                   formatter_class=HelpFormatter, allow_abbrev=False)
@@ -139,15 +143,14 @@ def evaluation_parser(script: str, description: str, archs) -> Parser:
     group.add_argument("--layers", nargs="+", metavar="LAYER",
                        help="ResNet: conv1 res2 res3 res4 res5 avgpool, maps averaged over all "
                        "places or, as in res4-grid, to about 9,000 numbers; transformer: cls "
-                       "patches cls4 (of the last 4 blocks); default: avgpool or cls")
+                       f"patches cls4 (of the last 4 blocks); default: {layers}")
     group = made.add_argument_group("images (default: as the first run among the checkpoints)")
     group.add_argument("--data", help="labelled images, with a train and a test split")
     group.add_argument("--data-root", default="data", metavar="FOLDER",
                        help="where torchvision's data sets are")
     group.add_argument("--image-size", type=count, help="side in pixels")
     group.add_argument("--resize", type=count,
-                       help="shorter side before the central crop; default: the image size up to "
-                       "96 px, 256/224 of it above")
+                       help=f"shorter side before the central crop; default: {resize}")
     group.add_argument("--in-chans", type=count, help="channels of the images")
     group.add_argument("--mean", type=number, nargs="+", help="subtracted from each channel")
     group.add_argument("--std", type=positive, nargs="+", help="each channel is divided by it")

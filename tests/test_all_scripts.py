@@ -34,6 +34,10 @@ EXTRA: dict[str, list[str]] = {  # what a script needs for a tiny run
     "swav": ["--freeze-prototypes-epochs", "0", "--num-crops", "2", "1", "--crop-sizes", "16", "8",
              "--crop-scales", "0.6", "1", "0.3", "0.6", "--queue-length", "32"],
 }
+QUICK = {  # what keeps an evaluation short
+    "eval_linear": ["--folds", "2", "--weight-decays", "0.001", "0.1"],
+    "eval_svm": ["--costs", "1", "--low-shot", "1", "--draws", "1"],
+}
 STILL: dict[str, set[str]] = {}  # trainable parameters that two steps need not move
 SHARED = {
     "data", "limit", "recipe", "arch", "image_size", "in_chans", "mean", "std", "epochs",
@@ -196,9 +200,11 @@ def test_the_export_loads_in_every_evaluation(script, tmp_path, capsys):
     for evaluation in sorted(p.stem for p in ROOT.glob("eval_*.py")):
         capsys.readouterr()
         evaluator = importlib.import_module(evaluation)
-        evaluator.main(evaluator.parse_args(["--checkpoint", str(tmp_path)]))
+        flags = ["--checkpoint", str(tmp_path), *QUICK.get(evaluation, [])]
+        evaluator.main(evaluator.parse_args(flags))
         result = json.loads(capsys.readouterr().out.splitlines()[-1])
-        assert 0 < result["top1"] <= 1 and result["num_test"] == 355
+        assert f"eval_{result['eval']}" == evaluation and result["num_test"] == 355
+        assert 0 < result["map" if evaluation == "eval_svm" else "top1"] <= 1
 
 
 @every_script

@@ -1,0 +1,640 @@
+import contextlib
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from torch import nn
+
+import drill
+import eval_linear
+from common import backbones, data, features
+from common.dist import RunError, World
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+# --------------------------------------------------------------------------------------- parse_args
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--epochs", "3"], "--epochs does not go with --protocol auto"),
+        (["--lr", "3"], "--lr does not go"),
+        (["--protocol", "moco", "--save-features", "x.npz"], "--save-features goes with"),
+        (["--protocol", "nobody"], "nobody"),
+        (["--train-fraction", "0"], "--train-fraction 0"),
+        (["--train-fraction", "1.5"], "'1.5'"),
+        (["--folds", "1"], "--folds 1"),
+    ],
+)
+def test_a_bad_argument_is_one_line_with_its_value(flags, named, capsys):
+    with pytest.raises(SystemExit) as ended:
+        eval_linear.parse_args(["--checkpoint", "pixels", *flags])
+    printed = capsys.readouterr().err
+    assert ended.value.code == 2 and named in printed and printed.count("\n") == 1
+
+
+def test_feature_files_go_with_auto_only(capsys):
+    with pytest.raises(SystemExit):
+        eval_linear.parse_args(["--features", "x.npz", "--protocol", "mae"])
+    assert "--features goes with --protocol auto only" in capsys.readouterr().err
+
+
+def test_a_batch_that_does_not_divide_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        eval_linear.parse_args(["--checkpoint", "pixels", "--protocol", "moco",
+                                "--train-batch-size", "7"])
+    assert "--train-batch-size 7 does not divide among 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name, optimizer, lr, weight_decay, batch_size, epochs",
+    [
+        ("moco", "sgd", 30, 0, 256, 100),
+        ("swav", "sgd", 0.3, 1e-6, 256, 100),
+        ("barlow_twins", "sgd", 0.3, 1e-6, 256, 100),
+        ("simclr", "nesterov", 1.6 / 16, 0, 4096, 90),
+        ("dino", "sgd", 0.001, 0, 1024, 100),
+        ("mae", "lars", 6.4 / 64, 0, 16384, 90),
+        ("vissl", "nesterov", 0.01, 5e-4, 256, 28),
+    ],
+)
+def test_the_protocols_are_the_published_ones(
+    name, optimizer, lr, weight_decay, batch_size, epochs
+):
+    protocol = eval_linear.PROTOCOLS[name]
+    assert protocol["optimizer"] == optimizer and protocol["lr"] == pytest.approx(lr)
+    assert (protocol["weight_decay"], protocol["batch_size"], protocol["epochs"]) == (
+        weight_decay, batch_size, epochs)
+    assert len(eval_linear.PROTOCOLS) == 7
+
+
+def rates(name, epochs, steps=4):
+    return eval_linear.learning_rates(eval_linear.PROTOCOLS[name], 1.0, epochs, steps)
+
+
+def test_the_learning_rates_step_or_fall_as_published():
+    moco = rates("moco", 100)
+    assert len(moco) == 400
+    assert (moco[239], moco[240], moco[319], moco[320]) == pytest.approx((1, 0.1, 0.1, 0.01))
+    vissl = rates("vissl", 28)
+    assert [vissl[4 * e] for e in (7, 8, 15, 16, 23, 24)] == pytest.approx(
+        [1, 0.1, 0.1, 0.01, 0.01, 0.001])
+    assert rates("moco", 10) == pytest.approx(moco[::10])  # milestones scale
+    swav = rates("swav", 100)
+    assert swav[:4] == [1] * 4 and swav[200] == pytest.approx(0.5)  # once an epoch
+    assert swav[-1] == pytest.approx((1 + math.cos(math.pi * 0.99)) / 2)
+    mae = rates("mae", 90)
+    assert mae[0] == 0 and mae[20] == pytest.approx(0.5) and mae[40] == 1 and mae[41] < 1
+    simclr = rates("simclr", 90)
+    assert simclr[0] == 1 and simclr[180] == pytest.approx(0.5) and simclr[1] < 1
+
+
+# ---------------------------------------------------------------------------------- training images
+
+
+def test_a_fraction_has_equally_many_of_every_class():
+    labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2, 7], 50))
+    rows = eval_linear.class_balanced(labels, 0.1, 0)
+    assert np.bincount(labels[rows]).tolist() == [5, 5, 5, 0, 0, 0, 0, 5]
+    assert len(set(rows)) == 20 and (np.diff(rows) > 0).all()
+    more = eval_linear.class_balanced(labels, 0.25, 0)
+    assert len(more) == 50 and set(rows) < set(more)
+    assert sorted(np.bincount(labels[more])[[0, 1, 2, 7]]) == [12, 12, 13, 13]
+    assert np.array_equal(rows, eval_linear.class_balanced(labels, 0.1, 0))
+    assert not np.array_equal(rows, eval_linear.class_balanced(labels, 0.1, 1))
+    assert len(eval_linear.class_balanced(labels, 0.001, 0)) == 4  # one of each at least
+    assert np.array_equal(eval_linear.class_balanced(labels, 1.0, 0), np.arange(200))
+
+
+def test_a_class_with_fewer_images_gives_all_it_has():
+    labels = np.array([0] * 2 + [1] * 98)
+    rows = eval_linear.class_balanced(labels, 0.1, 0)
+    assert np.bincount(labels[rows]).tolist() == [2, 8]
+
+
+# --------------------------------------------------------------------------------------------- auto
+
+
+def problem(n=40, d=5, c=3, h=2):
+    rng = np.random.default_rng(1)
+    rows, labels = torch.tensor(rng.normal(size=(n, d))), torch.tensor(rng.integers(0, c, n))
+    shares = torch.tensor(rng.random((n, h)))
+    return rows, labels, shares, torch.tensor([0.1, 0.01][:h])
+
+
+def written_out(point, rows, labels, shares, decay):
+    weights, offsets = point[: rows.shape[1]], point[rows.shape[1]]
+    losses = nn.functional.cross_entropy(rows @ weights + offsets, labels, reduction="none")
+    return (shares * losses).sum() + decay / 2 * weights.square().sum()
+
+
+@pytest.mark.parametrize("at_a_time", [7, 2**25])
+def test_value_and_gradient_equal_autograds(at_a_time, monkeypatch):
+    monkeypatch.setattr(eval_linear, "LOGITS_AT_A_TIME", at_a_time)
+    rows, labels, shares, decays = problem()
+    points = torch.randn(2, 6, 3, dtype=torch.float64, requires_grad=True)
+    function = eval_linear.cross_entropies(rows, labels, shares, decays, 3)
+    values, gradients = function(points.detach().view(2, -1), torch.arange(2))
+    expected = [written_out(points[h], rows, labels, shares[:, h], decays[h]) for h in range(2)]
+    torch.testing.assert_close(values, torch.stack(expected).detach(), rtol=1e-12, atol=0)
+    sum(expected).backward()
+    torch.testing.assert_close(gradients.view(2, 6, 3), points.grad, rtol=1e-10, atol=1e-12)
+    one, gradient = function(points.detach().view(2, -1)[1:], torch.tensor([1]))  # one head alone
+    torch.testing.assert_close(one, values[1:])
+    torch.testing.assert_close(gradient, gradients[1:])
+
+
+def quadratics(h=6, p=8):
+    rng = np.random.default_rng(2)
+    roots = torch.tensor(rng.normal(size=(h, p, p)))
+    hessians = roots @ roots.transpose(1, 2) + 0.1 * torch.eye(p, dtype=torch.float64)
+    hessians *= 10.0 ** torch.arange(h)[:, None, None]
+    least = torch.tensor(rng.normal(size=(h, p)))
+
+    def function(points, which):
+        x = points - least[which]
+        gradients = (hessians[which] @ x[:, :, None])[:, :, 0]
+        return (x * gradients).sum(1) / 2, gradients
+
+    return function, least, hessians
+
+
+def test_several_functions_are_minimised_at_once_and_each_as_if_alone():
+    function, least, hessians = quadratics()
+    start, curvatures = torch.zeros_like(least) + 3, hessians.diagonal(dim1=1, dim2=2)
+    options = dict(tolerance=1e-16, iterations=200)
+    found = eval_linear.minimise(function, start, curvatures, **options)
+    torch.testing.assert_close(found, least, rtol=1e-6, atol=1e-6)
+    found = eval_linear.minimise(function, start, torch.ones_like(start), **options)
+    torch.testing.assert_close(found, least, rtol=1e-6, atol=1e-6)
+    for h in range(len(least)):
+        alone = eval_linear.minimise(lambda x, which, h=h: function(x, which + h), start[:1],
+                                     curvatures[h : h + 1], **options)
+        torch.testing.assert_close(alone[0], found[h], rtol=1e-6, atol=1e-6)
+
+
+def test_a_known_curvature_saves_the_steps():
+    scales = torch.logspace(-4, 4, 40, dtype=torch.float64)[None]
+    calls = []
+
+    def function(points, which):
+        calls.append(len(which))
+        return (scales * (points - 1).square()).sum(1) / 2, scales * (points - 1)
+
+    start = torch.zeros(1, 40, dtype=torch.float64)
+    found = eval_linear.minimise(function, start, scales, tolerance=1e-20, iterations=500)
+    torch.testing.assert_close(found, start + 1)
+    assert len(calls) == 2  # the start, and one step to the end
+    calls.clear()
+    eval_linear.minimise(function, start, start + 1, tolerance=1e-20, iterations=500)
+    assert len(calls) > 40
+
+
+def test_principal_axes_turn_the_rows_and_know_their_variances():
+    x = torch.randn(50, 7, dtype=torch.float64) @ torch.randn(7, 7, dtype=torch.float64)
+    x -= x.mean(0)
+    axes, variances = eval_linear.principal_axes(x, 50)
+    torch.testing.assert_close(axes.T @ axes, torch.eye(7, dtype=torch.float64))
+    torch.testing.assert_close((x @ axes).square().mean(0), variances)
+    torch.testing.assert_close(((x @ axes).T @ (x @ axes)) / 50, variances.diag())
+
+
+def test_features_of_little_rank_are_fitted_to_the_end():
+    """Nearly collinear features, as bad backbones have: the validation equals scikit-learn's."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(150) % 3
+    hidden = np.eye(3)[labels] + 0.7 * rng.normal(size=(150, 3))
+    rows = hidden @ rng.normal(size=(3, 40)) * 10 + 0.05 * rng.normal(size=(150, 40)) + 7
+    decay, fold = 1e-5, eval_linear.fold_of(labels, 5, 0)
+    rows = torch.tensor(rows, dtype=torch.float32)
+    got = auto(rows, labels, rows, labels, decays=[decay])
+    x = rows.double().numpy()
+    x = (x - x.mean(0)) / x.std(0)
+    right = 0
+    for out in range(5):
+        model = LogisticRegression(C=1 / (decay * 120), tol=1e-10, max_iter=100_000)
+        model.fit(x[fold != out], labels[fold != out])
+        right += (model.predict(x[fold == out]) == labels[fold == out]).sum()
+    assert got["validation"] == pytest.approx(right / 150, abs=1e-12)
+
+
+def test_it_needs_few_passes_over_the_images():
+    rows, _, _, _ = problem(n=200, d=20, c=4)
+    labels = rows[:, :4].argmax(1)  # which a linear layer can tell: large weights, many steps
+    decays = torch.tensor([1e-6, 1e-3, 1.0], dtype=torch.float64)
+    function = eval_linear.cross_entropies(rows, labels, rows.new_full((200, 3), 1 / 200), decays,
+                                           4)
+    calls = []
+
+    def counted(points, which):
+        calls.append(len(which))
+        return function(points, which)
+
+    eval_linear.minimise(counted, rows.new_zeros(3, 84), rows.new_ones(3, 84), tolerance=1e-6,
+                         iterations=300)
+    assert len(calls) < 100 and calls[0] == 3 and calls[-1] < 3  # what is done is left out
+
+
+def test_every_head_is_scikit_learns_logistic_regression():
+    """C = 1 / (decay n), offsets not decayed."""
+    rows, labels, _, _ = problem(n=120, d=6, c=3)
+    decays = torch.tensor([1e-3, 1e-1], dtype=torch.float64)
+    used = torch.arange(120)[:, None] % 5 != torch.tensor([0, 3])
+    shares = used / used.sum(0).double()
+    function = eval_linear.cross_entropies(rows, labels, shares, decays, 3)
+    points = eval_linear.minimise(function, rows.new_zeros(2, 21), rows.new_ones(2, 21),
+                                  tolerance=1e-16, iterations=500)
+    for h in range(2):
+        theirs = LogisticRegression(C=1 / (decays[h].item() * 96), tol=1e-10, max_iter=10_000)
+        theirs.fit(rows[used[:, h]].numpy(), labels[used[:, h]].numpy())
+        head = points[h].view(7, 3)
+        np.testing.assert_allclose(head[:6].T, theirs.coef_, atol=1e-5)
+        shift = head[6].numpy() - theirs.intercept_  # offsets are known up to one number
+        np.testing.assert_allclose(shift, shift[0], atol=1e-5)
+
+
+def test_features_are_standardised_and_constant_ones_left_out():
+    rows = torch.tensor([[1.0, 5, 100], [3, 5, 300], [5, 5, 500]])
+    center, scale = eval_linear.standardisation(rows)
+    assert center.tolist() == [3, 5, 300] and scale[1] == 0
+    torch.testing.assert_close(scale[[0, 2]], 1 / rows.double().std(0, correction=0)[[0, 2]])
+
+
+def test_folds_have_equally_many_of_every_class():
+    labels = np.random.default_rng(0).integers(0, 4, 203)
+    fold = eval_linear.fold_of(labels, 5, 0)
+    for c in range(4):
+        counts = np.bincount(fold[labels == c], minlength=5)
+        assert counts.max() - counts.min() <= 1
+    assert not np.array_equal(fold, eval_linear.fold_of(labels, 5, 1))
+
+
+def auto(train, labels, test, truth, **options):
+    options = dict(decays=eval_linear.DECAYS, folds=5, num_classes=3, seed=0, world=ALONE) | options
+    return eval_linear.auto_probe(train, labels, test, truth, **options)
+
+
+def blobs(n, seed, noise=1.5):
+    rng = np.random.default_rng(seed)
+    labels = np.arange(n) % 3
+    rows = np.eye(6)[labels] * 3 + noise * rng.normal(size=(n, 6))
+    return torch.tensor(rows, dtype=torch.float32), labels
+
+
+def test_the_decay_is_chosen_by_cross_validation_and_counted_by_hand():
+    (train, labels), (test, truth) = blobs(90, 0), blobs(60, 1)
+    got = auto(train, labels, test, truth)
+    x = ((train.double() - train.double().mean(0)) / train.double().std(0, correction=0)).numpy()
+    fold = eval_linear.fold_of(labels, 5, 0)
+    shares = {}
+    for decay in eval_linear.DECAYS:
+        right = 0
+        for out in range(5):
+            model = LogisticRegression(C=1 / (decay * (fold != out).sum()), tol=1e-8,
+                                       max_iter=10_000).fit(x[fold != out], labels[fold != out])
+            right += (model.predict(x[fold == out]) == labels[fold == out]).sum()
+        shares[decay] = right / 90
+    assert got["validation"] == pytest.approx(max(shares.values()), abs=1e-12)
+    assert got["weight_decay"] == max(d for d, s in shares.items() if s == max(shares.values()))
+    assert got["top5"] == 1 and 0.6 < got["top1"] < 1
+
+
+def test_the_test_images_choose_nothing():
+    (train, labels), (test, truth) = blobs(90, 0), blobs(60, 1)
+    one, two = auto(train, labels, test, truth), auto(train, labels, -test, truth)
+    assert (one["weight_decay"], one["validation"]) == (two["weight_decay"], two["validation"])
+    assert one["top1"] != two["top1"]
+
+
+def test_many_images_leave_out_one_fifth_only(monkeypatch):
+    heads, minimise = [], eval_linear.minimise
+    monkeypatch.setattr(eval_linear, "minimise",
+                        lambda f, x, c, **o: heads.append(len(x)) or minimise(f, x, c, **o))
+    auto(*blobs(90, 0), *blobs(60, 1))
+    monkeypatch.setattr(eval_linear, "MANY_IMAGES", 50)
+    auto(*blobs(90, 0), *blobs(60, 1))
+    assert heads == [65, 1, 13, 1]
+
+
+# -------------------------------------------------------------------------------------------- heads
+
+
+def tiny(arch="resnet_tiny", **options):
+    torch.manual_seed(0)
+    options = dict(in_chans=3, stem="small", zero_init_residual=False, image_size=16, patch_size=4,
+                   positions="sincos", drop_path=0.0) | options
+    return backbones.build_backbone(arch, **options).eval().requires_grad_(False)
+
+
+def test_the_layers_of_the_protocols():
+    resnet, vit = tiny(), tiny("vit_micro")
+    assert eval_linear.protocol_layers("moco", resnet) == ["avgpool"]
+    assert eval_linear.protocol_layers("vissl", resnet) == [
+        "conv1-grid", "res2-grid", "res3-grid", "res4-grid", "res5-grid", "avgpool"]
+    assert eval_linear.protocol_layers("dino", resnet) == ["avgpool"]
+    assert eval_linear.protocol_layers("dino", vit) == ["cls4"]
+    assert eval_linear.protocol_layers("mae", vit) == ["cls"]
+    vit.num_features = 768
+    assert eval_linear.protocol_layers("dino", vit) == ["cls+patches"]
+    assert eval_linear.protocol_layers("moco", features.Pixels()) == ["pixels"]
+
+
+def test_published_pooling_gives_the_published_sizes():
+    resnet = tiny("resnet50", stem="imagenet")
+    names = eval_linear.protocol_layers("vissl", resnet)
+    heads = eval_linear.build_heads(resnet, names, torch.zeros(1, 3, 224, 224), 10, "affine",
+                                    "torch")
+    sizes = [(head.norm.num_features, head.linear.in_features) for head in heads.values()]
+    assert sizes == [(64, 9216), (256, 9216), (512, 8192), (1024, 9216), (2048, 8192),
+                     (2048, 2048)]
+
+
+def test_layers_stand_side_by_side():
+    vit, images = tiny("vit_micro"), torch.randn(2, 3, 16, 16)
+    got = eval_linear.probed_layers(vit, images, ["cls+patches", "cls"])
+    parts = backbones.flat_layers(vit, images, ["cls", "patches"])
+    assert torch.equal(got["cls+patches"], torch.cat([parts["cls"], parts["patches"]], 1))
+    assert torch.equal(got["cls"], parts["cls"])
+
+
+def test_batch_norm_of_a_flattened_map_counts_its_channels():
+    head = eval_linear.Head(4, 36, 3, "affine", "normal")
+    maps = torch.randn(8, 4, 3, 3) * 5 + 2
+    expected = nn.BatchNorm2d(4)(maps).flatten(1)
+    torch.testing.assert_close(head(maps.flatten(1)), head.linear(expected))
+    assert head.linear.weight.detach().std() == pytest.approx(0.01, rel=0.3)
+    assert (head.linear.bias == 0).all()
+    plain = eval_linear.Head(4, 4, 3, "plain", "truncated")
+    assert plain.norm.weight is None and plain.norm.eps == 1e-6
+    assert (eval_linear.Head(4, 4, 3, "none", "zero").linear.weight == 0).all()
+
+
+def test_batch_norm_is_not_decayed_and_lars_adapts_the_weights_only():
+    heads = nn.ModuleDict({"a": eval_linear.Head(4, 4, 3, "affine", "torch")})
+    groups = eval_linear.build_optimizer(heads, "nesterov", 0.1, 5e-4).param_groups
+    assert [(g["weight_decay"], len(g["params"]), g["nesterov"]) for g in groups] == [
+        (5e-4, 2, True), (0.0, 2, True)]
+    groups = eval_linear.build_optimizer(heads, "lars", 0.1, 0.0).param_groups
+    assert [(g["adapt"], [p.ndim for p in g["params"]]) for g in groups] == [
+        (True, [2]), (False, [1, 1, 1])]
+
+
+def test_one_step_is_the_step_written_out(tmp_path):
+    """MoCo's protocol on one batch of all images: lr x batch / 256 times the mean gradient."""
+    flags = ["--protocol", "moco", "--epochs", 1, "--train-batch-size", 32, "--limit", 32,
+             "--output", tmp_path]
+    evaluate("--checkpoint", "pixels", *flags)
+    trained = torch.load(tmp_path / "moco-pixels/heads.pth", weights_only=True)
+    images = data.open_images("digits", "train", 3, limit=32)
+    views = eval_linear.train_views(16, 3, "bilinear", False, [0.5], [0.5])
+    (batch,) = data.Loader(images, views, batch_size=32, epochs=1, seed=0, world=ALONE,
+                           workers=0).epoch(0)
+    torch.manual_seed(0)
+    head = eval_linear.Head(768, 768, 10, "none", "normal")
+    loss = nn.functional.cross_entropy(head(batch.views[0].flatten(1)),
+                                       torch.tensor(images.labels)[batch.index])
+    loss.backward()
+    lr = 30 * 32 / 256
+    torch.testing.assert_close(trained["pixels.linear.weight"],
+                               (head.linear.weight - lr * head.linear.weight.grad).detach())
+    torch.testing.assert_close(trained["pixels.linear.bias"],
+                               -lr * head.linear.bias.grad)
+
+
+# --------------------------------------------------------------------------------------------- main
+
+
+def evaluate(*flags):
+    """The JSON line of an evaluation in this process; None if it prints nothing."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        eval_linear.main(eval_linear.parse_args([str(flag) for flag in flags]))
+    lines = printed.getvalue().splitlines()
+    return json.loads(lines[-1]) if lines else None
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "weights.pth"
+    torch.save(tiny().state_dict(), path)
+    return path
+
+
+FEW = ["--limit", 100, "--weight-decays", 0.001, 0.01, "--folds", 2]
+
+
+def test_the_json_line_has_the_documented_keys(weights):
+    line = evaluate("--checkpoint", "pixels", "random", weights, *FEW)
+    assert {"eval", "protocol", "top1", "top5", "results"} <= line.keys()
+    assert (line["eval"], line["protocol"]) == ("linear", "auto")
+    assert (line["num_train"], line["num_test"]) == (100, 100)
+    assert [row["checkpoint"] for row in line["checkpoints"]] == ["pixels", "random", str(weights)]
+    for row in line["checkpoints"]:
+        (result,) = row["results"]
+        assert result.keys() == {"layer", "top1", "top5", "validation", "weight_decay"}
+        assert 0.5 < row["top1"] == result["top1"] <= row["top5"] <= 1
+
+
+def test_auto_on_digits_equals_scikit_learns_tuned_logistic_regression():
+    """Within half a point, on the images themselves; benchmarks/linear.py compares more."""
+    line = evaluate("--checkpoint", "pixels", "--in-chans", 1, "--folds", 3)
+    splits = {}
+    for split in ("train", "test"):
+        images = data.open_images("digits", split, 1)
+        rows = [np.asarray(images.read(i)[0], dtype=np.float64) for i in range(len(images))]
+        splits[split] = np.array(rows).reshape(len(images), -1), images.labels
+    (x, y), (test, truth) = splits["train"], splits["test"]
+    center, scale = x.mean(0), x.std(0)
+    x, test = ((rows - center) / np.where(scale > 0, scale, 1) for rows in (x, test))
+    fold = np.arange(len(y)) % 3
+    costs = np.logspace(-3, 1, 5)
+    right = [sum((LogisticRegression(C=c, max_iter=300).fit(x[fold != f], y[fold != f])
+                  .predict(x[fold == f]) == y[fold == f]).sum() for f in range(3)) for c in costs]
+    theirs = LogisticRegression(C=costs[int(np.argmax(right))], max_iter=1000).fit(x, y)
+    assert abs(line["top1"] - theirs.score(test, truth)) <= 0.005
+
+
+def test_the_layer_is_chosen_on_the_training_images(weights):
+    line = evaluate("--checkpoint", weights, "--layers", "conv1", "res4", "res4-grid", *FEW)
+    best = max(line["results"], key=lambda result: result["validation"])
+    assert [r["layer"] for r in line["results"]] == ["conv1", "res4", "res4-grid"]
+    assert line["top1"] == best["top1"]
+
+
+def test_random_is_the_mean_of_five_initialisations(weights, tmp_path):
+    files = []
+    for seed in range(5):
+        torch.manual_seed(seed)
+        backbone = backbones.build_backbone("resnet_tiny", in_chans=3, stem="small",
+                                            zero_init_residual=False)
+        files.append(tmp_path / f"{seed}.pth")
+        torch.save(backbone.state_dict(), files[-1])
+    rows = evaluate("--checkpoint", *files, *FEW)["checkpoints"]
+    line = evaluate("--checkpoint", "random", *FEW)
+    assert line["top1"] == pytest.approx(np.mean([row["top1"] for row in rows]), abs=1e-12)
+
+
+def test_feature_files_stand_for_their_checkpoints(weights, tmp_path):
+    path = tmp_path / "f.npz"
+    first = evaluate("--checkpoint", weights, *FEW, "--save-features", path)
+    again = evaluate("--features", path, *FEW[2:])
+    assert again["results"] == first["results"]
+
+
+def test_a_fraction_of_the_training_images(weights, tmp_path):
+    for flags in (FEW[2:], ["--protocol", "moco", "--epochs", 1, "--output", tmp_path]):
+        line = evaluate("--checkpoint", "pixels", "--train-fraction", 0.1, *flags)
+        assert (line["num_train"], line["num_test"]) == (144, 355)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_any_number_of_processes_gives_the_same_line(size, pool, weights):
+    flags = list(map(str, ["--checkpoint", "pixels", weights, *FEW]))
+    first, *others = pool.run(size, evaluate, *flags)
+    assert first == evaluate(*flags) and others == [None] * (size - 1)
+    flags = ["--checkpoint", "pixels", "--limit", "2"]  # as many images as processes, or fewer
+    assert pool.run(size, evaluate, *flags)[0] == evaluate(*flags)
+
+
+@pytest.mark.parametrize("protocol", ["vissl", "mae"])
+def test_a_papers_protocol_is_the_same_on_any_number_of_processes(
+    protocol, pool, weights, tmp_path
+):
+    flags = ["--checkpoint", str(weights), "--protocol", protocol, "--epochs", "2", "--limit",
+             "64", "--train-batch-size", "16", "--output"]
+    line = evaluate(*flags, tmp_path / "one")
+    first, other = pool.run(2, evaluate, *flags, str(tmp_path / "two"))
+    assert other is None and first["num_test"] == 64
+    names = [next((tmp_path / name).iterdir()) for name in ("one", "two")]
+    one, two = (torch.load(name / "heads.pth", weights_only=True) for name in names)
+    assert one.keys() == two.keys()
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=1e-5)
+    for a, b in zip(line["results"], first["results"], strict=True):
+        assert abs(a["top1"] - b["top1"]) <= 1 / 64 + 1e-9
+
+
+@pytest.mark.parametrize("protocol", eval_linear.PROTOCOLS)
+@pytest.mark.parametrize("arch", ["resnet_tiny", "vit_micro"])
+def test_every_protocol_runs_on_sixteen_images_and_leaves_the_backbone(
+    protocol, arch, image_folder, tmp_path, capsys
+):
+    torch.save(tiny(arch).state_dict(), tmp_path / "w.pth")
+    flags = ["--checkpoint", tmp_path / "w.pth", "--arch", arch, "--stem", "small", "--image-size",
+             16, "--patch-size", 4, "--data", image_folder, "--epochs", 2, "--output", tmp_path]
+    eval_linear.main(eval_linear.parse_args(
+        [*map(str, flags), "--protocol", protocol, "--workers", "0"]))
+    *printed, line = capsys.readouterr().out.splitlines()
+    line = json.loads(line)
+    assert (line["protocol"], line["num_train"], line["num_test"]) == (protocol, 16, 16)
+    assert 0 <= line["top1"] <= line["top5"] == 1  # two classes
+    (hashes,) = [text for text in printed if "hash of the backbone" in text]
+    before, after = hashes.split()[-4], hashes.split()[-2]
+    assert before == after and len(before) == 12
+    assert len(line["results"]) == (6 if (protocol, arch) == ("vissl", "resnet_tiny") else 1)
+
+
+@pytest.mark.parametrize("flags", [[], ["--protocol", "swav", "--epochs", "2"]])
+def test_a_backbone_that_changes_is_noticed(flags, weights, tmp_path, monkeypatch):
+    freeze = features.freeze
+
+    def thawed(*arguments):
+        return freeze(*arguments).train()  # batch norm statistics move
+
+    monkeypatch.setattr(features, "freeze", thawed)
+    with pytest.raises(RunError, match="the backbone has changed"):
+        evaluate("--checkpoint", weights, *flags, "--limit", 64, "--output", tmp_path)
+
+
+def test_a_papers_protocol_learns(tmp_path):
+    line = evaluate("--checkpoint", "pixels", "--protocol", "swav", "--epochs", 5, "--output",
+                    tmp_path)
+    assert line["top1"] > 0.6 and line["num_train"] == 1442
+
+
+def test_other_settings_are_refused_and_a_finished_run_is_only_tested(weights, tmp_path):
+    flags = ["--checkpoint", weights, "--protocol", "swav", "--limit", 64, "--train-batch-size",
+             16, "--output", tmp_path]
+    line = evaluate(*flags, "--epochs", 2)
+    (folder,) = tmp_path.iterdir()
+    written = (folder / "checkpoint.pt").stat().st_mtime_ns
+    assert evaluate(*flags, "--epochs", 2) == line
+    assert (folder / "checkpoint.pt").stat().st_mtime_ns == written
+    with pytest.raises(RunError, match=r"--lr is .* and was .*--no-resume"):
+        evaluate(*flags, "--epochs", 2, "--lr", 9)
+    evaluate(*flags, "--epochs", 2, "--lr", 9, "--no-resume")
+
+
+def test_stopped_at_any_moment_it_ends_with_the_same_numbers(weights, tmp_path, monkeypatch):
+    flags = ["--checkpoint", weights, "--protocol", "vissl", "--limit", 64, "--epochs", 3,
+             "--train-batch-size", 16, "--output"]
+    whole = evaluate(*flags, tmp_path / "whole")
+    agree = eval_linear.Run.agree
+
+    def stop_at_six(self, epoch_ends, steps=[]):  # noqa: B006
+        steps.append(1)
+        self.stop_requested = len(steps) == 6
+        return agree(self, epoch_ends)
+
+    monkeypatch.setattr(eval_linear.Run, "agree", stop_at_six)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        eval_linear.main(eval_linear.parse_args([str(f) for f in (*flags, tmp_path / "cut")]))
+    assert "stopped at step 6" in printed.getvalue() and '"eval"' not in printed.getvalue()
+    monkeypatch.undo()
+    assert evaluate(*flags, tmp_path / "cut") == whole
+    one, two = (torch.load(next((tmp_path / name).iterdir()) / "heads.pth", weights_only=True)
+                for name in ("whole", "cut"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_it_ends_with_the_same_numbers(processes, weights, tmp_path):
+    flags = ["--checkpoint", weights, "--protocol", "swav", "--epochs", 20, "--log-every", 1,
+             "--train-batch-size", 64, "--output"]
+    status, whole = drill.run("eval_linear.py", *flags, tmp_path / "whole", processes=processes)
+    assert status == 0, whole
+    process = drill.start("eval_linear.py", *flags, tmp_path / "cut", processes=processes)
+
+    def step():
+        return max((len(drill.log_of(p)) for p in (tmp_path / "cut").glob("swav-*")), default=0)
+
+    drill.wait_for(lambda: step() >= 50, process)
+    drill.kill(process)
+    status, printed = drill.run("eval_linear.py", *flags, tmp_path / "cut", processes=processes)
+    assert status == 0 and "resuming" in printed, printed
+    assert printed.splitlines()[-1] == whole.splitlines()[-1]
+
+
+@pytest.mark.parametrize("flags", [[], ["--protocol", "moco"]])
+def test_images_without_labels_are_refused(flags, tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / split / "0.png")
+    with pytest.raises(RunError, match="no class folders, so no labels"):
+        evaluate("--checkpoint", "pixels", "--data", tmp_path, "--image-size", 8, *flags)
+
+
+@pytest.mark.parametrize("flags", [[], ["--protocol", "moco"]])
+def test_a_layer_that_is_not_there_is_named(flags, weights, tmp_path):
+    with pytest.raises(RunError, match="no layer res7; there are conv1 res2"):
+        evaluate("--checkpoint", weights, "--layers", "res7", "--limit", 50, "--output", tmp_path,
+                 *flags)
+
+
+def test_images_of_several_classes_are_refused(tmp_path):
+    arrays = {"checkpoint": "x", "protocol": "x"}
+    for split in ("train", "test"):
+        arrays |= {f"{split}/labels": np.eye(4, dtype=int), f"{split}/index": np.arange(4),
+                   f"{split}/a": np.eye(4, dtype=np.float32)}
+    np.savez(tmp_path / "f.npz", **arrays)
+    with pytest.raises(RunError, match="one class each"):
+        evaluate("--features", tmp_path / "f.npz")

@@ -1,0 +1,435 @@
+import contextlib
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.metrics import average_precision_score
+
+import eval_svm
+from common import data
+from common.dist import RunError
+
+# --------------------------------------------------------------------------------------- parse_args
+
+
+def test_the_protocol_is_the_published_one():
+    args = eval_svm.parse_args(["--checkpoint", "pixels"])
+    assert args.costs == [0.01, 0.1, 1, 2, 5, 10, 15, 20, 50, 100, 1000]
+    assert args.low_shot == [1, 2, 4, 8, 16, 32, 64, 96]
+    assert (args.folds, args.draws, args.vissl_labels) == (3, 5, False)
+    assert dict(
+        penalty="l2", loss="squared_hinge", dual=True, tol=1e-4, max_iter=2000,
+        intercept_scaling=1, class_weight={1: 2, -1: 1},
+    ) == eval_svm.SVM
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--checkpoint", "pixels", "--folds", "1"], "--folds 1"),
+        (["--checkpoint", "pixels", "--costs", "0"], "'0'"),
+        (["--checkpoint", "pixels", "--low-shot", "-1"], "'-1'"),
+        ([], "--checkpoint"),
+    ],
+)
+def test_a_bad_argument_is_one_line_with_its_value(flags, named, capsys):
+    with pytest.raises(SystemExit) as ended:
+        eval_svm.parse_args(flags)
+    printed = capsys.readouterr().err
+    assert ended.value.code == 2 and named in printed and printed.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------- precision
+
+# One ranking, best first: precision rises again at places 7, 8, 13 and 14; recalls are tenths.
+RANKING = [1, 1, 1, 0, 1, 0, 1, 1, 0, 1, 0, 0, 1, 1, 0, 1, 0]
+
+
+def falling(n):
+    return np.linspace(1, 0, n)
+
+
+def test_average_precision_is_the_area_under_the_envelope():
+    # Precision at the hits 3/3 three times, 4/5, 5/7, 6/8, 7/10, 8/13, 9/14, 10/16; the envelope
+    # lifts 5/7 to 6/8 and 8/13 to 9/14.
+    by_hand = (3 + 4 / 5 + 6 / 8 + 6 / 8 + 7 / 10 + 9 / 14 + 9 / 14 + 10 / 16) / 10
+    got = eval_svm.average_precision(RANKING, falling(17))
+    assert got == pytest.approx(by_hand, abs=1e-15) and round(got, 4) == 0.7911
+    without_envelope = average_precision_score(RANKING, falling(17))
+    assert round(without_envelope, 4) == 0.7848
+
+
+def test_the_11_points_reach_their_thresholds_exactly():
+    # Thresholds 0 to .3: 1; .4: 4/5; .5, .6: 6/8; .7: 7/10; .8, .9: 9/14; 1: 10/16
+    by_hand = (4 + 4 / 5 + 6 / 8 + 6 / 8 + 7 / 10 + 9 / 14 + 9 / 14 + 10 / 16) / 11
+    got = eval_svm.average_precision_11_point(RANKING, falling(17))
+    assert got == pytest.approx(by_hand, abs=1e-15) and round(got, 4) == 0.8101
+
+
+def test_the_11_points_of_seven_hits_interpolate():
+    # Two images, the second is the one: precision 1/2 at every recall.
+    assert eval_svm.average_precision_11_point([0, 1], [2.0, 1.0]) == 0.5
+    # Three positives: recalls 1/3, 2/3, 1 with precision 1, 2/4, 3/5, so 3/5 from the second on.
+    targets = [1, 0, 0, 1, 1]
+    expected = (4 * 1 + 7 * 3 / 5) / 11
+    assert eval_svm.average_precision_11_point(targets, falling(5)) == pytest.approx(expected)
+    assert eval_svm.average_precision(targets, falling(5)) == pytest.approx((1 + 2 * 3 / 5) / 3)
+
+
+def test_equal_scores_count_in_the_order_given():
+    targets, scores = [0, 0, 0, 1, 1], [0.0, 0.0, 1.0, 0.0, 1.0]
+    assert eval_svm.average_precision(targets, scores) == pytest.approx(0.45)  # order 2 4 0 1 3
+    reversed_ones = targets[::-1], scores[::-1]  # order 0 2 1 3 4
+    assert eval_svm.average_precision(*reversed_ones) == pytest.approx((1 + 2 / 3) / 2)
+
+
+def test_the_order_of_many_equal_scores_is_kept():
+    """A sort that is not stable gives itself away from 17 rows on."""
+    targets = np.arange(1000) % 3 == 0
+    hits = np.arange(1, targets.sum() + 1)
+    precision = hits / (np.flatnonzero(targets) + 1)
+    expected = np.maximum.accumulate(precision[::-1])[::-1].mean()
+    assert eval_svm.average_precision(targets, np.zeros(1000)) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("precision",
+                         [eval_svm.average_precision, eval_svm.average_precision_11_point])
+def test_precision_at_its_ends(precision):
+    assert precision([1, 1, 0, 0], [4, 3, 2, 1]) == 1
+    assert precision([0, 0, 0, 1], [4, 3, 2, 1]) == 0.25
+    assert precision([1], [0]) == 1
+    assert math.isnan(precision([0, 0], [1, 2])) and math.isnan(precision([], []))
+    assert precision([-1, 1], [1, 2]) == 1  # -1 is no positive
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_average_precision_equals_the_loop(seed):
+    rng = np.random.default_rng(seed)
+    targets, scores = rng.integers(0, 2, 60), rng.normal(size=60)
+    order = sorted(range(60), key=lambda i: -scores[i])
+    points = []
+    for place in range(1, 61):
+        tp = sum(targets[i] for i in order[:place])
+        points.append((tp / targets.sum(), tp / place))
+    area, before = 0, 0
+    for recall, _ in points:
+        area += (recall - before) * max(p for r, p in points if r >= recall)
+        before = recall
+    assert eval_svm.average_precision(targets, scores) == pytest.approx(area, abs=1e-12)
+
+
+# ------------------------------------------------------------------------------------------- images
+
+CLASSES = ("bird", "car", "dog")
+XML = "<annotation><filename>{}.jpg</filename>{}</annotation>"
+THING = ("<object><name>{}</name><difficult>{}</difficult><bndbox><xmin>1</xmin></bndbox>"
+         "<part><name>head</name></part></object>")
+
+
+@pytest.fixture(scope="module")
+def voc(tmp_path_factory):
+    """A VOC folder of 60 + 30 images of three classes, told by colour; some objects difficult."""
+    root = tmp_path_factory.mktemp("VOC2007")
+    for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
+        (root / folder).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for part, numbers in (("trainval", range(60)), ("test", range(60, 90))):
+        (root / "ImageSets/Main" / f"{part}.txt").write_text("".join(f"{n:06d}\n" for n in numbers))
+        for n in numbers:
+            objects, color = [], rng.integers(0, 130, 3)
+            for c, name in enumerate(CLASSES):
+                if rng.random() < 0.4:
+                    hard = rng.random() < 0.3
+                    color[c] += 40 if hard else 80
+                    objects += [THING.format(name, int(hard))] * 2
+            if n in (0, 60):  # a difficult bird and one that is not: present
+                objects = [THING.format("bird", 1), THING.format("bird", 0)]
+            (root / "Annotations" / f"{n:06d}.xml").write_text(
+                XML.format(f"{n:06d}", "".join(objects)))
+            pixels = np.clip(color + rng.integers(-20, 20, (24, 40, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / "JPEGImages" / f"{n:06d}.jpg")
+    return root
+
+
+def test_voc_labels_are_present_absent_or_difficult(voc):
+    images, names = eval_svm.open_voc(str(voc), "train", 3)
+    assert names == list(CLASSES) and images.labels.shape == (60, 3) and len(images) == 60
+    assert set(np.unique(images.labels)) == {-1, 0, 1}
+    assert images.labels[0].tolist() == [1, 0, 0]
+    assert images.name(7).endswith("JPEGImages/000007.jpg")
+    for n in range(1, 60):
+        text = (voc / "Annotations" / f"{n:06d}.xml").read_text()
+        for c, name in enumerate(CLASSES):
+            hard, easy = (THING.format(name, d) in text for d in (1, 0))
+            assert images.labels[n, c] == (1 if easy else -1 if hard else 0)
+    test, _ = eval_svm.open_voc(str(voc), "test", 3)
+    assert len(test) == 30 and test.labels[0].tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "remove, named",
+    [("ImageSets/Main/test.txt", "no .*test.txt"), ("Annotations/000003.xml", "000003.xml")],
+)
+def test_a_missing_voc_file_is_named(remove, named, voc, tmp_path):
+    import shutil
+
+    root = shutil.copytree(voc, tmp_path / "voc")
+    (root / remove).unlink()
+    with pytest.raises(RunError, match=named):
+        evaluate("--checkpoint", "pixels", "--data", root, *SMALL)
+
+
+def test_the_view_squeezes_the_whole_image():
+    view = eval_svm.augment.View(4, [eval_svm.WholeImage("bilinear")], 3)
+    pixels = np.zeros((8, 16, 3), dtype=np.uint8)
+    pixels[:, 8:] = 255
+    geometry, _ = view.draw(np.empty((1, 0)), np.array([[8, 16]]))
+    crop = view.crop([Image.fromarray(pixels)], [g[0] for g in geometry])
+    assert crop.shape == (3, 4, 4) and (crop[:, :, 0] == 0).all() and (crop[:, :, 3] == 255).all()
+
+
+# ----------------------------------------------------------------------------------------- protocol
+
+
+def test_difficult_images_are_ignored_or_absent():
+    labels = np.array([1, 0, -1, 1])
+    rows, targets = eval_svm.usable(labels, False)
+    assert (rows.tolist(), targets.tolist()) == ([0, 1, 3], [1, -1, 1])
+    rows, targets = eval_svm.usable(labels, True)
+    assert (rows.tolist(), targets.tolist()) == ([0, 1, 2, 3], [1, -1, -1, 1])
+
+
+def test_a_low_shot_set_has_k_with_and_so_many_without_the_class():
+    labels = np.array([1] * 10 + [0] * 50 + [-1] * 5)
+    drawn = [eval_svm.low_shot_rows(labels, 3, 4, 0, draw, 0) for draw in range(20)]
+    for rows in drawn:
+        assert (labels[rows] == 1).sum() == 3 and (labels[rows] == 0).sum() == 9
+        assert len(set(rows)) == len(rows) == 12
+    assert len({tuple(rows) for rows in drawn}) == 20
+    assert np.array_equal(drawn[0], eval_svm.low_shot_rows(labels, 3, 4, 0, 0, 0))
+
+
+def test_the_best_cost_is_the_lowest_of_equal_ones():
+    assert eval_svm.best([0.1, 1, 10], [0.5, 0.7, 0.7]) == 1
+    assert eval_svm.best([0.1, 1], [math.nan, 0.2]) == 1
+    assert eval_svm.best([0.1, 1], [math.nan, math.nan]) is None
+
+
+def test_features_have_length_one():
+    rows = np.array([[3.0, 4.0], [0.0, 0.0]], dtype=np.float32)
+    np.testing.assert_allclose(eval_svm.unit(rows), [[3 / 5.00001, 4 / 5.00001], [0, 0]], rtol=1e-6)
+
+
+# --------------------------------------------------------------------------------------------- main
+
+SMALL = ["--image-size", 8, "--workers", 0, "--low-shot", "--costs", 1, 10, "--jobs", 1]
+
+
+def evaluate(*flags):
+    """The JSON line of an evaluation in this process; None if it prints nothing."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        eval_svm.main(eval_svm.parse_args([str(flag) for flag in flags]))
+    lines = printed.getvalue().splitlines()
+    return json.loads(lines[-1]) if lines else None
+
+
+VOC = ["--checkpoint", "pixels", "--image-size", 8, "--low-shot", 1, 4, "--costs", 0.1, 1, 10,
+       "--draws", 3, "--workers", 0, "--jobs", 1]
+
+
+def test_voc_goes_through_all_of_it(voc):
+    line = evaluate(*VOC, "--data", voc)
+    assert {"eval", "map", "map_11point", "low_shot", "results"} <= line.keys()
+    assert (line["eval"], line["num_train"], line["num_test"]) == ("svm", 60, 30)
+    (result,) = line["results"]
+    assert result["per_class"].keys() == set(CLASSES) and result["layer"] == "pixels"
+    assert line["map"] == pytest.approx(np.mean(list(result["per_class"].values())))
+    assert 0.6 < line["map"] < 1  # colour tells the classes, but not always
+    assert line["low_shot"].keys() == {"1", "4"}
+    for few in line["low_shot"].values():
+        assert 0.3 < few["map"] <= few["oracle_map"] < 1
+        assert few["cost"] in (0.1, 1, 10) and few["oracle_cost"] in (0.1, 1, 10)
+
+
+def voc_pixels(voc, split):
+    images, _ = eval_svm.open_voc(str(voc), split, 3)
+    rows = []
+    for i in range(len(images)):
+        small = images.read(i)[0].resize((8, 8), Image.Resampling.BILINEAR)
+        pixels = np.asarray(small, dtype=np.float64).transpose(2, 0, 1) / 255
+        mean, std = (np.array(x)[:, None, None] for x in
+                     ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        rows.append(((pixels - mean) / std).ravel())
+    rows = np.array(rows)
+    return rows / (np.linalg.norm(rows, axis=1, keepdims=True) + 1e-5), images.labels
+
+
+@pytest.mark.parametrize("vissl", [False, True])
+def test_the_result_is_that_of_the_protocol_written_out(voc, vissl):
+    """Three folds in order, stratified; the cost by class; difficult test images dropped."""
+    from sklearn.model_selection import StratifiedKFold
+    from sklearn.svm import LinearSVC
+
+    (train, labels), (test, truth) = voc_pixels(voc, "train"), voc_pixels(voc, "test")
+    expected, costs = [], {}
+
+    def svm(cost):
+        return LinearSVC(C=cost, class_weight={1: 2, -1: 1}, max_iter=2000, dual=True,
+                         random_state=0)
+
+    for c, name in enumerate(CLASSES):
+        use = np.arange(60) if vissl else np.flatnonzero(labels[:, c] != -1)
+        x, y = train[use], np.where(labels[use, c] == 1, 1, -1)
+        values = []
+        for cost in (0.1, 1, 10):
+            folds = StratifiedKFold(3).split(x, y)
+            values.append(np.mean([eval_svm.average_precision(
+                y[b] > 0, svm(cost).fit(x[a], y[a]).decision_function(x[b])) for a, b in folds]))
+        costs[name] = (0.1, 1, 10)[int(np.argmax(values))]
+        keep = truth[:, c] != -1
+        scores = svm(costs[name]).fit(x, y).decision_function(test[keep])
+        expected.append(eval_svm.average_precision(truth[keep, c] > 0, scores))
+    flags = ["--vissl-labels"] if vissl else []
+    line = evaluate(*VOC, "--data", voc, "--low-shot", *flags)
+    assert line["results"][0]["costs"] == costs
+    assert list(line["results"][0]["per_class"].values()) == pytest.approx(expected, abs=1e-6)
+    assert line["map"] == pytest.approx(np.mean(expected), abs=1e-6)
+
+
+def test_difficult_training_images_count_only_with_the_published_labels(voc):
+    one, two = (evaluate(*VOC, "--data", voc, "--low-shot", *flags)["results"][0]
+                for flags in ([], ["--vissl-labels"]))
+    assert one["validation_map"] != two["validation_map"]
+
+
+def test_test_labels_choose_nothing_but_the_oracle(voc, monkeypatch):
+    """Other test labels: costs and everything else that was chosen stay."""
+    line = evaluate(*VOC, "--data", voc)
+    opened = eval_svm.open_voc
+
+    def shuffled(root, split, channels):
+        images, names = opened(root, split, channels)
+        if split == "test":
+            images.labels = np.roll(images.labels, 7, axis=0)
+        return images, names
+
+    monkeypatch.setattr(eval_svm, "open_voc", shuffled)
+    other = evaluate(*VOC, "--data", voc)
+    assert other["map"] != line["map"]
+    for key in ("costs", "validation_map"):
+        assert other["results"][0][key] == line["results"][0][key]
+    for k in ("1", "4"):
+        assert other["low_shot"][k]["cost"] == line["low_shot"][k]["cost"]
+
+
+def counted(monkeypatch):
+    calls, decide = [], eval_svm.decide
+    monkeypatch.setattr(eval_svm, "decide", lambda *a: calls.append(1) or decide(*a))
+    return calls
+
+
+def test_an_interrupted_run_goes_on(voc, tmp_path, monkeypatch):
+    whole = evaluate(*VOC, "--data", voc)
+    calls = counted(monkeypatch)
+    assert evaluate(*VOC, "--data", voc, "--output", tmp_path) == whole
+    total = len(calls)
+    assert total == 3 * 3 * 3 + 3 + 2 * 3 * 3 * 3  # folds, all, low-shot
+    path = tmp_path / "fits-0.jsonl"
+    noted = path.read_text()
+    assert evaluate(*VOC, "--data", voc, "--output", tmp_path) == whole
+    assert len(calls) == total  # nothing again
+    lines = noted.splitlines(keepends=True)
+    path.write_text("".join(lines[:20]) + lines[20][:30])  # a kill while a line was written
+    assert evaluate(*VOC, "--data", voc, "--output", tmp_path) == whole
+    assert len(calls) - total == 54 - 7  # noted were all of the full protocol and 7 low-shot fits
+    assert set(path.read_text().split()) >= set(noted.split())
+
+
+def test_fits_of_other_features_or_labels_are_not_taken(voc, tmp_path, monkeypatch):
+    first = evaluate(*VOC, "--data", voc, "--output", tmp_path)
+    calls = counted(monkeypatch)
+    other = evaluate(*VOC, "--data", voc, "--output", tmp_path, "--image-size", 6)
+    assert len(calls) == 84 and other["results"] != first["results"]
+    assert other == evaluate(*VOC, "--data", voc, "--image-size", 6)
+    calls.clear()
+    assert evaluate(*VOC, "--data", voc, "--output", tmp_path, "--vissl-labels") == evaluate(
+        *VOC, "--data", voc, "--vissl-labels")
+    assert len(calls) == (27 + 3) + 84  # the low-shot fits do not hang on it
+
+
+def test_a_folder_in_use_is_refused(voc, tmp_path):
+    with (eval_svm.checkpoint.hold(str(tmp_path / ".lock")),
+          pytest.raises(RunError, match="is in use")):
+        evaluate(*VOC, "--data", voc, "--output", tmp_path)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_any_number_of_processes_gives_the_same_line(size, pool, voc, tmp_path):
+    flags = [*map(str, VOC), "--data", str(voc)]
+    first, *others = pool.run(size, evaluate, *flags, "--output", str(tmp_path))
+    assert first == evaluate(*flags) and others == [None] * (size - 1)
+    assert len(list(tmp_path.glob("fits-*.jsonl"))) == size
+    assert evaluate(*flags, "--output", tmp_path) == first
+
+
+def test_fitting_in_other_processes_changes_nothing(voc, monkeypatch):
+    flags = ["--data", voc, *VOC[:-1]]
+    monkeypatch.setattr(eval_svm, "MUCH_WORK", 0)
+    assert evaluate(*flags, 2) == evaluate(*flags, 1)
+
+
+def test_class_folders_are_each_class_against_the_rest(image_folder):
+    line = evaluate("--checkpoint", "pixels", "random", "--data", image_folder, "--arch",
+                    "resnet_tiny", "--stem", "small", *SMALL, "--low-shot", 1, 2, 64)
+    assert (line["num_train"], line["num_test"]) == (16, 16)
+    assert line["low_shot"].keys() == {"1", "2"}  # no class has 64 images
+    assert line["results"][0]["per_class"].keys() == {"0", "1"}
+    assert line["results"][0]["layer"] == "res5-grid"
+    assert [row["checkpoint"] for row in line["checkpoints"]] == ["pixels", "random"]
+
+
+def test_the_layer_is_chosen_on_the_training_images(tmp_path):
+    rng = np.random.default_rng(0)
+    labels = np.arange(60) % 3
+
+    def rows(good):
+        noise = rng.normal(size=(60, 3))
+        return (noise + 3 * np.eye(3)[labels] if good else noise).astype(np.float32)
+
+    arrays = {"checkpoint": "x", "protocol": "x"}
+    for split in ("train", "test"):
+        arrays |= {f"{split}/labels": labels, f"{split}/index": np.arange(60)}
+    # One layer is good on the training images, one on the test images only.
+    arrays |= {"train/a": rows(False), "test/a": rows(True), "train/b": rows(True),
+               "test/b": rows(False)}
+    np.savez(tmp_path / "f.npz", **arrays)
+    line = evaluate("--features", tmp_path / "f.npz", "--costs", 1, "--low-shot")
+    assert [r["layer"] for r in line["results"]] == ["a", "b"]
+    assert line["map"] == line["results"][1]["map"]
+
+
+def test_digits_by_pixels_are_recognised():
+    line = evaluate("--checkpoint", "pixels", "--limit", 300, "--costs", 1, 10, "--low-shot", 8,
+                    "--draws", 1)
+    assert 0.9 < line["map"] <= 1 and 0.75 < line["low_shot"]["8"]["map"] <= 1
+    assert line["num_test"] == 300
+
+
+def test_images_without_labels_are_refused(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / split / "0.png")
+    with pytest.raises(RunError, match="no class folders, so no labels"):
+        evaluate("--checkpoint", "pixels", "--data", tmp_path, *SMALL)
+
+
+def test_the_table_names_the_oracle(voc, capsys):
+    eval_svm.main(eval_svm.parse_args([str(f) for f in (*VOC, "--data", voc)]))
+    printed = capsys.readouterr().out
+    assert "chosen without the test images" in printed
+    assert "oracle, as in the literature" in printed
+    assert data.open_images  # the shared source of the other folders
