@@ -324,6 +324,8 @@ def main(args):
     model = model.to(world.device, memory_format=torch.channels_last)
     if args.sync_bn:
         model = dist.convert_sync_batchnorm(model, world.device)
+    if args.compile:
+        backbone.compile(dynamic=False)
     full = args.num_crops[0]
     memory = torch.zeros(full, len(images), args.embedding_dim, device=world.device)
     assignments = torch.full((len(args.num_clusters), len(images)), -100, device=world.device)

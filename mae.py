@@ -291,6 +291,8 @@ def main(args):
     model = MAE(backbone, args.mask_ratio, args.in_chans, args.decoder_dim, args.decoder_depth,
                 args.decoder_heads).to(world.device)
     model = model.to(memory_format=torch.channels_last)
+    if args.compile:
+        model.compile(dynamic=False)
 
     # Optimiser
     lr = args.lr * args.batch_size / 256

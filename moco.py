@@ -330,6 +330,9 @@ def main(args):
     else:
         model = group_batchnorm(model, args.bn_groups // world.size)
     key_encoder = copy.deepcopy(model).requires_grad_(False)
+    if args.compile:
+        model.backbone.compile(dynamic=False)
+        key_encoder.backbone.compile(dynamic=False)
     queue = torch.randn(args.queue_length, args.embedding_dim).to(world.device)
     queue = nn.functional.normalize(queue, dim=1)
 

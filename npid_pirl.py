@@ -444,6 +444,8 @@ def main(args):
     model = model.to(world.device, memory_format=torch.channels_last)
     if args.sync_bn:
         model = dist.convert_sync_batchnorm(model, world.device)
+    if args.compile:
+        backbone.compile(dynamic=False)
     memory = unit_rows(torch.randn(len(images), args.embedding_dim)).to(world.device)
     constant_z = torch.zeros((), device=world.device)  # of NCE, estimated in the first step
 

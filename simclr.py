@@ -255,6 +255,8 @@ def main(args):
     model = model.to(memory_format=torch.channels_last)
     if args.sync_bn:
         model = dist.convert_sync_batchnorm(model, world.device)
+    if args.compile:
+        backbone.compile(dynamic=False)
 
     # Optimiser
     lr = args.lr * args.batch_size / 256

@@ -323,6 +323,8 @@ def main(args):
     model = model.to(world.device, memory_format=torch.channels_last)
     if args.sync_bn:
         model = dist.convert_sync_batchnorm(model, world.device)
+    if args.compile:
+        backbone.compile(dynamic=False)
     full = args.num_crops[0]
     queue = torch.zeros(full, args.queue_length, args.embedding_dim, device=world.device)
 

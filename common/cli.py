@@ -12,8 +12,8 @@ import sys
 
 # Settings that do not change what is computed beyond rounding: they may differ when a run resumes.
 RUN_FLAGS = {
-    "accum_steps", "amp", "data_root", "deterministic", "device", "download", "log_every", "output",
-    "recipe", "resume", "save_every_minutes", "workers",
+    "accum_steps", "amp", "compile", "data_root", "deterministic", "device", "download",
+    "log_every", "output", "recipe", "resume", "save_every_minutes", "workers",
 }
 Switch = argparse.BooleanOptionalAction  # --flag and --no-flag
 
@@ -72,6 +72,8 @@ def parser(script: str, description: str) -> Parser:
                      help="where to train")
     run.add_argument("--amp", choices=("auto", "bf16", "fp16", "none"), default="auto",
                      help="autocast precision; auto: bf16 on CUDA, none on CPU")
+    run.add_argument("--compile", action=Switch, default=False,
+                     help="torch.compile of the backbone: minutes to start, then faster on CUDA")
     run.add_argument("--deterministic", action=Switch, default=False,
                      help="deterministic kernels on CUDA (slower)")
     run.add_argument("--log-every", type=count, default=20, metavar="STEPS",

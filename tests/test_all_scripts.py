@@ -42,7 +42,8 @@ STILL: dict[str, set[str]] = {}  # trainable parameters that two steps need not 
 SHARED = {
     "data", "limit", "recipe", "arch", "image_size", "in_chans", "mean", "std", "epochs",
     "batch_size", "lr", "weight_decay", "warmup_epochs", "sync_bn", "output", "resume",
-    "save_every_minutes", "workers", "device", "amp", "seed", "deterministic", "log_every",
+    "save_every_minutes", "workers", "device", "amp", "seed", "compile", "deterministic",
+    "log_every",
 }
 
 every_script = pytest.mark.parametrize("script", SCRIPTS)
