@@ -77,6 +77,7 @@ def advice(to: str, settings: dict) -> list[str]:
             f"MODEL.PIXEL_MEAN {[round(255 * m, 3) for m in mean]}",
             f"MODEL.PIXEL_STD {[round(255 * s, 3) for s in std]}",
             f'INPUT.FORMAT "RGB", MODEL.RESNETS.DEPTH {depth}, MODEL.RESNETS.STRIDE_IN_1X1 False',
+            *(["MODEL.RESNETS.RES2_OUT_CHANNELS 64"] if depth in ("18", "34") else []),
         ]
     lines = [f"images in [0, 1], minus {mean}, divided by {std}"]
     if settings["arch"] in backbones.RESNETS and settings["stem"] == "small":
@@ -96,9 +97,10 @@ def main(args):
     if arch in backbones.VITS and args.to != "timm":
         raise dist.RunError(f"{arch} goes --to timm only: {args.to} has no transformer in this "
                             "layout")
-    if args.to == "detectron2" and (arch in backbones.SMALL or settings["stem"] == "small"):
-        raise dist.RunError(f"{arch} with the {settings['stem']} stem: detectron2 has ResNets of "
-                            "torchvision's sizes with the ImageNet stem only")
+    plain = re.fullmatch(r"resnet(18|34|50|101|152)", arch)
+    if args.to == "detectron2" and (not plain or settings["stem"] == "small"):
+        raise dist.RunError(f"{arch} with the {settings['stem']} stem does not go to detectron2: "
+                            "resnet18 to resnet152 with the ImageNet stem do")
     if os.path.exists(args.out) and not args.overwrite:
         raise dist.RunError(f"{args.out} is there already; give another name or --overwrite")
 

@@ -15,7 +15,7 @@ Differs from the official code (facebookresearch/swav): the memory bank is one t
 of the data set, equal on every process; k-means starts from images of all processes, there of the
 first; its sums are float64; batch norm is synchronised over all processes, there in groups of
 eight. Images that were not in the last epoch (incomplete batches are dropped) have no label, as
-there.
+there. The first bank is filled before the first epoch, from crops that training never sees.
 
     python deepcluster_v2.py
     torchrun --nproc_per_node=8 deepcluster_v2.py --data /path/to/imagenet --output runs/deepcluster
@@ -195,13 +195,17 @@ def cluster_loss(scores: Tensor, assignment: Tensor, temperature: float) -> Tens
 
 @torch.no_grad()
 def nearest_centroids(x: Tensor, centroids: Tensor) -> Tensor:
-    """The row of the centroids (K, D) with the largest dot product, lowest at ties; int64 (N,)."""
+    """The row of the centroids (K, D) with the largest dot product, the lowest of equal ones."""
     if x.device.type == "cpu" and x.dtype == torch.float32:
         import faiss  # after torch, and never in a loader process: the other order can hang
 
         metric = faiss.METRIC_INNER_PRODUCT
         _, rows = faiss.knn(x.contiguous().numpy(), centroids.contiguous().numpy(), 1, metric)
-        return torch.from_numpy(rows)[:, 0]
+        # Equal centroids, as in a collapse, differ by rounding in there.
+        _, group = centroids.unique(dim=0, return_inverse=True)
+        lowest = torch.full_like(group, len(group)).scatter_reduce_(
+            0, group, torch.arange(len(group)), "amin")
+        return lowest[group[torch.from_numpy(rows)[:, 0]]]
     return torch.cat([(part @ centroids.T).argmax(1) for part in x.split(8192)])
 
 
@@ -276,10 +280,10 @@ def update_memory(memory: Tensor, index: Tensor, z: Tensor) -> None:
 
     Args:
         memory: (A, M, D), written in place.
-        index: data-set indices (N,) of this process's images.
+        index: data-set indices (N,) of this process's images, on the bank's device.
         z: their embeddings (A, N, D).
     """
-    rows = dist.all_gather_no_grad(index.to(memory.device))
+    rows = dist.all_gather_no_grad(index)
     z = dist.all_gather_no_grad(z.transpose(0, 1)).transpose(0, 1)
     memory[:, rows] = z.to(memory.dtype)
 
@@ -291,9 +295,12 @@ def indicators(z: Tensor, scores: Tensor, labels: Tensor, assignment: Tensor) ->
     Labels (N,) are those of the images here, the assignment (M,) that of all images.
     """
     use = assignment[assignment >= 0].bincount(minlength=scores.shape[1])
+    use = use / use.sum()
+    found = (scores.argmax(1) == labels).sum() / (labels >= 0).sum().clamp(min=1)
     return {
-        "cluster_entropy": torch.special.entr(use / use.sum()).sum(),  # ln K: all of equal size
-        "cluster_accuracy": (scores.argmax(1) == labels).to(z.dtype).mean(),
+        "cluster_entropy": torch.special.entr(use).sum(),  # ln K: all of equal size
+        "largest_cluster": use.amax(),  # its share of the images
+        "cluster_accuracy": found,
         "z_std": z.std(0, correction=0).mean(),  # 1 / sqrt(D) where they spread, 0 in collapse
     }
 
@@ -346,6 +353,19 @@ def main(args):
                  **{f"centroids{h}": c for h, c in enumerate(centroids)},
                  "optimizer": optimizer, "scaler": scaler}
         step = run.start(state)
+        if step == 0:  # the first bank: one epoch more, without a gradient; batch statistics move
+            dist.say("filling the memory bank")
+            first = data.Loader(images, views[:full], batch_size=args.batch_size,
+                                epochs=args.epochs + 1, seed=args.seed, world=world,
+                                workers=args.workers,
+                                start_step=args.epochs * (len(images) // args.batch_size))
+            for batch in first.epoch(args.epochs):
+                with torch.no_grad(), autocast():
+                    z = model(batch.views)
+                update_memory(memory, batch.index.to(world.device), z)
+                if run.agree(False)[1]:
+                    return
+            del first  # and its loader processes
         loader = data.Loader(images, views, batch_size=args.batch_size, epochs=args.epochs,
                              seed=args.seed, world=world, workers=args.workers, start_step=step)
         lr_of_step = optim.warmup_cosine(
@@ -360,12 +380,6 @@ def main(args):
                   floors={"z_std": 0.1 / math.sqrt(args.embedding_dim),
                           "cluster_entropy": math.log(args.num_clusters[0]) / 2})
         ddp_model = DistributedDataParallel(model) if world.size > 1 else model
-        if step == 0:  # the first bank: an epoch without a gradient, batch statistics move
-            first = data.Loader(images, views[:full], batch_size=args.batch_size, epochs=1,
-                                seed=args.seed, world=world, workers=args.workers)
-            for batch in first.epoch(0):
-                with torch.no_grad(), autocast():
-                    update_memory(memory, batch.index, model(batch.views))
 
         # Train
         for epoch in range(step // loader.steps_per_epoch, args.epochs):
@@ -384,9 +398,10 @@ def main(args):
             for batch in loader.epoch(epoch):
                 for group in optimizer.param_groups:
                     group["lr"] = lr_of_step[step]
+                index = batch.index.to(world.device, non_blocking=True)
                 with autocast():
                     z = ddp_model(batch.views)  # 2. embeddings
-                labels = assignments[:, batch.index.to(world.device)]  # (H, N)
+                labels = assignments[:, index]  # (H, N)
                 all_scores = [z @ c.T for c in centroids]
                 losses = [cluster_loss(scores, own, args.temperature)
                           for scores, own in zip(all_scores, labels, strict=True)]
@@ -395,7 +410,7 @@ def main(args):
                 scaler.scale(loss).backward()
                 scaler.step(optimizer)
                 scaler.update()
-                update_memory(memory, batch.index, z[:full])  # 4. for the next epoch's clusters
+                update_memory(memory, index, z[:full])  # 4. for the next epoch's clusters
 
                 step += 1
                 seen = {}

@@ -89,8 +89,8 @@ def parse_args(argv=None):
         parser.error(f"--mask-ratio {args.mask_ratio} keeps "
                      f"{num_kept(num_patches, args.mask_ratio)} of {num_patches} patches; some "
                      "have to be kept and some removed")
-    if args.decoder_dim % (4 * args.decoder_heads):
-        parser.error(f"--decoder-dim {args.decoder_dim} is no multiple of four times "
+    if args.decoder_dim % 4 or args.decoder_dim % args.decoder_heads:
+        parser.error(f"--decoder-dim {args.decoder_dim} is no multiple of 4 and of "
                      f"--decoder-heads {args.decoder_heads}")
     share = args.batch_size // cli.processes()
     if share % args.accum_steps:
@@ -316,7 +316,8 @@ def main(args):
             total_steps=args.epochs * loader.steps_per_epoch, warmup_endpoint=False,
         )
         log = Log(args.output, world, batch_size=args.batch_size, total_steps=len(lr_of_step),
-                  first_step=step, every=args.log_every, chance_loss=1.0, floors={})
+                  first_step=step, every=args.log_every,
+                  chance_loss=1.0 if args.norm_pix else None, floors={})
         ddp_model = DistributedDataParallel(model) if world.size > 1 else model
 
         # Train

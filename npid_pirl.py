@@ -21,7 +21,8 @@ never the image itself, which both may draw, and are drawn for each (seed, step,
 the bank starts with unit rows, where lemniscate's have that length in expectation only; an image
 that a batch holds twice moves its row once, from the old value, to its last embedding. PIRL's chain
 of posterize, sharpness, solarize and autocontrast on two thirds of its patches and images is left
-out. NPID++ jitters colours before the crop there, and decays the head's bias.
+out; its patches lie anywhere in their cells, there at 21 of the 22 places along each side. NPID++
+jitters colours before the crop there, and decays the head's bias.
 
     python npid_pirl.py
     python npid_pirl.py --method pirl --output runs/pirl-digits
@@ -142,6 +143,14 @@ def parse_args(argv=None):
     group.add_argument("--sync-bn", action=cli.Switch, help="batch norm over all processes")
     group.add_argument("--seed", type=cli.whole, default=0, help="of every random choice")
     args = cli.parse(parser, recipes, argv)
+    if args.method == "pirl" and cli.peek(argv, "--output", str) is None:
+        args.output += "-pirl"
+    if args.batch_size < 2 * cli.processes():
+        parser.error(f"--batch-size {args.batch_size} gives less than two images to each of "
+                     f"{cli.processes()} processes, too few for batch norm")
+    if args.loss == "nce" and args.num_negatives and args.temperature < 0.0125:
+        parser.error(f"--temperature {args.temperature} is too low for nce in float32; try 0.07, "
+                     "or --loss cross_entropy")
     if args.method == "npid":
         for flag in ("jigsaw_size", "jigsaw_crop_scale", "jigsaw_patch_size"):
             if getattr(args, flag) is not None:

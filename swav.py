@@ -123,7 +123,10 @@ def parse_args(argv=None):
     if args.queue_length % args.batch_size:
         fits = args.queue_length - args.queue_length % args.batch_size
         parser.error(f"--queue-length {args.queue_length} is no multiple of --batch-size "
-                     f"{args.batch_size}; try {fits} or {fits + args.batch_size}")
+                     f"{args.batch_size}; try {fits or 'none, 0,'} or {fits + args.batch_size}")
+    if args.queue_length and args.queue_start_epoch >= args.epochs:
+        parser.error(f"--queue-start-epoch {args.queue_start_epoch} comes after the end of "
+                     f"--epochs {args.epochs}; a queue of --queue-length 0 is none")
     return args
 
 

@@ -108,9 +108,9 @@ class Caught(Exception):
 def loader_of(script: str, flags: list[str]):
     """The images and views that a script would train on, and its settings."""
     try:
-        module = importlib.import_module(script.removesuffix(".py"))
+        module = importlib.import_module(os.path.basename(script).removesuffix(".py"))
         module.RECIPES  # noqa: B018  a method script has them
-    except (ModuleNotFoundError, AttributeError):
+    except (ImportError, AttributeError, ValueError):
         raise dist.RunError(f"{script} is no method script; try simclr") from None
     given = module.parse_args(flags)
     own = data.Loader
@@ -169,7 +169,10 @@ def some_images(args, settings: dict) -> Tensor:
     chosen = [i * len(images) // rows for i in range(rows)]
     crops = []
     for index in chosen:
-        planes = images.read(index)
+        try:
+            planes = images.read(index)
+        except Exception as error:  # Pillow's decoders raise what they like
+            raise dist.RunError(f"{images.name(index)} cannot be read: {error}") from error
         drawn, _ = view.draw(np.empty((1, 0)), np.array([planes[0].size[::-1]]))
         crops.append(torch.from_numpy(view.crop(planes, [part[0] for part in drawn]).copy()))
     return view.finish(torch.stack(crops), torch.empty(rows, 0), torch.device("cpu"))
@@ -217,13 +220,13 @@ def reconstruction_picture(args) -> Image.Image:
     import mae
 
     settings = settings_of(args, "mae.py")
+    if "mask_ratio" not in settings:
+        raise dist.RunError(f"--checkpoint {args.checkpoint} is no run of mae.py")
     path = os.path.join(args.checkpoint, "checkpoint.pt")
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)["state"]["model"]
     except Exception as error:
         raise dist.RunError(f"{path} cannot be read: {type(error).__name__}") from error
-    if "mask_ratio" not in settings:
-        raise dist.RunError(f"--checkpoint {args.checkpoint} is no run of mae.py")
     patch = settings["patch_size"]
     backbone = backbones.build_backbone(
         settings["arch"], in_chans=settings["in_chans"], image_size=settings["image_size"],

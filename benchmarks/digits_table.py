@@ -46,9 +46,9 @@ def run(command, processes=1):
     if processes > 1:
         environment["OMP_NUM_THREADS"] = "1"
     done = subprocess.run([*launcher, *map(str, command)], cwd=ROOT, env=environment, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                          capture_output=True)
     if done.returncode:
-        raise SystemExit(f"{' '.join(map(str, command))} failed:\n{done.stdout}")
+        raise SystemExit(f"{' '.join(map(str, command))} failed:\n{done.stdout}\n{done.stderr}")
     return done.stdout
 
 
@@ -57,10 +57,10 @@ def train(folder: Path, processes: int) -> dict:
     seconds = {}
     for name, command in METHODS.items():
         output = folder / name.lower().replace(" ", "-")
-        noted = output / "seconds.json"
+        noted = output / f"seconds-{processes}.json"
         if not noted.exists():
             started = time.perf_counter()
-            run([*command, "--output", output], processes)
+            run([*command, "--output", output, "--no-resume"], processes)
             noted.write_text(json.dumps(round(time.perf_counter() - started, 1)))
         seconds[name] = json.loads(noted.read_text())
         print(f"{name}: trained in {seconds[name]} s", flush=True)

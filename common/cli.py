@@ -109,6 +109,11 @@ def parse(made: Parser, recipes: dict, argv=None) -> argparse.Namespace:
                    f"try {above}")
     if args.warmup_epochs >= args.epochs:
         made.error(f"--warmup-epochs {args.warmup_epochs} leaves nothing of --epochs {args.epochs}")
+    for flag in ("crop_scale", "jigsaw_crop_scale"):
+        low, high = getattr(args, flag, None) or (1, 1)
+        if not 0 < low <= high:
+            made.error(f"--{flag.replace('_', '-')} {low:g} {high:g} is no range of area shares "
+                       "above 0")
     for flag in ("mean", "std"):
         values = getattr(args, flag)
         if values is made.get_default(flag) and len(values) != args.in_chans:

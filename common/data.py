@@ -439,7 +439,9 @@ class Loader:
         self.step, self.bad_files, self.waited = start_step, {}, 0.0
         shares = StepShares(images, views, batch_size, seed, world.rank, world.size)
         steps = range(start_step, epochs * self.steps_per_epoch)
-        workers = default_workers() if workers is None else workers
+        workers = min(default_workers() if workers is None else workers, len(steps))
+        # Large batches, as of many crops, are held to one waiting for each worker.
+        large = shares.share * sum(v.channels * math.prod(v.size) for v in views) > 2**26
         atexit.unregister(end_workers)
         atexit.register(end_workers)  # after multiprocessing's own, so that it runs before it
         self.batches = iter(
@@ -447,8 +449,9 @@ class Loader:
                 shares,
                 batch_size=None,  # an item is a whole batch already
                 sampler=steps,
-                num_workers=min(workers, len(steps)),
+                num_workers=workers,
                 worker_init_fn=leave_signals_to_the_main_process,
+                prefetch_factor=(1 if large else 2) if workers else None,
                 pin_memory=world.device.type == "cuda",
                 multiprocessing_context=multiprocessing_context if workers else None,
             )

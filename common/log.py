@@ -23,7 +23,7 @@ class Log:
         total_steps: steps of the whole run.
         first_step: steps done before this start.
         every: steps between two lines.
-        chance_loss: the loss of a model that knows nothing, shown beside the first one.
+        chance_loss: the loss of a model that knows nothing, shown beside the first one, if known.
         floors: collapse indicators by name, and the value below which to warn.
     """
 
@@ -105,7 +105,8 @@ class Log:
         """Update the progress line on a terminal; print a line elsewhere."""
         step = line["step"]
         if step == 1:
-            dist.say(f"first loss {line['loss']:.4f} (chance: {self.chance_loss:.4f})")
+            chance = "" if self.chance_loss is None else f" (chance: {self.chance_loss:.4f})"
+            dist.say(f"first loss {line['loss']:.4f}{chance}")
         left = (self.total_steps - step) * self.batch_size / max(line["images_per_second"], 1e-9)
         dist.say(
             f"epoch {line['epoch'] + 1}  step {step}/{self.total_steps}  loss {line['loss']:.4f}  "

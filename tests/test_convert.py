@@ -146,10 +146,12 @@ def test_the_file_for_detectron2_is_a_pickle_of_arrays(tmp_path, capsys):
     assert 'FORMAT "RGB"' in printed
 
 
-@pytest.mark.parametrize("settings", [dict(stem="small"), dict(arch="resnet_tiny")])
+@pytest.mark.parametrize("settings", [
+    dict(stem="small"), dict(arch="resnet_tiny"), dict(arch="wide_resnet50_2"),
+])
 def test_what_detectron2_does_not_have_is_refused(settings, tmp_path):
     folder, _ = run_folder(tmp_path, **settings)
-    with pytest.raises(RunError, match="detectron2 has ResNets"):
+    with pytest.raises(RunError, match="does not go to detectron2"):
         converted(folder, "detectron2", tmp_path / "out.pkl")
 
 

@@ -165,6 +165,15 @@ def test_an_empty_cluster_keeps_its_centroid_and_ties_go_to_the_lowest():
         assert np.abs(centroids[0] - init[0]).max() > 0.1 and assignment.tolist() == [1, 0]
 
 
+def test_of_many_equal_centroids_the_lowest_counts():
+    x = unit_rows(4000, 16).astype(np.float32)
+    centroids = unit_rows(64, 16, seed=5).astype(np.float32)
+    centroids[40:] = centroids[:24]
+    nearest = deepcluster_v2.nearest_centroids(*map(torch.from_numpy, (x, centroids)))
+    assert nearest.max() < 40
+    np.testing.assert_array_equal(nearest, (x.astype(np.float64) @ centroids.T).argmax(1))
+
+
 def test_the_start_is_of_different_rows_and_a_function_of_the_generator():
     x = unit_rows(50, 3)
     one, other = clustered(x, 20, 0, 1)[0], clustered(x, 20, 0, 2)[0]
@@ -276,6 +285,35 @@ def test_two_processes_compute_what_one_does(pool, tmp_path):
     for other in pool.run(2, train, str(tmp_path / "two")):
         np.testing.assert_allclose(other[0], losses, atol=1e-9)
         np.testing.assert_array_equal(other[1], labels)
+
+
+def test_heads_take_turns_with_the_crops_and_cluster_the_epoch_before(tmp_path, monkeypatch):
+    torch.set_default_dtype(torch.float32)
+    written, clustered_rows = [], []
+    update, cluster = deepcluster_v2.update_memory, deepcluster_v2.cluster_memory
+
+    def watch_update(memory, index, z):
+        update(memory, index, z)
+        written.append((memory, index.tolist(), z.clone()))
+
+    def watch_cluster(memory, *rest):
+        rows = memory.any(1).nonzero()[:, 0].tolist()
+        crop = next(c for c in range(2) if torch.equal(memory, written[-1][0][c]))
+        clustered_rows.append((crop, rows, len(written)))
+        return cluster(memory, *rest)
+
+    monkeypatch.setattr(deepcluster_v2, "update_memory", watch_update)
+    monkeypatch.setattr(deepcluster_v2, "cluster_memory", watch_cluster)
+    flags = [*TINY, "--epochs", "3", "--num-clusters", "6", "4", "5", "--output", str(tmp_path)]
+    deepcluster_v2.main(deepcluster_v2.parse_args(flags))
+    assert [crop for crop, _, _ in clustered_rows] == [0, 1, 0] * 3
+    epochs = [sorted(i for _, index, _ in written[4 * e : 4 * e + 4] for i in index)
+              for e in range(4)]  # the pass that fills the bank, and three epochs
+    for call, (_, rows, done) in enumerate(clustered_rows):
+        assert done == 4 * (call // 3 + 1) and rows == epochs[call // 3]
+    assert epochs[0] != epochs[1]  # crops of their own
+    labels = np.load(tmp_path / "assignments.npy")
+    assert np.flatnonzero(labels[0] >= 0).tolist() == epochs[2]
 
 
 def test_collapsed_features_raise_the_named_warning_within_an_epoch(tmp_path, capsys, monkeypatch):

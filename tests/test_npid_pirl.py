@@ -114,7 +114,7 @@ def test_nine_patches_each_from_inside_its_own_cell(size, side):
         offsets |= set((corners % cell).flatten().tolist())
         cells = {(left // cell, top // cell) for left, top in corners.T.tolist()}
         assert cells == {(x, y) for x in range(3) for y in range(3)}
-    assert offsets == set(range(cell - side + 1))  # 0 to 20 in the paper's setting
+    assert offsets == set(range(cell - side + 1))  # all places
 
 
 def test_the_order_of_the_patches_is_any_and_the_parameters_hang_on_the_numbers_alone():

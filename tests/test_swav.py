@@ -31,6 +31,10 @@ def test_the_small_batch_recipe_has_the_queue_of_the_paper():
     assert (args.queue_length, args.queue_start_epoch) == (3840, 15)
 
 
+SMALL_CROPS = ["--num-crops", "2", "2", "--crop-sizes", "16", "8", "--crop-scales", "0.6", "1",
+               "0.3", "0.6"]
+
+
 @pytest.mark.parametrize(
     "flags, named",
     [
@@ -42,7 +46,7 @@ def test_the_small_batch_recipe_has_the_queue_of_the_paper():
 )
 def test_combinations_that_cannot_be_are_refused(flags, named, capsys):
     with pytest.raises(SystemExit):
-        swav.parse_args(["--queue-length", "0", "--num-crops", "2", "2", *flags])
+        swav.parse_args([*SMALL_CROPS, *flags])
     assert named in capsys.readouterr().err
 
 
@@ -260,7 +264,7 @@ def test_codes_with_a_queue_are_the_last_rows_of_the_joint_codes(pool, size):
 # --------------------------------------------------------------------------------------------- main
 
 TINY = ["--limit", "64", "--batch-size", "16", "--epochs", "2", "--warmup-epochs", "0",
-        "--workers", "0", "--log-every", "1", "--freeze-prototypes-epochs", "1"]
+        "--workers", "0", "--log-every", "1", "--freeze-prototypes-epochs", "1", *SMALL_CROPS]
 
 
 def train(folder, *flags):
@@ -295,6 +299,20 @@ def test_the_queue_is_used_once_full_and_prototypes_wait_on_the_unit_sphere(pool
     assert all(np.allclose(w, weights[0], atol=1e-12) for w in frozen)
     assert np.abs(moved - weights[0]).max() > 1e-9
     assert all(np.allclose(np.linalg.norm(w, axis=1), 1) for w in weights)
+
+
+def test_the_queue_starts_to_fill_when_told_to(tmp_path):
+    flags = ["--queue-length", "32", "--queue-start-epoch", "1", "--epochs", "3"]
+    torch.set_default_dtype(torch.float32)
+    _, queues, _ = train(str(tmp_path), *flags)
+    torch.set_default_dtype(torch.float32)
+    assert [queue is None for queue in queues] == [True] * 6 + [False] * 6  # 4 steps an epoch
+
+
+def test_a_queue_that_would_never_start_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        swav.parse_args(["--queue-length", "256", "--queue-start-epoch", "40"])
+    assert "--queue-start-epoch 40 comes after" in capsys.readouterr().err
 
 
 def test_two_processes_compute_what_one_does(pool, tmp_path):
