@@ -18,6 +18,7 @@ for short runs of small batches (pass its value times 256 / batch size as --lr).
     torchrun --nproc_per_node=8 simclr.py --data /path/to/imagenet --output runs/simclr
 """
 
+import contextlib
 import itertools
 import math
 import sys
@@ -86,6 +87,8 @@ def parse_args(argv=None):
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", type=cli.count, help="passes over the images")
     group.add_argument("--batch-size", type=cli.count, help="images over all processes")
+    group.add_argument("--grad-cache", type=cli.count, metavar="CHUNK", help="embed so many images "
+                       "of a process at a time, twice: large batches in little memory")
     group.add_argument("--lr", type=cli.positive, help="learning rate per 256 images")
     group.add_argument("--weight-decay", type=cli.not_negative, help="of weights, not of norms")
     group.add_argument("--warmup-epochs", type=cli.whole, help="linear from 0")
@@ -93,6 +96,13 @@ def parse_args(argv=None):
     group.add_argument("--seed", type=cli.whole, default=0, help="of every random choice")
     args = cli.parse(parser, RECIPES, argv)
     cli.check_crops(parser, args)
+    share = args.batch_size // cli.processes()
+    if args.grad_cache and share % args.grad_cache:
+        parser.error(f"--grad-cache {args.grad_cache} does not divide the {share} images of a "
+                     "process")
+    if args.grad_cache and args.sync_bn:
+        parser.error("--grad-cache has batch statistics of each chunk, which --sync-bn excludes; "
+                     "pass --no-sync-bn")
     return args
 
 
@@ -220,6 +230,48 @@ def multicrop_nt_xent(z: Tensor, num_views: int, temperature: float) -> Tensor:
     return terms[:, pairs].mean()
 
 
+def contrast(z: Tensor, temperature: float) -> Tensor:
+    """`nt_xent` of the embeddings (2, N, D) of two views, `multicrop_nt_xent` of more."""
+    if len(z) == 2:
+        return nt_xent(z[0], z[1], temperature)
+    return multicrop_nt_xent(z.flatten(0, 1), len(z), temperature)
+
+
+def backward_in_chunks(model: nn.Module, views: list[Tensor], chunk: int, temperature: float,
+                       autocast, scaler) -> tuple[Tensor, Tensor]:
+    """Fill the gradients of a whole batch with the graph of one chunk in memory at a time.
+
+    Embed all chunks without a graph; take the loss and its gradient at the embeddings; embed every
+    chunk again and go back from there. Exact for a model that treats images one by one; batch norm
+    has the statistics of a chunk, and the second pass leaves its running ones alone.
+
+    Args:
+        model: views (N, C, H, W) to embeddings (V, N, D), in DDP or not.
+        chunk: images at a time; divides N.
+        temperature: of `contrast`.
+
+    Returns:
+        The loss and the embeddings, detached.
+
+    Reference: Gao et al., arXiv 2101.06983, section 3.2.
+    """
+    chunks = list(zip(*[view.split(chunk) for view in views], strict=True))
+    with torch.no_grad(), autocast():
+        z = torch.cat([model(list(part)) for part in chunks], dim=1)
+    loss = contrast(z.requires_grad_(), temperature)
+    scaler.scale(loss).backward()
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    for number, (part, grad) in enumerate(zip(chunks, z.grad.split(chunk, dim=1), strict=True), 1):
+        adds_up = number == len(chunks) or not isinstance(model, DistributedDataParallel)
+        with contextlib.nullcontext() if adds_up else model.no_sync():
+            with autocast():
+                again = model(list(part))
+            again.backward(grad)
+    for buffer, first in zip(model.buffers(), buffers, strict=True):
+        buffer.copy_(first)
+    return loss.detach(), z.detach()
+
+
 @torch.no_grad()
 def indicators(z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
     """What tells learning from collapse, on this process's embeddings (N, D) of the two views."""
@@ -290,14 +342,15 @@ def main(args):
             for batch in loader.epoch(epoch):  # 1. two views
                 for group in optimizer.param_groups:
                     group["lr"] = lr_of_step[step]
-                with autocast():
-                    z = ddp_model(batch.views)  # 2. embeddings
-                if len(z) == 2:  # 3. find the other view
-                    loss = nt_xent(z[0], z[1], args.temperature)
-                else:
-                    loss = multicrop_nt_xent(z.flatten(0, 1), len(z), args.temperature)
                 optimizer.zero_grad(set_to_none=True)
-                scaler.scale(loss).backward()
+                if args.grad_cache:  # 2. and 3. in chunks
+                    loss, z = backward_in_chunks(ddp_model, batch.views, args.grad_cache,
+                                                 args.temperature, autocast, scaler)
+                else:
+                    with autocast():
+                        z = ddp_model(batch.views)  # 2. embeddings
+                    loss = contrast(z, args.temperature)  # 3. find the other view
+                    scaler.scale(loss).backward()
                 scaler.step(optimizer)
                 scaler.update()
 

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -256,6 +257,65 @@ def test_multicrop_gradients_are_those_of_the_joined_batch_unless_gathered_raw(p
         assert np.abs(found - grad).max() > 1e-2 * np.abs(grad).max()
     else:
         np.testing.assert_allclose(found, grad, rtol=1e-6, atol=1e-12)
+
+
+class Plain(torch.nn.Module):
+    """A model that treats images one by one."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(3 * 4 * 4, 5)
+
+    def forward(self, views):
+        return torch.stack([self.layer(view.flatten(1)).tanh() for view in views])
+
+
+def gradients(make, views, chunk, cached):
+    """Loss, gradients and buffers of one step, in the joined batch or in chunks of it."""
+    torch.manual_seed(0)
+    model = make().double()
+    if dist.size() > 1:
+        model = torch.nn.parallel.DistributedDataParallel(model)
+    share = len(views[0]) // dist.size()
+    own = [torch.from_numpy(v[dist.rank() * share : (dist.rank() + 1) * share]) for v in views]
+    if cached:
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        loss, _ = simclr.backward_in_chunks(model, own, chunk, 0.2, contextlib.nullcontext, scaler)
+    else:
+        parts = zip(*[v.split(chunk) for v in own], strict=True)
+        z = torch.cat([model(list(part)) for part in parts], dim=1)
+        loss = simclr.contrast(z, 0.2)
+        loss.backward()
+    grads = [p.grad.numpy() for p in model.parameters() if p.requires_grad]
+    return loss.item(), grads, [b.double().numpy() for b in model.buffers()]
+
+
+@pytest.mark.parametrize("views, make, chunk", [(2, Plain, 2), (3, Plain, 4), (2, small_model, 4)])
+def test_the_gradient_cache_is_exact(views, make, chunk):
+    """Batch norm (the small model) has the statistics of a chunk in both."""
+    views = np.random.default_rng(6).random((views, 8, 3, 4, 4))
+    alike = gradients(make, list(views), 8 if make is Plain else chunk, cached=False)
+    cached = gradients(make, list(views), chunk, cached=True)
+    assert cached[0] == pytest.approx(alike[0], rel=1e-9)
+    for got, wanted in zip(cached[1] + cached[2], alike[1] + alike[2], strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-12)
+
+
+def test_the_gradient_cache_is_exact_on_two_processes(pool):
+    views = list(np.random.default_rng(6).random((2, 8, 3, 4, 4)))
+    wanted = gradients(Plain, views, 8, cached=False)
+    for _, grads, _ in pool.run(2, gradients, Plain, views, 2, True):
+        for got, alone in zip(grads, wanted[1], strict=True):
+            np.testing.assert_allclose(got, alone, rtol=1e-6, atol=1e-12)
+
+
+def test_the_gradient_cache_excludes_sync_bn_and_needs_whole_chunks(capsys):
+    for flags, named in ((["64"], "which --sync-bn excludes"),
+                         (["100", "--no-sync-bn"], "--grad-cache 100 does not divide the 256")):
+        with pytest.raises(SystemExit):
+            simclr.parse_args(["--grad-cache", *flags])
+        assert named in capsys.readouterr().err
+    assert simclr.parse_args(["--grad-cache", "64", "--no-sync-bn"]).grad_cache == 64
 
 
 # --------------------------------------------------------------------------------------------- main
