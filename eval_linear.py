@@ -304,14 +304,14 @@ def logits_of(points: Tensor, rows: Tensor, num_classes: int):
     """Yield where a part of the rows starts and the logits (n, H, C) of all heads on it."""
     heads = points.view(len(points), -1, num_classes)
     weights, offsets = heads[:, :-1], heads[:, -1:]
-    for start in range(0, len(rows), max(1, LOGITS_AT_A_TIME // offsets.numel())):
-        x = rows[start : start + max(1, LOGITS_AT_A_TIME // offsets.numel())]
-        yield start, (x @ weights + offsets).transpose(0, 1)
+    step = max(1, LOGITS_AT_A_TIME // offsets.numel())
+    for start in range(0, len(rows), step):
+        yield start, (rows[start : start + step] @ weights + offsets).transpose(0, 1)
 
 
-def sums(*counts: Tensor) -> list[Tensor]:
+def of_all(counts: Tensor) -> Tensor:
     """Counts of all processes together."""
-    return [dist.all_gather_no_grad(count[None]).sum(0) for count in counts]
+    return dist.all_gather_no_grad(counts[None]).sum(0)
 
 
 def auto_probe(
@@ -363,8 +363,7 @@ def auto_probe(
     for first, logits in logits_of(points, x, num_classes):
         rows = slice(first, first + len(logits))
         right += ((logits.argmax(2) == y[rows, None]) & left_out[rows]).sum(0)
-    (right,) = sums(right)
-    right = right.view(len(decays), -1).sum(1) / (~used).sum(0)[: len(tried)].sum().item()
+    right = of_all(right).view(len(decays), -1).sum(1) / (~used).sum(0)[: len(tried)].sum().item()
     validation, decay = max(zip(right.tolist(), decays, strict=True))  # of equal ones the largest
     shares = x.new_full((len(x), 1), 1 / len(labels))
     each = x.new_tensor([decay])
@@ -378,8 +377,7 @@ def auto_probe(
         best = logits[:, 0].topk(min(5, num_classes), dim=1).indices
         found = best == y[first : first + len(best), None]
         hits += torch.stack([found[:, 0].sum(), found.sum()])
-    (hits,) = sums(hits)
-    top1, top5 = (hits / len(truth)).tolist()
+    top1, top5 = (of_all(hits) / len(truth)).tolist()
     return {"top1": top1, "top5": top5, "validation": validation, "weight_decay": decay}
 
 
