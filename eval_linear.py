@@ -338,7 +338,7 @@ def auto_probe(
     part, x, y = own(train, labels)
     axes, variances = principal_axes(x, len(labels))
     x = x @ axes.to(x)
-    start = x.new_zeros(1, (train.shape[1] + 1) * num_classes)
+    start = x.new_zeros(1, (x.shape[1] + 1) * num_classes)
     options = dict(tolerance=1e-8 if kind == torch.float64 else 1e-6, iterations=1000)
 
     def curvatures(decay: Tensor) -> Tensor:
@@ -394,10 +394,10 @@ def standardisation(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def principal_axes(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Principal axes (D, D) and variances (D,) of n centred rows, of which x are this process's.
+    """Principal axes (D, R) and variances (R,) of n centred rows, of which x are this process's.
 
     In these coordinates the functions to minimise are curved along the axes, and the weight decay
-    is what it was.
+    is what it was. Axes along which nothing varies are left out: their weights would stay 0.
     """
     covariance = (x.T @ x).double() / n
     covariance = dist.mean_over_processes(covariance) * dist.size()
@@ -406,7 +406,8 @@ def principal_axes(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
     variances, axes = torch.linalg.eigh(covariance)
     found = torch.cat([axes, variances[None]]).cpu().contiguous()
     dist.share_rows(found, [0] + [len(found)] * dist.size())  # the same ones on every machine
-    return found[:-1], found[-1].clamp(min=0)
+    found = found[:, found[-1] > 1e-12 * found[-1].max()]
+    return found[:-1], found[-1]
 
 
 def evaluate(found: features.Features, args, world) -> dict:

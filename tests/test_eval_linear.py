@@ -204,6 +204,8 @@ def test_principal_axes_turn_the_rows_and_know_their_variances():
     torch.testing.assert_close(axes.T @ axes, torch.eye(7, dtype=torch.float64))
     torch.testing.assert_close((x @ axes).square().mean(0), variances)
     torch.testing.assert_close(((x @ axes).T @ (x @ axes)) / 50, variances.diag())
+    axes, variances = eval_linear.principal_axes(torch.cat([x, x, 0 * x], dim=1), 50)
+    assert axes.shape == (21, 7) and variances.shape == (7,)  # what varies is in seven
 
 
 def test_features_of_little_rank_are_fitted_to_the_end():
