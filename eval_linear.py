@@ -304,14 +304,14 @@ def logits_of(points: Tensor, rows: Tensor, num_classes: int):
     """Yield where a part of the rows starts and the logits (n, H, C) of all heads on it."""
     heads = points.view(len(points), -1, num_classes)
     weights, offsets = heads[:, :-1], heads[:, -1:]
-    for start in range(0, len(rows), max(1, LOGITS_AT_A_TIME // offsets.numel())):
-        x = rows[start : start + max(1, LOGITS_AT_A_TIME // offsets.numel())]
-        yield start, (x @ weights + offsets).transpose(0, 1)
+    step = max(1, LOGITS_AT_A_TIME // offsets.numel())
+    for start in range(0, len(rows), step):
+        yield start, (rows[start : start + step] @ weights + offsets).transpose(0, 1)
 
 
-def sums(*counts: Tensor) -> list[Tensor]:
+def of_all(counts: Tensor) -> Tensor:
     """Counts of all processes together."""
-    return [dist.all_gather_no_grad(count[None]).sum(0) for count in counts]
+    return dist.all_gather_no_grad(counts[None]).sum(0)
 
 
 def auto_probe(
@@ -338,7 +338,7 @@ def auto_probe(
     part, x, y = own(train, labels)
     axes, variances = principal_axes(x, len(labels))
     x = x @ axes.to(x)
-    start = x.new_zeros(1, (train.shape[1] + 1) * num_classes)
+    start = x.new_zeros(1, (x.shape[1] + 1) * num_classes)
     options = dict(tolerance=1e-8 if kind == torch.float64 else 1e-6, iterations=1000)
 
     def curvatures(decay: Tensor) -> Tensor:
@@ -363,8 +363,7 @@ def auto_probe(
     for first, logits in logits_of(points, x, num_classes):
         rows = slice(first, first + len(logits))
         right += ((logits.argmax(2) == y[rows, None]) & left_out[rows]).sum(0)
-    (right,) = sums(right)
-    right = right.view(len(decays), -1).sum(1) / (~used).sum(0)[: len(tried)].sum().item()
+    right = of_all(right).view(len(decays), -1).sum(1) / (~used).sum(0)[: len(tried)].sum().item()
     validation, decay = max(zip(right.tolist(), decays, strict=True))  # of equal ones the largest
     shares = x.new_full((len(x), 1), 1 / len(labels))
     each = x.new_tensor([decay])
@@ -378,8 +377,7 @@ def auto_probe(
         best = logits[:, 0].topk(min(5, num_classes), dim=1).indices
         found = best == y[first : first + len(best), None]
         hits += torch.stack([found[:, 0].sum(), found.sum()])
-    (hits,) = sums(hits)
-    top1, top5 = (hits / len(truth)).tolist()
+    top1, top5 = (of_all(hits) / len(truth)).tolist()
     return {"top1": top1, "top5": top5, "validation": validation, "weight_decay": decay}
 
 
@@ -396,10 +394,10 @@ def standardisation(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def principal_axes(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Principal axes (D, D) and variances (D,) of n centred rows, of which x are this process's.
+    """Principal axes (D, R) and variances (R,) of n centred rows, of which x are this process's.
 
     In these coordinates the functions to minimise are curved along the axes, and the weight decay
-    is what it was.
+    is what it was. Axes along which nothing varies are left out: their weights would stay 0.
     """
     covariance = (x.T @ x).double() / n
     covariance = dist.mean_over_processes(covariance) * dist.size()
@@ -408,7 +406,8 @@ def principal_axes(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
     variances, axes = torch.linalg.eigh(covariance)
     found = torch.cat([axes, variances[None]]).cpu().contiguous()
     dist.share_rows(found, [0] + [len(found)] * dist.size())  # the same ones on every machine
-    return found[:-1], found[-1].clamp(min=0)
+    found = found[:, found[-1] > 1e-12 * found[-1].max()]
+    return found[:-1], found[-1]
 
 
 def evaluate(found: features.Features, args, world) -> dict:

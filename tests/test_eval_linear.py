@@ -204,6 +204,8 @@ def test_principal_axes_turn_the_rows_and_know_their_variances():
     torch.testing.assert_close(axes.T @ axes, torch.eye(7, dtype=torch.float64))
     torch.testing.assert_close((x @ axes).square().mean(0), variances)
     torch.testing.assert_close(((x @ axes).T @ (x @ axes)) / 50, variances.diag())
+    axes, variances = eval_linear.principal_axes(torch.cat([x, x, 0 * x], dim=1), 50)
+    assert axes.shape == (21, 7) and variances.shape == (7,)  # what varies is in seven
 
 
 def test_features_of_little_rank_are_fitted_to_the_end():
@@ -461,11 +463,32 @@ def test_auto_on_digits_equals_scikit_learns_tuned_logistic_regression():
     assert abs(line["top1"] - theirs.score(test, truth)) <= 0.005
 
 
-def test_the_layer_is_chosen_on_the_training_images(weights):
-    line = evaluate("--checkpoint", weights, "--layers", "conv1", "res4", "res4-grid", *FEW)
-    best = max(line["results"], key=lambda result: result["validation"])
-    assert [r["layer"] for r in line["results"]] == ["conv1", "res4", "res4-grid"]
-    assert line["top1"] == best["top1"]
+def test_the_layer_is_chosen_on_the_training_images(tmp_path):
+    """One layer is better on the training images, the other one on the test images."""
+    rng, labels = np.random.default_rng(0), np.arange(60) % 3
+
+    def rows(signal):
+        return (rng.normal(size=(60, 3)) + signal * np.eye(3)[labels]).astype(np.float32)
+
+    arrays = {"checkpoint": "x", "protocol": "x"}
+    for split in ("train", "test"):
+        arrays |= {f"{split}/labels": labels, f"{split}/index": np.arange(60)}
+    arrays |= {"train/a": rows(1), "test/a": rows(9), "train/b": rows(4), "test/b": rows(0)}
+    np.savez(tmp_path / "f.npz", **arrays)
+    line = evaluate("--features", tmp_path / "f.npz")
+    assert [r["layer"] for r in line["results"]] == ["a", "b"]
+    assert line["top1"] == line["results"][1]["top1"] < line["results"][0]["top1"]
+
+
+def test_several_layers_are_a_line_each(weights):
+    line = evaluate("--checkpoint", weights, "--layers", "conv1", "res4-grid", *FEW)
+    assert [r["layer"] for r in line["results"]] == ["conv1", "res4-grid"]
+
+
+def test_heads_are_tested_with_the_statistics_of_the_training(weights, tmp_path):
+    flags = ["--checkpoint", weights, "--protocol", "vissl", "--limit", 64, "--epochs", 2,
+             "--train-batch-size", 16, "--output", tmp_path, "--batch-size"]
+    assert evaluate(*flags, 64) == evaluate(*flags, 7)
 
 
 def test_random_is_the_mean_of_five_initialisations(weights, tmp_path):

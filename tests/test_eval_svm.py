@@ -88,11 +88,13 @@ def test_equal_scores_count_in_the_order_given():
 
 def test_the_order_of_many_equal_scores_is_kept():
     """A sort that is not stable gives itself away from 17 rows on."""
-    targets = np.arange(1000) % 3 == 0
-    hits = np.arange(1, targets.sum() + 1)
-    precision = hits / (np.flatnonzero(targets) + 1)
+    rng = np.random.default_rng(0)
+    targets, scores = np.arange(1000) % 3 == 0, rng.integers(0, 5, 1000).astype(float)
+    order = [i for level in (4, 3, 2, 1, 0) for i in range(1000) if scores[i] == level]
+    places = np.flatnonzero(targets[order]) + 1
+    precision = np.arange(1, len(places) + 1) / places
     expected = np.maximum.accumulate(precision[::-1])[::-1].mean()
-    assert eval_svm.average_precision(targets, np.zeros(1000)) == pytest.approx(expected, abs=1e-12)
+    assert eval_svm.average_precision(targets, scores) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("precision",
@@ -300,6 +302,45 @@ def test_the_result_is_that_of_the_protocol_written_out(voc, vissl):
     assert line["map"] == pytest.approx(np.mean(expected), abs=1e-6)
 
 
+def test_low_shot_is_that_of_the_protocol_written_out(voc):
+    """k with and 2 k without each class of three; the cost from what was not drawn."""
+    from sklearn.svm import LinearSVC
+
+    (train, labels), (test, truth) = voc_pixels(voc, "train"), voc_pixels(voc, "test")
+    costs, k = (0.1, 1, 10), 4
+    on_rest, on_test = np.zeros((2, 3, 3, 3))  # draw, class, cost
+    for draw in range(3):
+        for c in range(3):
+            own = eval_svm.low_shot_rows(labels[:, c], k, 3, 0, draw, c)
+            rest = [i for i in range(60) if i not in own and labels[i, c] != -1]
+            keep = truth[:, c] != -1
+            for number, cost in enumerate(costs):
+                svm = LinearSVC(C=cost, class_weight={1: 2, -1: 1}, max_iter=2000, dual=True,
+                                random_state=0)
+                svm.fit(train[own], np.where(labels[own, c] == 1, 1, -1))
+                on_rest[draw, c, number] = eval_svm.average_precision(
+                    labels[rest, c], svm.decision_function(train[rest]))
+                on_test[draw, c, number] = eval_svm.average_precision(
+                    truth[keep, c], svm.decision_function(test[keep]))
+    chosen, oracle = (values.mean((0, 1)).argmax() for values in (on_rest, on_test))
+    few = evaluate(*VOC, "--data", voc)["low_shot"][str(k)]
+    assert (few["cost"], few["oracle_cost"]) == (costs[chosen], costs[oracle])
+    assert few["map"] == pytest.approx(on_test[:, :, chosen].mean(), abs=1e-6)
+    assert few["std"] == pytest.approx(on_test[:, :, chosen].mean(1).std(), abs=1e-6)
+    assert few["oracle_map"] == pytest.approx(on_test[:, :, oracle].mean(), abs=1e-6)
+
+
+def test_low_shot_costs_are_chosen_on_images_that_were_not_drawn(voc, monkeypatch):
+    (_, labels), fitted, seen = voc_pixels(voc, "train"), eval_svm.low_shot_fitted, []
+    monkeypatch.setattr(eval_svm, "low_shot_fitted",
+                        lambda *a: seen.append((a[1], a[3])) or fitted(*a))
+    evaluate(*VOC, "--data", voc)
+    usable = {tuple(np.flatnonzero(labels[:, c] >= 0)) for c in range(3)}
+    assert len(seen) == 2 * 3 * 3 * 3
+    for own, rest in seen:
+        assert not set(own) & set(rest) and tuple(sorted({*own, *rest})) in usable
+
+
 def test_difficult_training_images_count_only_with_the_published_labels(voc):
     one, two = (evaluate(*VOC, "--data", voc, "--low-shot", *flags)["results"][0]
                 for flags in ([], ["--vissl-labels"]))
@@ -396,20 +437,19 @@ def test_the_layer_is_chosen_on_the_training_images(tmp_path):
     rng = np.random.default_rng(0)
     labels = np.arange(60) % 3
 
-    def rows(good):
+    def rows(signal):
         noise = rng.normal(size=(60, 3))
-        return (noise + 3 * np.eye(3)[labels] if good else noise).astype(np.float32)
+        return (noise + signal * np.eye(3)[labels]).astype(np.float32)
 
     arrays = {"checkpoint": "x", "protocol": "x"}
     for split in ("train", "test"):
         arrays |= {f"{split}/labels": labels, f"{split}/index": np.arange(60)}
-    # One layer is good on the training images, one on the test images only.
-    arrays |= {"train/a": rows(False), "test/a": rows(True), "train/b": rows(True),
-               "test/b": rows(False)}
+    # One layer is better on the training images, the other one on the test images.
+    arrays |= {"train/a": rows(1), "test/a": rows(9), "train/b": rows(4), "test/b": rows(0)}
     np.savez(tmp_path / "f.npz", **arrays)
     line = evaluate("--features", tmp_path / "f.npz", "--costs", 1, "--low-shot")
     assert [r["layer"] for r in line["results"]] == ["a", "b"]
-    assert line["map"] == line["results"][1]["map"]
+    assert line["map"] == line["results"][1]["map"] < line["results"][0]["map"]
 
 
 def test_digits_by_pixels_are_recognised():
