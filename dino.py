@@ -142,6 +142,9 @@ def parse_args(argv=None):
                        help="adamw for transformers; sgd (momentum .9) for ResNets")
     group.add_argument("--epochs", type=cli.count, help="passes over the images")
     group.add_argument("--batch-size", type=cli.count, help="images over all processes")
+    group.add_argument("--grad-checkpoint", action=cli.Switch, default=False,
+                       help="of a transformer: compute its blocks twice instead of keeping what is "
+                       "in them: less memory, the same gradient")
     group.add_argument("--lr", type=cli.positive,
                        help="learning rate per 256 images; lower it if the loss jumps")
     group.add_argument("--final-lr", type=cli.not_negative, help="per 256, where the cosine ends")
@@ -160,6 +163,9 @@ def parse_args(argv=None):
         sizes = " ".join(map(str, args.crop_sizes))
         parser.error(f"--crop-sizes {sizes} are not all multiples of --patch-size "
                      f"{args.patch_size}")
+    if args.arch in backbones.RESNETS and args.grad_checkpoint:
+        parser.error(f"--grad-checkpoint would count the batches of --arch {args.arch} twice in "
+                     "its batch norm; it is for transformers")
     return args
 
 
@@ -368,6 +374,7 @@ def main(args):
     if args.sync_bn:
         model = dist.convert_sync_batchnorm(model, world.device)
     teacher = make_teacher(model)
+    backbone.recompute = args.grad_checkpoint
     center = torch.zeros(args.num_outputs, device=world.device)
 
     # Optimiser
@@ -377,7 +384,7 @@ def main(args):
     if args.optimizer == "adamw":
         optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
     else:
-        optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=True)
+        optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9)  # fused, no layer could wait
     autocast, scaler = optim.precision(args.amp, world.device)
     dist.say(f"{len(images)} images; batch {args.batch_size} = {args.batch_size // world.size} on "
              f"each of {world.size}; lr {args.lr:g} x {args.batch_size} / 256 = {lr:g}")
