@@ -234,7 +234,9 @@ class DINO(nn.Module):
             nn.GELU(),
             nn.Linear(hidden_dim, bottleneck_dim),
         )
-        backbones.init_linears(self.projector, lambda w: nn.init.trunc_normal_(w, std=0.02))
+        # The paper's 0.02 at its width 2048; a narrower projector's outputs start as large.
+        spread = 0.02 * math.sqrt(2048 / hidden_dim)
+        backbones.init_linears(self.projector, lambda w: nn.init.trunc_normal_(w, std=spread))
         self.last_layer = nn.ParameterDict({
             "directions": nn.Parameter(torch.empty(num_outputs, bottleneck_dim)),
             "scales": nn.Parameter(torch.ones(num_outputs, 1), requires_grad=not norm_last_layer),
