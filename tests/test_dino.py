@@ -18,6 +18,7 @@ from common import backbones, dist, optim
 def test_the_imagenet_recipe_is_the_papers():
     args = dino.parse_args(["--recipe", "imagenet"])
     assert (args.arch, args.patch_size, args.drop_path) == ("vit_small", 16, 0.1)
+    assert (args.positions, args.init_std) == ("learned", 0.02)
     assert (args.num_crops, args.crop_sizes) == ([2, 8], [224, 96])
     assert args.crop_scales == [0.4, 1.0, 0.05, 0.4] and args.image_size == 224
     assert (args.hidden_dim, args.bottleneck_dim, args.num_outputs) == (2048, 256, 65536)
@@ -86,7 +87,7 @@ def small_model(arch="vit_micro", norm_last_layer=True, drop_path=0.0):
         arch, in_chans=3, stem="small", zero_init_residual=False, image_size=16, patch_size=4,
         positions="learned", drop_path=drop_path,
     )
-    return dino.DINO(backbone, 32, 8, 20, norm_last_layer)
+    return dino.DINO(backbone, 32, 8, 20, norm_last_layer, init_std=0.1)
 
 
 @pytest.mark.parametrize("arch", ["vit_micro", "resnet_tiny"])
@@ -111,6 +112,17 @@ def test_the_last_layer_is_torchs_weight_norm(norm_last_layer):
     theirs.parametrizations.weight.original1.data.copy_(directions)
     z, logits = model([torch.rand(3, 3, 16, 16)] * 2)
     torch.testing.assert_close(logits, theirs(z))
+
+
+@pytest.mark.parametrize("init_std", [0.02, 0.1])
+def test_linear_layers_start_truncated_normal_with_biases_of_0(init_std):
+    backbone = small_model().backbone
+    model = dino.DINO(backbone, 256, 64, 20, True, init_std)
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    assert len(layers) == 4 * 4 + 3
+    for layer in layers:
+        assert layer.weight.std().item() == pytest.approx(init_std, rel=0.05)
+        assert (layer.bias == 0).all()
 
 
 def test_logits_are_float32_under_autocast():
@@ -400,8 +412,8 @@ def test_rate_and_decay_follow_their_tables_and_decay_is_for_weights(name, tmp_p
         final = dino.RECIPES["digits"]["final_lr"] / 16
         assert decayed["lr"] == others["lr"] == pytest.approx(final + (0.001 - final) * cosine)
         assert min(decayed["params"]) > 1 and set(others["params"]) == {1}
-    # Of each of 4 blocks 4 matrices; patches, three layers, directions; class token, positions.
-    assert len(steps[0][0]["params"]) == 4 * 4 + 5 + 2 and len(steps) == 8
+    # Of each of 4 blocks 4 matrices; patches, three layers, directions; class token.
+    assert len(steps[0][0]["params"]) == 4 * 4 + 5 + 1 and len(steps) == 8
 
 
 def test_stochastic_depth_is_drawn_anew_each_step_and_again_after_a_resume(tmp_path):
