@@ -22,6 +22,7 @@ def test_the_imagenet_recipe_is_the_papers():
     assert (args.num_crops, args.crop_sizes) == ([2, 8], [224, 96])
     assert args.crop_scales == [0.4, 1.0, 0.05, 0.4] and args.image_size == 224
     assert (args.hidden_dim, args.bottleneck_dim, args.num_outputs) == (2048, 256, 65536)
+    assert not args.bn_in_head
     assert (args.norm_last_layer, args.freeze_last_layer_epochs) == (False, 1)
     assert (args.student_temperature, args.teacher_temperature) == (0.1, 0.07)
     assert args.warmup_teacher_temperature == 0.04
@@ -87,7 +88,7 @@ def small_model(arch="vit_micro", norm_last_layer=True, drop_path=0.0):
         arch, in_chans=3, stem="small", zero_init_residual=False, image_size=16, patch_size=4,
         positions="learned", drop_path=drop_path,
     )
-    return dino.DINO(backbone, 32, 8, 20, norm_last_layer, init_std=0.1)
+    return dino.DINO(backbone, 32, 8, 20, norm_last_layer, init_std=0.1, bn_in_head=False)
 
 
 @pytest.mark.parametrize("arch", ["vit_micro", "resnet_tiny"])
@@ -117,7 +118,7 @@ def test_the_last_layer_is_torchs_weight_norm(norm_last_layer):
 @pytest.mark.parametrize("init_std", [0.02, 0.1])
 def test_linear_layers_start_truncated_normal_with_biases_of_0(init_std):
     backbone = small_model().backbone
-    model = dino.DINO(backbone, 256, 64, 20, True, init_std)
+    model = dino.DINO(backbone, 256, 64, 20, True, init_std, bn_in_head=True)
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
     assert len(layers) == 4 * 4 + 3
     for layer in layers:
