@@ -10,6 +10,7 @@ from collections import OrderedDict
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock
 
 TORCHVISION = (
@@ -255,6 +256,9 @@ class VisionTransformer(nn.Module):
         drop_path: chance of the last block's two branches to be left out for a sample in training;
             it rises linearly from 0 at the first block. Drawn from torch's generator of the device.
 
+    With `recompute` set to True, the backward computes each block anew instead of keeping what is
+    in it: the same numbers for much less memory.
+
     Raises:
         ValueError: the image size is not a multiple of the patch size.
 
@@ -268,7 +272,7 @@ class VisionTransformer(nn.Module):
     ):
         super().__init__()
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        self.num_features, self.patch_size = dim, patch_size
+        self.num_features, self.patch_size, self.recompute = dim, patch_size, False
         self.grid = self.grid_of(height, width)  # (rows, columns) that pos_embed is made for
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], dim))
@@ -305,7 +309,10 @@ class VisionTransformer(nn.Module):
         x = self.with_class_token(patches)
         outputs = []
         for number, block in enumerate(self.blocks):
-            x = block(x)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)  # with the same stochastic depth
+            else:
+                x = block(x)
             if number >= len(self.blocks) - last:
                 outputs.append(self.norm(x))
         return outputs

@@ -13,7 +13,7 @@ import sys
 # Settings that do not change what is computed beyond rounding: they may differ when a run resumes.
 RUN_FLAGS = {
     "accum_steps", "amp", "compile", "data_root", "deterministic", "device", "download",
-    "log_every", "output", "recipe", "resume", "save_every_minutes", "workers",
+    "grad_checkpoint", "log_every", "output", "recipe", "resume", "save_every_minutes", "workers",
 }
 Switch = argparse.BooleanOptionalAction  # --flag and --no-flag
 

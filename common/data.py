@@ -34,7 +34,7 @@ TORCHVISION = {
 FATAL = -1  # in a worker's report: stop the run
 BUILT_IN = ("digits", *TORCHVISION, "fake")
 # Streams of random numbers that never meet.
-SAMPLE, ORDER, FAKE, SHUFFLE, CLUSTERS, MASK, NEGATIVES = range(1, 8)
+SAMPLE, ORDER, FAKE, SHUFFLE, CLUSTERS, MASK, NEGATIVES, DEPTH = range(1, 9)
 
 
 def philox(seed: int, stream: int, *key: int) -> np.random.Generator:

@@ -24,16 +24,16 @@ class Log:
         first_step: steps done before this start.
         every: steps between two lines.
         chance_loss: the loss of a model that knows nothing, shown beside the first one, if known.
-        floors: collapse indicators by name, and the value below which to warn.
+        floors, ceilings: collapse indicators by name, and the value below or above which to warn.
     """
 
     def __init__(
         self, folder: str, world: World, *, batch_size, total_steps, first_step, every,
-        chance_loss, floors,
+        chance_loss, floors, ceilings=None,
     ):
         self.path, self.world = os.path.join(folder, "log.jsonl"), world
         self.batch_size, self.total_steps, self.every = batch_size, total_steps, every
-        self.chance_loss, self.floors = chance_loss, floors
+        self.chance_loss, self.floors, self.ceilings = chance_loss, floors, ceilings or {}
         self.first_step = self.last_step = first_step
         self.last_time, self.last_waited = time.perf_counter(), 0.0
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=world.device)
@@ -94,12 +94,15 @@ class Log:
             )
 
     def warn(self, line: dict):
-        """Name, once each, the collapse indicators that have fallen below their floors."""
-        for name, floor in self.floors.items():
-            if line[name] < floor and name not in self.warned:
-                self.warned.add(name)
-                dist.say(f"warning: {name} is {line[name]:.3g}, below {floor:.3g}: the embeddings "
-                         "collapse (README, symptoms)")
+        """Name, once each, the collapse indicators that have left their bounds."""
+        left = [(name, "below", bound) for name, bound in self.floors.items() if line[name] < bound]
+        left += [(name, "above", bound) for name, bound in self.ceilings.items()
+                 if line[name] > bound]
+        for name, where, bound in left:
+            if (name, where) not in self.warned:
+                self.warned.add((name, where))
+                dist.say(f"warning: {name} is {line[name]:.3g}, {where} {bound:.3g}: the "
+                         "embeddings collapse (README, symptoms)")
 
     def show(self, line: dict):
         """Update the progress line on a terminal; print a line elsewhere."""

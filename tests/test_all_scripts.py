@@ -30,6 +30,7 @@ TINY = ["--limit", "32", "--batch-size", "16", "--epochs", "1", "--warmup-epochs
         "--workers", "0", "--log-every", "1"]
 EXTRA: dict[str, list[str]] = {  # what a script needs for a tiny run
     "deepcluster_v2": ["--num-clusters", "8", "8"],
+    "dino": ["--freeze-last-layer-epochs", "0"],
     "moco": ["--bn-groups", "2"],
     "swav": ["--freeze-prototypes-epochs", "0", "--num-crops", "2", "1", "--crop-sizes", "16", "8",
              "--crop-scales", "0.6", "1", "0.3", "0.6", "--queue-length", "32"],

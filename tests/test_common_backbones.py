@@ -391,6 +391,25 @@ def test_nothing_is_dropped_outside_training():
     assert torch.equal(net.eval()(images), plain(images))
 
 
+def test_blocks_computed_twice_give_the_same_gradients_and_keep_less():
+    images = torch.rand(3, 3, 16, 16)
+    found, kept = [], []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        net = vit(drop_path=0.5)
+        net.recompute = recompute
+        calls = []
+        net.blocks[1].mlp.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        torch.manual_seed(1)
+        out = net(images)
+        kept.append(len(calls))
+        out.square().sum().backward()
+        kept.append(len(calls))
+        found.append([out, *(p.grad for p in net.parameters())])
+    assert kept == [1, 1, 1, 2]
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 # --------------------------------------------------------------------------------- layers, by name
 
 

@@ -14,9 +14,10 @@ from common.log import Log
 NAN = float("nan")
 
 
-def made(folder, every=5, total_steps=12, first_step=0, floors=(), batch_size=16):
+def made(folder, every=5, total_steps=12, first_step=0, floors=(), batch_size=16, ceilings=None):
     return Log(str(folder), dist.setup("cpu"), batch_size=batch_size, total_steps=total_steps,
-               first_step=first_step, every=every, chance_loss=3.4340, floors=dict(floors))
+               first_step=first_step, every=every, chance_loss=3.4340, floors=dict(floors),
+               ceilings=ceilings)
 
 
 def write(watched, step, loss=1.0, **indicators):
@@ -189,6 +190,16 @@ def test_an_indicator_below_its_floor_is_named_once(tmp_path, capsys):
         said = re.findall(r"warning: (\w+) is (\S+), below (\S+):", capsys.readouterr().out)
         warnings += [(step, *words) for words in said]
     assert warnings == [(3, "z_std", "0.09", "0.1"), (4, "entropy", "0.4", "0.5")]
+
+
+def test_an_indicator_with_two_bounds_is_named_once_for_each(tmp_path, capsys):
+    watched = made(tmp_path, every=1, floors={"entropy": 0.5}, ceilings={"entropy": 2.0})
+    warnings = []
+    for step, entropy in enumerate([1.0, 2.0, 2.25, 3.0, 0.25, 0.125, 2.5], start=1):
+        write(watched, step, entropy=entropy)
+        said = re.findall(r"warning: (.*): the emb", capsys.readouterr().out)
+        warnings += [(step, words) for words in said]
+    assert warnings == [(3, "entropy is 2.25, above 2"), (5, "entropy is 0.25, below 0.5")]
 
 
 # ----------------------------------------------------------------------------------------- progress

@@ -1,0 +1,484 @@
+"""DINO: Emerging Properties in Self-Supervised Vision Transformers, arXiv 2104.14294.
+
+1. Make two global crops and some local ones, smaller in pixels and in area, of every image.
+2. The teacher embeds the global crops alone. Its logits less a centre, by a low temperature, make
+   sharp targets; the centre keeps one class from winning all, the sharpness keeps the targets from
+   being uniform. No gradient goes there.
+3. The student embeds all crops and predicts each target from every other crop of the image.
+4. Step; the gradient of each parameter is clipped on its own, the last layer waits at first.
+5. Move the teacher a little towards the student (EMA), less and less over the run.
+6. Move the centre towards the mean of the teacher's logits over all processes.
+
+Letters: N images per process, V crops of an image, G of them global, D bottleneck of the head,
+K outputs of the head, H backbone width.
+
+Differs from the official code (facebookresearch/dino): position embeddings are resized to the exact
+grid of a local crop; the last layer is computed in float32 whatever the autocast; the last layer's
+weight is kept as `directions` and `scales`. Left out: its LARS.
+
+    python dino.py
+    torchrun --nproc_per_node=8 dino.py --data /path/to/imagenet --output runs/dino
+"""
+
+import copy
+import itertools
+import math
+import sys
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common import augment, backbones, cli, data, dist, optim
+from common.checkpoint import Run
+from common.log import Log
+
+IMAGENET = dict(
+    stem="imagenet", patch_size=16, positions="learned", in_chans=3, mean=[0.485, 0.456, 0.406],
+    std=[0.229, 0.224, 0.225], views="photo", num_crops=[2, 8], crop_sizes=[224, 96],
+    jitter_strength=0.5, blur=True, drop_path=0.1, hidden_dim=2048, bn_in_head=False,
+    bottleneck_dim=256, num_outputs=65536, init_std=0.02, student_temperature=0.1,
+    warmup_teacher_temperature=0.04, center_momentum=0.9, momentum=0.996, clip_per_parameter=3.0,
+    freeze_last_layer_epochs=1, warmup_epochs=10, sync_bn=True,
+)
+RECIPES = {
+    # Paper, section 3.2 and appendix C, the 300 epochs of the official README, whose first command
+    # is: --epochs 100 --batch-size 512 --teacher-temperature .04 --norm-last-layer.
+    "imagenet": dict(
+        **IMAGENET, arch="vit_small", crop_scales=[0.4, 1.0, 0.05, 0.4], norm_last_layer=False,
+        teacher_temperature=0.07, warmup_teacher_temperature_epochs=30, optimizer="adamw",
+        epochs=300, batch_size=1024, lr=5e-4, final_lr=1e-6 / 4, weight_decay=0.04,
+        final_weight_decay=0.4,
+    ),
+    # Official README.
+    "imagenet_resnet50": dict(
+        **IMAGENET, arch="resnet50", crop_scales=[0.14, 1.0, 0.05, 0.14], norm_last_layer=True,
+        teacher_temperature=0.04, warmup_teacher_temperature_epochs=0, optimizer="sgd",
+        epochs=100, batch_size=512, lr=0.03, final_lr=1e-6 / 2, weight_decay=1e-4,
+        final_weight_decay=1e-4,
+    ),
+    # The authors give none: backbone, crop sizes, head, rate, momentum, batch and epochs of
+    # lightly's benchmark.
+    "cifar10": dict(
+        arch="resnet18", stem="small", patch_size=4, positions="learned", in_chans=3,
+        mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225], views="photo", num_crops=[2],
+        crop_sizes=[32], crop_scales=[0.4, 1.0], jitter_strength=0.5, blur=False, drop_path=0.0,
+        hidden_dim=512, bn_in_head=True, bottleneck_dim=64, num_outputs=2048, norm_last_layer=True,
+        init_std=0.02, student_temperature=0.1, teacher_temperature=0.04,
+        warmup_teacher_temperature=0.04, warmup_teacher_temperature_epochs=0, center_momentum=0.9,
+        momentum=0.99, clip_per_parameter=3.0, freeze_last_layer_epochs=1, optimizer="sgd",
+        epochs=800, batch_size=512, lr=0.12, final_lr=0.0, weight_decay=5e-4,
+        final_weight_decay=5e-4, warmup_epochs=10, sync_bn=True,
+    ),
+    # Ours, chosen on the built-in digits. In so short a run the student would first give every
+    # image the same embedding, but for batch norm in the head; wide first weights and fixed
+    # positions let so narrow a transformer see the image from the start.
+    "digits": dict(
+        arch="vit_micro", stem="small", patch_size=4, positions="sincos", in_chans=3,
+        mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5], views="digits", num_crops=[2, 2],
+        crop_sizes=[16, 8], crop_scales=[0.6, 1.0, 0.3, 0.6], jitter_strength=0.5, blur=False,
+        drop_path=0.0, hidden_dim=256, bn_in_head=True, bottleneck_dim=64, num_outputs=512,
+        norm_last_layer=True, init_std=0.08, student_temperature=0.1, teacher_temperature=0.04,
+        warmup_teacher_temperature=0.04, warmup_teacher_temperature_epochs=0, center_momentum=0.9,
+        momentum=0.99, clip_per_parameter=3.0, freeze_last_layer_epochs=1, optimizer="adamw",
+        epochs=30, batch_size=64, lr=8e-3, final_lr=1e-5, weight_decay=0.04,
+        final_weight_decay=0.1, warmup_epochs=3, sync_bn=True,
+    ),
+}
+
+
+def parse_args(argv=None):
+    parser = cli.parser(__file__, __doc__)
+    group = parser.add_argument_group("images")
+    group.add_argument("--image-size", type=cli.count,
+                       help="side of a global crop in pixels: the first of --crop-sizes")
+    group.add_argument("--in-chans", type=cli.count, help="channels of the images")
+    group.add_argument("--mean", type=cli.number, nargs="+", help="subtracted from each channel")
+    group.add_argument("--std", type=cli.positive, nargs="+", help="each channel is divided by it")
+    group = parser.add_argument_group("method")
+    group.add_argument("--arch", choices=backbones.NAMES, help="backbone")
+    group.add_argument("--stem", choices=("imagenet", "small"),
+                       help="of a ResNet; small: 3x3 stride 1, no pool")
+    group.add_argument("--patch-size", type=cli.count,
+                       help="of a transformer: side of a patch in pixels; smaller is better, and "
+                       "slower")
+    group.add_argument("--positions", choices=("learned", "sincos"),
+                       help="of a transformer; sincos are fixed, and there from the start of a "
+                       "short run")
+    group.add_argument("--drop-path", type=cli.share,
+                       help="of a transformer: stochastic depth of the student's last block")
+    group.add_argument("--views", choices=("photo", "digits"), help="what views are made of")
+    group.add_argument("--num-crops", type=cli.count, nargs="+",
+                       help="crops of each size, the global ones (which the teacher sees) first")
+    group.add_argument("--crop-sizes", type=cli.count, nargs="+", help="their sides in pixels")
+    group.add_argument("--crop-scales", type=cli.share, nargs="+",
+                       help="smallest, largest area share for each size; without local crops, or "
+                       "few, start the global ones at .14")
+    group.add_argument("--jitter-strength", type=cli.not_negative, help="of the colour changes")
+    group.add_argument("--blur", action=cli.Switch, help="Gaussian blur, of each crop its own rate")
+    group.add_argument("--hidden-dim", type=cli.count, help="width of the head's hidden layers")
+    group.add_argument("--bn-in-head", action=cli.Switch,
+                       help="batch norm in the hidden layers: short runs get going, which without "
+                       "it first give every image the same embedding")
+    group.add_argument("--bottleneck-dim", type=cli.count, help="D, before the last layer")
+    group.add_argument("--num-outputs", type=cli.count,
+                       help="K; more is better on large data, a few hundred do for small")
+    group.add_argument("--norm-last-layer", action=cli.Switch,
+                       help="keep the last layer's rows at norm 1: steadier; without it a small "
+                       "transformer may do better, a large one diverges")
+    group.add_argument("--init-std", type=cli.positive,
+                       help="of the first weights of linear layers; about 1 / sqrt(width): larger "
+                       "in narrow nets, whose outputs would hardly depend on the image")
+    group.add_argument("--student-temperature", type=cli.positive, help="of the predictions")
+    group.add_argument("--teacher-temperature", type=cli.positive,
+                       help="of the targets, after its warm-up; lower is sharper: lower it if the "
+                       "teacher's entropy stays at ln K; above .07 training is seldom stable")
+    group.add_argument("--warmup-teacher-temperature", type=cli.positive,
+                       help="of the targets in the first epoch; lower it if the loss does not fall")
+    group.add_argument("--warmup-teacher-temperature-epochs", type=cli.whole,
+                       help="from the first to the last teacher temperature, in equal steps")
+    group.add_argument("--center-momentum", type=cli.share,
+                       help="what the centre keeps of itself; lower it if one output wins all")
+    group.add_argument("--momentum", type=cli.share,
+                       help="what the teacher keeps of itself in the first step; a cosine takes it "
+                       "to 1; higher for small batches (.9995 with 256 images of ImageNet)")
+    group.add_argument("--clip-per-parameter", type=cli.not_negative,
+                       help="largest gradient norm of each parameter by itself, not of all "
+                       "together; 0: none; lower it if the loss jumps")
+    group.add_argument("--freeze-last-layer-epochs", type=cli.whole,
+                       help="until when the last layer waits; longer, if the loss does not fall")
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--optimizer", choices=("adamw", "sgd"),
+                       help="adamw for transformers; sgd (momentum .9) for ResNets")
+    group.add_argument("--epochs", type=cli.count, help="passes over the images")
+    group.add_argument("--batch-size", type=cli.count, help="images over all processes")
+    group.add_argument("--grad-checkpoint", action=cli.Switch, default=False,
+                       help="of a transformer: compute its blocks twice instead of keeping what is "
+                       "in them: less memory, the same gradient")
+    group.add_argument("--lr", type=cli.positive,
+                       help="learning rate per 256 images; lower it if the loss jumps")
+    group.add_argument("--final-lr", type=cli.not_negative, help="per 256, where the cosine ends")
+    group.add_argument("--weight-decay", type=cli.not_negative,
+                       help="of weights, not of norms and biases, in the first step")
+    group.add_argument("--final-weight-decay", type=cli.not_negative,
+                       help="where a cosine takes it; a low start lets the loss fall early")
+    group.add_argument("--warmup-epochs", type=cli.whole,
+                       help="linear from 0; longer, if the loss jumps early")
+    group.add_argument("--sync-bn", action=cli.Switch,
+                       help="batch norm, where there is any, over all processes")
+    group.add_argument("--seed", type=cli.whole, default=0, help="of every random choice")
+    args = cli.parse(parser, RECIPES, argv)
+    cli.check_crops(parser, args)
+    if args.arch in backbones.VITS and any(size % args.patch_size for size in args.crop_sizes):
+        sizes = " ".join(map(str, args.crop_sizes))
+        parser.error(f"--crop-sizes {sizes} are not all multiples of --patch-size "
+                     f"{args.patch_size}")
+    if args.arch in backbones.RESNETS and args.grad_checkpoint:
+        parser.error(f"--grad-checkpoint would count the batches of --arch {args.arch} twice in "
+                     "its batch norm; it is for transformers")
+    return args
+
+
+# -------------------------------------------------------------------------------------------- views
+
+
+def photo_views(num_crops, crop_sizes, crop_scales, channels, jitter_strength, blur, mean, std):
+    """Crops that differ in size, in how often they are blurred, and in solarisation.
+
+    As in BYOL: the first global crop is always blurred, the others seldom, and sometimes
+    solarised; local crops are blurred half of the time.
+    """
+    s, views = jitter_strength, []
+    for group, (count, size, scale) in enumerate(
+        zip(num_crops, crop_sizes, crop_scales, strict=True)
+    ):
+        for number in range(count):
+            blur_p, solarize_p = (0.5, 0.0) if group else (0.1, 0.2) if number else (1.0, 0.0)
+            steps = [
+                augment.RandomResizedCrop(scale, ratio=(3 / 4, 4 / 3), interpolation="bicubic"),
+                augment.HorizontalFlip(p=0.5),
+                augment.ColorJitter(0.8 * s, 0.8 * s, saturation=0.4 * s, hue=0.2 * s, p=0.8),
+                augment.Grayscale(p=0.2),
+                augment.GaussianBlur(sigma=(0.1, 2.0), p=blur_p if blur else 0.0),
+                augment.Solarize(threshold=128 / 255, p=solarize_p),
+                augment.Normalize(mean, std),
+            ]
+            views.append(augment.View(size, steps, channels))
+    return views
+
+
+def digit_views(num_crops, crop_sizes, crop_scales, channels, jitter_strength, blur, mean, std):
+    """Crops that leave a digit what it is: it is moved and shaded, never mirrored."""
+    s, views = jitter_strength, []
+    for count, size, scale in zip(num_crops, crop_sizes, crop_scales, strict=True):
+        steps = [
+            augment.RandomAffine(degrees=15, translate=0.1, scale=(0.8, 1.2), shear=10, fill=0,
+                                 interpolation="bilinear"),
+            augment.RandomResizedCrop(scale, ratio=(3 / 4, 4 / 3), interpolation="bilinear"),
+            augment.ColorJitter(brightness=s, contrast=s, saturation=0.0, hue=0.0, p=0.8),
+            augment.GaussianBlur(sigma=(0.1, 1.0), p=0.5 if blur else 0.0),
+            augment.Normalize(mean, std),
+        ]
+        views += [augment.View(size, steps, channels)] * count
+    return views
+
+
+# -------------------------------------------------------------------------------------------- model
+
+
+class DINO(nn.Module):
+    """Backbone, projector H -> hidden -> hidden -> D, and a weight-normalised last layer D -> K.
+
+    With `bn_in_head` the projector has batch norm before both activations.
+
+    The last layer's weight is `scales` times the unit rows of `directions`, which alone are trained
+    where `norm_last_layer`.
+    """
+
+    def __init__(self, backbone: nn.Module, hidden_dim: int, bottleneck_dim: int, num_outputs: int,
+                 norm_last_layer: bool, init_std: float, bn_in_head: bool):
+        super().__init__()
+        self.backbone = backbone
+        self.projector = nn.Sequential(
+            nn.Linear(backbone.num_features, hidden_dim),
+            nn.BatchNorm1d(hidden_dim) if bn_in_head else nn.Identity(),
+            nn.GELU(),
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.BatchNorm1d(hidden_dim) if bn_in_head else nn.Identity(),
+            nn.GELU(),
+            nn.Linear(hidden_dim, bottleneck_dim),
+        )
+        # Of a transformer too, and before the last layer is there, which starts as torch's Linear.
+        backbones.init_linears(self, lambda weight: nn.init.trunc_normal_(weight, std=init_std))
+        self.last_layer = nn.ParameterDict({
+            "directions": nn.Parameter(torch.empty(num_outputs, bottleneck_dim)),
+            "scales": nn.Parameter(torch.ones(num_outputs, 1), requires_grad=not norm_last_layer),
+        })
+        nn.init.uniform_(self.last_layer.directions, -bottleneck_dim**-0.5, bottleneck_dim**-0.5)
+
+    def forward(self, views: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Embed V views (N, C, H, W), sorted by size, in one backbone pass per size.
+
+        Returns:
+            Unit embeddings (V, N, D) and logits (V, N, K), in float32 or float64.
+        """
+        sizes = itertools.groupby(views, key=lambda view: view.shape[-2:])
+        h = torch.cat([self.backbone(torch.cat(list(same))) for _, same in sizes])
+        z = self.projector(h)
+        with torch.autocast(z.device.type, enabled=False):  # a low temperature needs the digits
+            z = nn.functional.normalize(z if z.dtype == torch.float64 else z.float(), dim=1)
+            z = z.view(len(views), -1, z.shape[1])
+            rows = nn.functional.normalize(self.last_layer.directions, dim=1)
+            return z, z @ (rows * self.last_layer.scales).T
+
+
+def make_teacher(student: nn.Module) -> nn.Module:
+    """A copy that is never trained and has no stochastic depth; in train mode like the student."""
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    for layer in teacher.modules():
+        if isinstance(layer, backbones.Block):
+            layer.drop_path = 0.0
+    return teacher
+
+
+# --------------------------------------------------------------------------------------------- loss
+
+
+def dino_loss(student: Tensor, teacher: Tensor, center: Tensor, student_temperature: float,
+              teacher_temperature: float) -> Tensor:
+    """Compute the cross-entropy of predicting each global crop's target from every other crop.
+
+    Args:
+        student: logits (V, N, K) of all crops, the global ones first.
+        teacher: logits (G, N, K) of the global crops, detached.
+        center: (K,), subtracted from the teacher's logits, detached.
+        student_temperature, teacher_temperature: divide the logits.
+
+    Returns:
+        Scalar: mean over the G (V - 1) pairs of different crops and the N images.
+
+    Reference: section 3.1, equations 1 to 3, and algorithm 1.
+    """
+    student, teacher = (x if x.dtype == torch.float64 else x.float() for x in (student, teacher))
+    targets = ((teacher.detach() - center.detach()) / teacher_temperature).softmax(2)
+    log_p = (student / student_temperature).log_softmax(2)
+    pairs = torch.einsum("gnk,vnk->gv", targets.to(log_p.dtype), log_p)
+    g, v = pairs.shape
+    return -(pairs.sum() - pairs.diagonal().sum()) / (g * (v - 1) * student.shape[1])
+
+
+@torch.no_grad()
+def update_center(center: Tensor, teacher: Tensor, momentum: float) -> None:
+    """Move the centre to the mean of the teacher's logits over all crops, images and processes.
+
+    Args:
+        center: (K,), written in place; it keeps a share `momentum` of itself.
+        teacher: this process's logits (G, N, K), not centred.
+
+    Reference: section 3.1, equation 4.
+    """
+    mean = dist.mean_over_processes(teacher.to(center.dtype).mean((0, 1)))
+    center.lerp_(mean, 1 - momentum)
+
+
+@torch.no_grad()
+def update_ema(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """Move the teacher's parameters to the student's, keeping a share `momentum` of their own.
+
+    Buffers stay as they are: the teacher's batch statistics come from its own forwards.
+    """
+    for old, new in zip(teacher.parameters(), student.parameters(), strict=True):
+        old.lerp_(new, 1 - momentum)
+
+
+@torch.no_grad()
+def clip_per_parameter(module: nn.Module, max_norm: float) -> None:
+    """Scale the gradient of each parameter by itself down to norm `max_norm`, if it is above."""
+    grads = [p.grad for p in module.parameters() if p.grad is not None]
+    for grad, norm in zip(grads, torch._foreach_norm(grads), strict=True):
+        grad.mul_((max_norm / (norm + 1e-6)).clamp(max=1))
+
+
+def temperature_schedule(first: float, last: float, warmup_epochs: int, epochs: int) -> list[float]:
+    """The teacher's temperature in every epoch: in equal steps from first to last, then constant.
+
+    The warm-up's last epoch has the last temperature already.
+    """
+    warmup = np.linspace(first, last, warmup_epochs).tolist()
+    return [*warmup, *[last] * epochs][:epochs]
+
+
+@torch.no_grad()
+def indicators(z: Tensor, teacher: Tensor, center: Tensor, teacher_temperature: float,
+               loss: Tensor) -> dict[str, Tensor]:
+    """What tells learning from collapse; z (N, D) are the student's embeddings of one crop."""
+    targets = ((teacher - center) / teacher_temperature).softmax(2)
+    entropy = torch.special.entr(targets).sum(2).mean()
+    return {
+        "teacher_entropy": entropy,  # 0: one output wins all; ln K: the targets are uniform
+        "teacher_student_kl": loss.detach() - entropy,  # what there is to learn; 0 in collapse
+        "z_std": z.std(0, correction=0).mean(),  # 1 / sqrt(D) where they spread, 0 in collapse
+    }
+
+
+# --------------------------------------------------------------------------------------------- main
+
+
+def main(args):
+    world = dist.setup(args.device, args.deterministic)
+    torch.manual_seed(args.seed)
+
+    # Data
+    images = data.open_images(args.data, "pretrain", args.in_chans, root=args.data_root,
+                              download=args.download, limit=args.limit)
+    scales = list(zip(args.crop_scales[::2], args.crop_scales[1::2], strict=True))
+    make_views = {"photo": photo_views, "digits": digit_views}[args.views]
+    views = make_views(args.num_crops, args.crop_sizes, scales, args.in_chans,
+                       args.jitter_strength, args.blur, args.mean, args.std)
+    num_global = args.num_crops[0]
+
+    # Model
+    backbone = backbones.build_backbone(
+        args.arch, in_chans=args.in_chans, stem=args.stem, zero_init_residual=False,
+        image_size=args.image_size, patch_size=args.patch_size, positions=args.positions,
+        drop_path=args.drop_path,
+    )
+    model = DINO(backbone, args.hidden_dim, args.bottleneck_dim, args.num_outputs,
+                 args.norm_last_layer, args.init_std, args.bn_in_head)
+    model = model.to(world.device, memory_format=torch.channels_last)
+    if args.sync_bn:
+        model = dist.convert_sync_batchnorm(model, world.device)
+    teacher = make_teacher(model)
+    if args.compile:
+        model.backbone.compile(dynamic=False)
+        teacher.backbone.compile(dynamic=False)
+    backbone.recompute = args.grad_checkpoint
+    center = torch.zeros(args.num_outputs, device=world.device)
+
+    # Optimiser
+    lr = args.lr * args.batch_size / 256
+    weights, others = optim.split_by_dimension(model)  # tokens and the last layer decay, officially
+    groups = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
+    if args.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
+    else:
+        optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9)  # fused, no layer could wait
+    autocast, scaler = optim.precision(args.amp, world.device)
+    dist.say(f"{len(images)} images; batch {args.batch_size} = {args.batch_size // world.size} on "
+             f"each of {world.size}; lr {args.lr:g} x {args.batch_size} / 256 = {lr:g}")
+
+    with Run(args.output, cli.settings(args), images, world, resume=args.resume,
+             save_every_minutes=args.save_every_minutes) as run:
+        # Resume
+        state = {"model": model, "teacher": teacher, "center": center, "optimizer": optimizer,
+                 "scaler": scaler}
+        step = run.start(state)
+        loader = data.Loader(images, views, batch_size=args.batch_size, epochs=args.epochs,
+                             seed=args.seed, world=world, workers=args.workers, start_step=step)
+        total_steps = args.epochs * loader.steps_per_epoch
+        lr_of_step = optim.warmup_cosine(
+            start=0.0, base=lr, final=args.final_lr * args.batch_size / 256,
+            warmup_steps=args.warmup_epochs * loader.steps_per_epoch, total_steps=total_steps,
+            warmup_endpoint=True,
+        )
+        decay_of_step, momentum_of_step = (
+            optim.warmup_cosine(start=first, base=first, final=last, warmup_steps=0,
+                                total_steps=total_steps, warmup_endpoint=True)
+            for first, last in ((args.weight_decay, args.final_weight_decay), (args.momentum, 1.0))
+        )
+        temperature_of_epoch = temperature_schedule(
+            args.warmup_teacher_temperature, args.teacher_temperature,
+            args.warmup_teacher_temperature_epochs, args.epochs,
+        )
+        most = math.log(args.num_outputs)
+        log = Log(args.output, world, batch_size=args.batch_size, total_steps=total_steps,
+                  first_step=step, every=args.log_every, chance_loss=most,
+                  floors={"teacher_entropy": 0.01 * most,
+                          "z_std": 0.1 / math.sqrt(args.bottleneck_dim)},
+                  ceilings={"teacher_entropy": 0.99 * most})
+        ddp_model = DistributedDataParallel(model) if world.size > 1 else model
+
+        # Train
+        for epoch in range(step // loader.steps_per_epoch, args.epochs):
+            teacher_temperature = temperature_of_epoch[epoch]
+            for batch in loader.epoch(epoch):  # 1. global and local crops
+                for group in optimizer.param_groups:
+                    group["lr"] = lr_of_step[step]
+                optimizer.param_groups[0]["weight_decay"] = decay_of_step[step]
+                draws = data.philox(args.seed, data.DEPTH, step, world.rank)
+                torch.manual_seed(int(draws.integers(2**63)))  # of stochastic depth
+                with autocast():
+                    with torch.no_grad():
+                        _, targets = teacher(batch.views[:num_global])  # 2. targets
+                    z, logits = ddp_model(batch.views)
+                loss = dino_loss(logits, targets, center, args.student_temperature,
+                                 teacher_temperature)  # 3. predict
+                optimizer.zero_grad(set_to_none=True)
+                scaler.scale(loss).backward()
+                scaler.unscale_(optimizer)
+                if args.clip_per_parameter > 0:
+                    clip_per_parameter(model, args.clip_per_parameter)
+                if epoch < args.freeze_last_layer_epochs:
+                    model.last_layer.zero_grad(set_to_none=True)
+                scaler.step(optimizer)  # 4. step
+                scaler.update()
+                update_ema(teacher, model, momentum_of_step[step])  # 5. teacher
+
+                step += 1
+                seen = {}
+                if log.due(step):
+                    seen = indicators(z[0], targets, center, teacher_temperature, loss)
+                update_center(center, targets, args.center_momentum)  # 6. centre
+                log.write(step, epoch=epoch, loss=loss, lr=lr_of_step[step - 1],
+                          waited=loader.waited, **seen)
+                save, stop = run.agree(step % loader.steps_per_epoch == 0)
+                if save:
+                    log.check()
+                    run.save(step, state, teacher.backbone)
+                if stop:
+                    return
+
+
+if __name__ == "__main__":
+    sys.exit(dist.launch(main, parse_args()))
