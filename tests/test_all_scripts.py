@@ -28,12 +28,13 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py") if "\nRECIPES = " in p.read_text())
 TINY = ["--limit", "32", "--batch-size", "16", "--epochs", "1", "--warmup-epochs", "0",
         "--workers", "0", "--log-every", "1"]
+SMALL_CROPS = ["--num-crops", "2", "1", "--crop-sizes", "16", "8", "--crop-scales", "0.6", "1",
+               "0.3", "0.6"]
 EXTRA: dict[str, list[str]] = {  # what a script needs for a tiny run
     "deepcluster_v2": ["--num-clusters", "8", "8"],
-    "dino": ["--freeze-last-layer-epochs", "0"],
+    "dino": ["--freeze-last-layer-epochs", "0", *SMALL_CROPS],
     "moco": ["--bn-groups", "2"],
-    "swav": ["--freeze-prototypes-epochs", "0", "--num-crops", "2", "1", "--crop-sizes", "16", "8",
-             "--crop-scales", "0.6", "1", "0.3", "0.6", "--queue-length", "32"],
+    "swav": ["--freeze-prototypes-epochs", "0", "--queue-length", "32", *SMALL_CROPS],
 }
 QUICK = {  # what keeps an evaluation short
     "eval_linear": ["--folds", "2", "--weight-decays", "0.001", "0.1"],

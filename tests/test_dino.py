@@ -18,7 +18,6 @@ from common import backbones, dist, optim
 def test_the_imagenet_recipe_is_the_papers():
     args = dino.parse_args(["--recipe", "imagenet"])
     assert (args.arch, args.patch_size, args.drop_path) == ("vit_small", 16, 0.1)
-    assert (args.positions, args.init_std) == ("learned", 0.02)
     assert (args.num_crops, args.crop_sizes) == ([2, 8], [224, 96])
     assert args.crop_scales == [0.4, 1.0, 0.05, 0.4] and args.image_size == 224
     assert (args.hidden_dim, args.bottleneck_dim, args.num_outputs) == (2048, 256, 65536)
@@ -44,6 +43,10 @@ def test_the_resnet_recipe_is_the_official_readmes():
     assert args.final_lr * args.batch_size / 256 == pytest.approx(1e-6)
 
 
+TRANSFORMER = ["--arch", "vit_micro", "--num-crops", "2", "2", "--crop-sizes", "16", "8",
+               "--crop-scales", "0.6", "1", "0.3", "0.6"]
+
+
 @pytest.mark.parametrize(
     "flags, named",
     [
@@ -56,9 +59,9 @@ def test_the_resnet_recipe_is_the_official_readmes():
 )
 def test_combinations_that_cannot_be_are_refused(flags, named, capsys):
     with pytest.raises(SystemExit):
-        dino.parse_args(flags)
+        dino.parse_args([*TRANSFORMER, *flags])
     assert named in capsys.readouterr().err
-    dino.parse_args(["--arch", "resnet_tiny", "--crop-sizes", "16", "10"])
+    dino.parse_args([*TRANSFORMER, "--arch", "resnet_tiny", "--crop-sizes", "16", "10"])
 
 
 # -------------------------------------------------------------------------------------------- views
@@ -88,7 +91,7 @@ def small_model(arch="vit_micro", norm_last_layer=True, drop_path=0.0):
         arch, in_chans=3, stem="small", zero_init_residual=False, image_size=16, patch_size=4,
         positions="learned", drop_path=drop_path,
     )
-    return dino.DINO(backbone, 32, 8, 20, norm_last_layer, init_std=0.1, bn_in_head=False)
+    return dino.DINO(backbone, 32, 8, 20, norm_last_layer, bn_in_head=False)
 
 
 @pytest.mark.parametrize("arch", ["vit_micro", "resnet_tiny"])
@@ -115,14 +118,13 @@ def test_the_last_layer_is_torchs_weight_norm(norm_last_layer):
     torch.testing.assert_close(logits, theirs(z))
 
 
-@pytest.mark.parametrize("init_std", [0.02, 0.1])
-def test_linear_layers_start_truncated_normal_with_biases_of_0(init_std):
+def test_linear_layers_start_truncated_normal_with_biases_of_0():
     backbone = small_model().backbone
-    model = dino.DINO(backbone, 256, 64, 20, True, init_std, bn_in_head=True)
+    model = dino.DINO(backbone, 256, 64, 20, True, bn_in_head=True)
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
     assert len(layers) == 4 * 4 + 3
     for layer in layers:
-        assert layer.weight.std().item() == pytest.approx(init_std, rel=0.05)
+        assert layer.weight.std().item() == pytest.approx(0.02, rel=0.05)
         assert (layer.bias == 0).all()
 
 
@@ -321,7 +323,7 @@ def test_the_indicators_name_both_ways_to_collapse():
 
 TINY = ["--limit", "64", "--batch-size", "16", "--epochs", "2", "--warmup-epochs", "0",
         "--workers", "0", "--log-every", "1", "--freeze-last-layer-epochs", "1",
-        "--num-crops", "2", "2"]
+        *TRANSFORMER]
 
 
 def train(folder, *flags):
@@ -377,7 +379,7 @@ def test_each_step_follows_its_schedules_and_the_order_of_updates(tmp_path):
     flags = ["--warmup-teacher-temperature-epochs", "2", "--teacher-temperature", "0.07"]
     _, center, steps = train(str(tmp_path), *flags)
     assert [step["crops"] for step in steps] == [(4, 2)] * 8  # the teacher's are the global ones
-    assert [step["temperature"] for step in steps] == [0.04] * 4 + [0.07] * 4
+    assert [step["temperature"] for step in steps] == [0.03] * 4 + [0.07] * 4
     assert [step["momentum"] for step in steps] == pytest.approx(
         [1 - 0.01 * (1 + math.cos(math.pi * t / 8)) / 2 for t in range(8)])
     assert all(step["events"] == ["loss", "ema", "center"] for step in steps)
@@ -413,8 +415,8 @@ def test_rate_and_decay_follow_their_tables_and_decay_is_for_weights(name, tmp_p
         final = dino.RECIPES["digits"]["final_lr"] / 16
         assert decayed["lr"] == others["lr"] == pytest.approx(final + (0.001 - final) * cosine)
         assert min(decayed["params"]) > 1 and set(others["params"]) == {1}
-    # Of each of 4 blocks 4 matrices; patches, three layers, directions; class token.
-    assert len(steps[0][0]["params"]) == 4 * 4 + 5 + 1 and len(steps) == 8
+    # Of each of 4 blocks 4 matrices; patches, three layers, directions; class token, positions.
+    assert len(steps[0][0]["params"]) == 4 * 4 + 5 + 2 and len(steps) == 8
 
 
 def test_stochastic_depth_is_drawn_anew_each_step_and_again_after_a_resume(tmp_path):
