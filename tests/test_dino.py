@@ -376,7 +376,8 @@ def test_any_number_of_processes_computes_the_same(pool, tmp_path, flags):
 
 
 def test_each_step_follows_its_schedules_and_the_order_of_updates(tmp_path):
-    flags = ["--warmup-teacher-temperature-epochs", "2", "--teacher-temperature", "0.07"]
+    flags = ["--warmup-teacher-temperature-epochs", "2", "--teacher-temperature", "0.07",
+             "--momentum", "0.99"]
     _, center, steps = train(str(tmp_path), *flags)
     assert [step["crops"] for step in steps] == [(4, 2)] * 8  # the teacher's are the global ones
     assert [step["temperature"] for step in steps] == [0.03] * 4 + [0.07] * 4
