@@ -28,7 +28,7 @@ METHODS = {  # name: script and flags
     "Barlow Twins": ["barlow_twins.py"],
     "MAE": ["mae.py"],
 }
-TRANSFORMERS = {"DINO": "cls", "MAE": "patches"}  # and the layer that is evaluated
+TRANSFORMERS = {"MAE": "patches"}  # and the layer that is evaluated
 EVALUATIONS = {
     "eval_knn.py": [],
     "eval_linear.py": [],

@@ -1,6 +1,7 @@
 """Images per second of a script: its data path alone, its step alone, and end to end.
 
     python benchmarks/throughput.py simclr --data /path/to/cifar10-jpegs --peer lightly
+    python benchmarks/throughput.py all --data /path/to/cifar10-jpegs --peer lightly --pairs 3
 
 Each figure comes from a process of its own that runs the script's own `main`:
 
@@ -32,6 +33,23 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 PARTS = ("data", "step", "both")
+HEAD = ["--", "--optimizer", "adamw", "--hidden-dim", "2048", "--bottleneck-dim", "256",
+        "--num-outputs", "4096", "--no-bn-in-head"]  # of DINO, as the peer's
+ALL = {  # what `all` measures: script, flags; the last ones have no peer
+    "SimCLR": ["simclr"],
+    "MoCo v2": ["moco", "--", "--bn-groups", "1", "--mlp-head"],
+    "Barlow Twins": ["barlow_twins"],
+    "SwAV 2x32": ["swav"],
+    "SwAV 2x32 + 4x16": ["swav", "--small-crops", "4"],
+    "DINO ResNet-18, 2x32 + 4x16": ["dino", "--small-crops", "4", *HEAD],
+    "DINO ViT-tiny/4, 2x32 + 4x16": ["dino", "--arch", "vit_tiny", "--small-crops", "4",
+                                     "--warmup", "1", "--steps", "3", *HEAD],
+    "MAE ViT-tiny/4": ["mae", "--arch", "vit_tiny", "--warmup", "2", "--steps", "6"],
+    "DeepCluster v2 2x32": ["deepcluster_v2"],
+    "NPID": ["npid_pirl"],
+    "PIRL": ["npid_pirl", "--", "--method", "pirl"],
+}
+ALONE = ("DeepCluster v2 2x32", "NPID", "PIRL")
 SMALL_CROP_SCALES = {  # of the full and of the small crops, as the peer's
     "swav": (0.14, 1, 0.05, 0.14), "deepcluster_v2": (0.14, 1, 0.05, 0.14),
     "dino": (0.4, 1, 0.05, 0.4), "simclr": (0.08, 1, 0.05, 0.14),
@@ -41,7 +59,7 @@ SMALL_CROP_SCALES = {  # of the full and of the small crops, as the peer's
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("script", help="simclr, ...")
+    parser.add_argument("script", help="simclr, ..., or all: every method in turn")
     parser.add_argument("--data", help="a folder of images with class folders under train/")
     parser.add_argument("--peer", choices=["lightly"])
     parser.add_argument("--pairs", type=int, default=5)
@@ -286,6 +304,37 @@ def main(args, argv):
     print(json.dumps(summary))
 
 
+def run_all(args, given: list[str]):
+    """Measure every method with the same settings in turn; one table at the end."""
+    rows = []
+    for name, (script, *own) in ALL.items():
+        shared = [flag for flag in given if flag != "all"]
+        if name in ALONE and args.peer:
+            at = shared.index("--peer")
+            del shared[at : at + 2]
+        done = subprocess.run([sys.executable, __file__, script, *shared, *own],
+                              stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            rows.append(f"| {name} | failed |")
+            continue
+        print(done.stdout, end="", flush=True)
+        result = json.loads(done.stdout.splitlines()[-1])
+        row = f"| {name}"
+        for part in args.parts:
+            row += f" | {result['images_per_second']['ours'][part]['median']:,.0f}"
+            if part in result["ratio"]:
+                ratio = result["ratio"][part]
+                row += (f" | {ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})"
+                        f" | {result['memory_ratio'][part]['median']:.2f}")
+            else:
+                row += " | | "
+        rows.append(row + " |")
+    heads = [f"{part}, img/s | over {args.peer} | memory" for part in args.parts]
+    print("| method | " + " | ".join(heads) + " |")
+    print("|---" * (1 + 3 * len(args.parts)) + "|")
+    print("\n".join(rows))
+
+
 def cpu_name() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     name = next((line.split(":")[1].strip() for line in lines if "model name" in line), "CPU")
@@ -297,6 +346,8 @@ if __name__ == "__main__":
     arguments = parse_args(given)
     if arguments.measure:
         measure(arguments)
+    elif arguments.data and arguments.script == "all":
+        run_all(arguments, given)
     elif arguments.data:
         main(arguments, given)
     else:
@@ -304,4 +355,4 @@ if __name__ == "__main__":
             needed = (arguments.warmup + arguments.steps + 1) * arguments.batch_size
             make_jpegs(Path(made), needed, arguments.image_size)
             given = ["--data", made, *given]
-            main(parse_args(given), given)
+            (run_all if arguments.script == "all" else main)(parse_args(given), given)
