@@ -298,7 +298,8 @@ def main(args):
     lr = args.lr * args.batch_size / 256
     weights, others = optim.split_by_dimension(model)  # class and mask token decay, as officially
     groups = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=args.weight_decay,
+                                  fused=True)
     autocast, scaler = optim.precision(args.amp, world.device)
     dist.say(f"{len(images)} images; batch {args.batch_size} = {args.batch_size // world.size} on "
              f"each of {world.size}; lr {args.lr:g} x {args.batch_size} / 256 = {lr:g}; "

@@ -290,9 +290,9 @@ def test_settings_leave_out_the_run_flags_and_nothing_else():
 def test_run_flags_are_those_that_cannot_change_the_weights():
     args = simclr.parse_args([])
     left_out = vars(args).keys() - cli.settings(args).keys()
-    assert left_out == cli.RUN_FLAGS - {"accum_steps"}  # not with batch norm
+    assert left_out == cli.RUN_FLAGS - {"accum_steps", "grad_checkpoint"}  # not with batch norm
     assert left_out == {
-        "amp", "data_root", "deterministic", "device", "download", "log_every", "output", "recipe",
+        "amp", "compile", "data_root", "deterministic", "device", "download", "log_every", "output", "recipe",
         "resume", "save_every_minutes", "workers",
     }
 
