@@ -296,7 +296,7 @@ def dino_loss(student: Tensor, teacher: Tensor, center: Tensor, student_temperat
     student, teacher = (x if x.dtype == torch.float64 else x.float() for x in (student, teacher))
     targets = ((teacher.detach() - center.detach()) / teacher_temperature).softmax(2)
     log_p = (student / student_temperature).log_softmax(2)
-    pairs = torch.einsum("gnk,vnk->gv", targets.to(log_p.dtype), log_p)
+    pairs = torch.einsum("gnk,vnk->ngv", targets.to(log_p.dtype), log_p).sum(0)
     g, v = pairs.shape
     return -(pairs.sum() - pairs.diagonal().sum()) / (g * (v - 1) * student.shape[1])
 
@@ -384,6 +384,9 @@ def main(args):
         model = dist.convert_sync_batchnorm(model, world.device)
     teacher = make_teacher(model)
     if args.compile:
+        from torch._inductor import config
+
+        config.fallback_random = True  # stochastic depth draws as without --compile
         model.backbone.compile(dynamic=False)
         teacher.backbone.compile(dynamic=False)
     backbone.recompute = args.grad_checkpoint

@@ -234,7 +234,7 @@ def evaluate(given: features.Features, args, world) -> dict:
 
 
 def main(args):
-    world = dist.setup(args.device)
+    world = dist.setup(args.device, deterministic=True)
 
     def open_split(settings, split):
         return data.open_images(settings["data"], split, settings["in_chans"],

@@ -105,10 +105,10 @@ def parse_args(argv=None):
     group.add_argument("--train-fraction", type=cli.share, default=1.0, metavar="SHARE",
                        help="of the training images to train on, by class")
     group = parser.add_argument_group("auto")
-    group.add_argument("--weight-decays", type=cli.positive, nargs="+", default=DECAYS,
-                       help="to choose from")
-    group.add_argument("--folds", type=cli.count, default=5,
-                       help="parts of the training images, each left out in turn")
+    group.add_argument("--weight-decays", type=cli.positive, nargs="+",
+                       help="to choose from [1e-6 to 1]")
+    group.add_argument("--folds", type=cli.count,
+                       help="parts of the training images, each left out in turn [5]")
     group = parser.add_argument_group("protocols of the papers (default: as published)")
     group.add_argument("--epochs", type=cli.count, help="passes; milestones and warm-up scale")
     group.add_argument("--train-batch-size", type=cli.count, metavar="N",
@@ -130,6 +130,10 @@ def parse_args(argv=None):
     for name in papers if args.protocol == "auto" else ():
         if getattr(args, name) is not None:
             parser.error(f"--{name.replace('_', '-')} does not go with --protocol auto")
+    for name in ("folds", "weight_decays") if args.protocol != "auto" else ():
+        if getattr(args, name) is not None:
+            parser.error(f"--{name.replace('_', '-')} goes with --protocol auto only")
+    args.folds, args.weight_decays = args.folds or 5, args.weight_decays or DECAYS
     for name in ("features", "save_features") if args.protocol != "auto" else ():
         if getattr(args, name):
             parser.error(f"--{name.replace('_', '-')} goes with --protocol auto only: "
@@ -399,10 +403,10 @@ def principal_axes(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
     In these coordinates the functions to minimise are curved along the axes, and the weight decay
     is what it was. Axes along which nothing varies are left out: their weights would stay 0.
     """
-    covariance = (x.T @ x).double() / n
-    covariance = dist.mean_over_processes(covariance) * dist.size()
-    if len(covariance) > 4096:  # would take longer than what it saves
-        return torch.eye(len(covariance), dtype=x.dtype, device=x.device), covariance.diagonal()
+    if x.shape[1] > 4096:  # would take longer than what it saves
+        variances = dist.sum_over_processes(x.square().sum(0).double()) / n
+        return torch.eye(len(variances), dtype=x.dtype, device=x.device), variances
+    covariance = dist.sum_over_processes((x.T @ x).double()) / n
     variances, axes = torch.linalg.eigh(covariance)
     found = torch.cat([axes, variances[None]]).cpu().contiguous()
     dist.share_rows(found, [0] + [len(found)] * dist.size())  # the same ones on every machine
@@ -577,11 +581,12 @@ def paper_probe(backbone, train, test, test_view, settings: dict, mark: str, arg
 
     changing = dict(
         protocol, protocol=args.protocol, checkpoint=mark, layers=names, epochs=epochs,
-        train_batch_size=batch_size, lr=lr, flip=flip, train_fraction=args.train_fraction,
-        seed=args.seed, num_classes=num_classes,
+        train_batch_size=batch_size, lr=args.lr or protocol["lr"], flip=flip,
+        train_fraction=args.train_fraction, seed=args.seed, num_classes=num_classes,
         **{name: settings[name] for name in ("image_size", "in_chans", "mean", "std")},
     )
-    folder = os.path.join(args.output, f"{args.protocol}-{mark}")
+    share = "" if args.train_fraction == 1 else f"-{args.train_fraction:g}"
+    folder = os.path.join(args.output, f"{args.protocol}{share}-{mark}")
     with Run(folder, changing, train, world, resume=args.resume,
              save_every_minutes=args.save_every_minutes, product="heads.pth") as run:
         state = {"heads": heads, "optimizer": optimizer}
@@ -597,8 +602,10 @@ def paper_probe(backbone, train, test, test_view, settings: dict, mark: str, arg
             for batch in loader.epoch(epoch):
                 for group in optimizer.param_groups:
                     group["lr"] = lr_of_step[step]
-                with torch.no_grad():
-                    rows = probed_layers(backbone, batch.views[0], names)
+                with torch.no_grad():  # so many images at a time, whatever the batch
+                    parts = [probed_layers(backbone, part, names)
+                             for part in batch.views[0].split(args.batch_size)]
+                rows = {name: torch.cat([part[name] for part in parts]) for name in names}
                 truth = labels[batch.index].to(world.device, non_blocking=True)
                 loss = sum(nn.functional.cross_entropy(head(rows[name]), truth)
                            for name, head in heads.items())
@@ -647,7 +654,7 @@ def paper_table(args, world, open_split, make_view, build) -> list[dict] | None:
     for checkpoint in checkpoints:
         settings = dict(shared)
         if checkpoint.weights is not None:
-            settings = {**features.resolve(args, [checkpoint]), "data": shared["data"]}
+            settings = features.resolve(args, [checkpoint], shared["data"])
         settings["trained_size"] = checkpoint.settings.get("image_size", settings["image_size"])
         train, test = (open_split(settings, split) for split in ("train", "test"))
         if train.labels is None or test.labels is None:
@@ -718,7 +725,7 @@ class Watched:
 
 
 def main(args):
-    world = dist.setup(args.device)
+    world = dist.setup(args.device, deterministic=True)
     protocol = PROTOCOLS.get(args.protocol)
 
     def open_split(settings, split):

@@ -484,7 +484,8 @@ def main(args):
         if not is_voc(settings["data"]):
             return data.open_images(settings["data"], split, settings["in_chans"],
                                     root=args.data_root, limit=args.limit)
-        images, names[:] = open_voc(settings["data"], split, settings["in_chans"])
+        with dist.together():
+            images, names[:] = open_voc(settings["data"], split, settings["in_chans"])
         if args.limit is not None and args.limit < len(images):
             images = images.subset(np.arange(args.limit) * len(images) // args.limit)
         return images

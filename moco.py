@@ -373,7 +373,8 @@ def main(args):
                     q = ddp_model(queries)  # 2. queries
                     update_ema(key_encoder, model, args.momentum)  # 3. keys
                     shuffle = data.philox(args.seed, data.SHUFFLE, step)
-                    order = torch.from_numpy(shuffle.permutation(args.batch_size)).to(world.device)
+                    order = torch.from_numpy(shuffle.permutation(args.batch_size))
+                    order = order.to(world.device, non_blocking=True)
                     k = encode_keys(key_encoder, keys, order)
                 # 4. find the key; of two directions the sum, as in the authors' notebook
                 losses = [info_nce(*pair, queue, args.temperature)

@@ -249,7 +249,7 @@ def swapped_prediction_loss(scores: Tensor, codes: Tensor, temperature: float) -
     """
     scores = scores if scores.dtype == torch.float64 else scores.float()
     log_p = (scores / temperature).log_softmax(2)
-    pairs = torch.einsum("ank,vnk->av", codes.detach().to(log_p.dtype), log_p)
+    pairs = torch.einsum("ank,vnk->nav", codes.detach().to(log_p.dtype), log_p).sum(0)
     a, v = pairs.shape
     return -(pairs.sum() - pairs.diagonal().sum()) / (a * (v - 1) * scores.shape[1])
 

@@ -88,7 +88,9 @@ class Run:
         if self.lock:
             self.lock.close()
         if kind is None and self.stopping:
-            dist.say(f"stopped at step {self.saved_step} and saved; the same command goes on")
+            where = "before the first step" if self.saved_step is None else (
+                f"at step {self.saved_step} and saved")
+            dist.say(f"stopped {where}; the same command goes on")
         elif kind is None:
             dist.say(f"finished: {self.path(self.product)}")
 

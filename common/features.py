@@ -66,13 +66,17 @@ def find_checkpoint(name: str) -> Checkpoint:
     return Checkpoint(name, weights, settings)
 
 
-def resolve(args, checkpoints: list[Checkpoint]) -> dict:
-    """What to evaluate on and with: flags first, then the first described run, then assumptions."""
+def resolve(args, checkpoints: list[Checkpoint], data: str | None = None) -> dict:
+    """What to evaluate on and with: flags first, then the first described run, then assumptions.
+
+    `data`, if given, is what the images are whatever the checkpoints say.
+    """
     described = next((c.settings for c in checkpoints if c.settings), {})
-    source = args.data or described.get("data") or "digits"
+    source = data or args.data or described.get("data") or "digits"
     assumed = DIGITS if source == "digits" else dict(FOLDER, data=source)
     given = {name: getattr(args, name) for name in DIGITS if getattr(args, name) is not None}
     settings = {name: {**assumed, **described, **given}[name] for name in DIGITS}
+    settings["data"] = source
     for name in ("mean", "std"):
         values = settings[name]
         if len(values) in (1, settings["in_chans"]):
@@ -161,7 +165,7 @@ def sources(args, world: World, *, open_split, make_view, build, layers, default
     for checkpoint in checkpoints:
         settings = dict(shared)
         if checkpoint.weights is not None:
-            settings = {**resolve(args, [checkpoint]), "data": shared["data"]}
+            settings = resolve(args, [checkpoint], shared["data"])
         settings["trained_size"] = checkpoint.settings.get("image_size", settings["image_size"])
         if settings["in_chans"] not in opened:
             splits = [open_split(settings, split) for split in ("train", "test")]

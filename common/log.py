@@ -94,10 +94,11 @@ class Log:
             )
 
     def warn(self, line: dict):
-        """Name, once each, the collapse indicators that have left their bounds."""
+        """Name the collapse indicators that have left their bounds, once until they are back."""
         left = [(name, "below", bound) for name, bound in self.floors.items() if line[name] < bound]
         left += [(name, "above", bound) for name, bound in self.ceilings.items()
                  if line[name] > bound]
+        self.warned &= {(name, where) for name, where, _ in left}
         for name, where, bound in left:
             if (name, where) not in self.warned:
                 self.warned.add((name, where))

@@ -231,6 +231,16 @@ def test_amp_bf16_stays_near_float32(script, tmp_path):
     np.testing.assert_allclose(losses[1], losses[0], rtol=0.05)
 
 
+@every_script
+def test_compile_is_asked_for_and_changes_no_name(script, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: compiled.append(self))
+    module, args = parsed(script, "--compile", "--output", tmp_path)
+    module.main(args)
+    assert compiled and not any("_orig_mod" in key for key in torch.load(
+        tmp_path / "backbone.pth", weights_only=True))
+
+
 # -------------------------------------------------------------------- what is refused when resuming
 
 

@@ -309,6 +309,18 @@ def test_the_gradient_cache_is_exact_on_two_processes(pool):
             np.testing.assert_allclose(got, alone, rtol=1e-6, atol=1e-12)
 
 
+def test_the_gradient_cache_trains_as_without_it_where_a_chunk_is_all(tmp_path):
+    flags = ["--limit", "32", "--batch-size", "16", "--epochs", "1", "--warmup-epochs", "0",
+             "--workers", "0", "--log-every", "1", "--no-sync-bn", "--output"]
+    losses = []
+    for name, extra in (("plain", []), ("whole", ["--grad-cache", "16"]),
+                        ("half", ["--grad-cache", "8"])):
+        simclr.main(simclr.parse_args([*flags, str(tmp_path / name), *extra]))
+        losses.append([json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").open()])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] != pytest.approx(losses[0], rel=1e-5)  # other batch statistics
+
+
 def test_the_gradient_cache_excludes_sync_bn_and_needs_whole_chunks(capsys):
     for flags, named in ((["64"], "which --sync-bn excludes"),
                          (["100", "--no-sync-bn"], "--grad-cache 100 does not divide the 256")):
