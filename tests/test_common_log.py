@@ -180,7 +180,7 @@ def test_the_check_before_a_save_stops_all_processes(pool, tmp_path):
 # ------------------------------------------------------------------------------------------- floors
 
 
-def test_an_indicator_below_its_floor_is_named_once(tmp_path, capsys):
+def test_an_indicator_below_its_floor_is_named_once_until_it_is_back(tmp_path, capsys):
     watched = made(tmp_path, every=1, floors={"z_std": 0.1, "entropy": 0.5})
     warnings = []
     for step, z_std, entropy in [
@@ -189,17 +189,19 @@ def test_an_indicator_below_its_floor_is_named_once(tmp_path, capsys):
         write(watched, step, z_std=z_std, entropy=entropy)
         said = re.findall(r"warning: (\w+) is (\S+), below (\S+):", capsys.readouterr().out)
         warnings += [(step, *words) for words in said]
-    assert warnings == [(3, "z_std", "0.09", "0.1"), (4, "entropy", "0.4", "0.5")]
+    assert warnings == [(3, "z_std", "0.09", "0.1"), (4, "entropy", "0.4", "0.5"),
+                        (6, "z_std", "0.01", "0.1"), (6, "entropy", "0.1", "0.5")]
 
 
-def test_an_indicator_with_two_bounds_is_named_once_for_each(tmp_path, capsys):
+def test_an_indicator_with_two_bounds_is_named_for_each(tmp_path, capsys):
     watched = made(tmp_path, every=1, floors={"entropy": 0.5}, ceilings={"entropy": 2.0})
     warnings = []
     for step, entropy in enumerate([1.0, 2.0, 2.25, 3.0, 0.25, 0.125, 2.5], start=1):
         write(watched, step, entropy=entropy)
         said = re.findall(r"warning: (.*): the emb", capsys.readouterr().out)
         warnings += [(step, words) for words in said]
-    assert warnings == [(3, "entropy is 2.25, above 2"), (5, "entropy is 0.25, below 0.5")]
+    assert warnings == [(3, "entropy is 2.25, above 2"), (5, "entropy is 0.25, below 0.5"),
+                        (7, "entropy is 2.5, above 2")]
 
 
 # ----------------------------------------------------------------------------------------- progress
