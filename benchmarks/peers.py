@@ -232,7 +232,7 @@ class MAE(torch.nn.Module):
         self.backbone = MaskedVisionTransformerTIMM(vit(args))
         self.length = self.backbone.sequence_length
         self.decoder = MAEDecoderTIMM(num_patches=self.length - 1, patch_size=4, embed_dim=192,
-                                      decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16)
+                                      decoder_embed_dim=192, decoder_depth=4, decoder_num_heads=3)
 
     def forward(self, images):
         n = len(images)
