@@ -201,11 +201,14 @@ def nearest_centroids(x: Tensor, centroids: Tensor) -> Tensor:
 
         metric = faiss.METRIC_INNER_PRODUCT
         _, rows = faiss.knn(x.contiguous().numpy(), centroids.contiguous().numpy(), 1, metric)
+        rows = torch.from_numpy(rows)[:, 0]
+        if len(centroids.sum(1).unique()) == len(centroids):
+            return rows
         # Equal centroids, as in a collapse, differ by rounding in there.
         _, group = centroids.unique(dim=0, return_inverse=True)
         lowest = torch.full_like(group, len(group)).scatter_reduce_(
             0, group, torch.arange(len(group)), "amin")
-        return lowest[group[torch.from_numpy(rows)[:, 0]]]
+        return lowest[group[rows]]
     return torch.cat([(part @ centroids.T).argmax(1) for part in x.split(8192)])
 
 
@@ -246,8 +249,8 @@ def spherical_kmeans(x: Tensor, num_clusters: int, iterations: int, generator: t
     for _ in range(iterations):
         sums = torch.zeros_like(centroids, dtype=torch.float64)
         nearest = nearest_centroids(x, centroids)
-        for rows, part in zip(nearest.split(4096), x.split(4096), strict=True):
-            sums.index_add_(0, rows, part.double())
+        for rows, part in zip(nearest.split(8192), x.split(8192), strict=True):
+            sums += torch.zeros_like(centroids).index_add_(0, rows, part)
         sums = dist.sum_over_processes(sums)
         norms = sums.norm(dim=1, keepdim=True)  # 0: the cluster is empty
         means = (sums / norms.clamp(min=1e-12)).to(x.dtype)

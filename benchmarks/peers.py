@@ -178,7 +178,7 @@ def vit(args):
     from timm.models.vision_transformer import VisionTransformer
 
     return VisionTransformer(img_size=args.image_size, patch_size=4, embed_dim=192, depth=12,
-                             num_heads=3, num_classes=0)
+                             num_heads=3, num_classes=0, dynamic_img_size=args.small_crops > 0)
 
 
 class DINO(torch.nn.Module):
@@ -187,9 +187,6 @@ class DINO(torch.nn.Module):
         is_vit = args.arch.startswith("vit")
         self.backbone = MaskedVisionTransformerTIMM(vit(args)) if is_vit else TwoViews(
             args.arch, torch.nn.Identity())
-        if is_vit:
-            self.backbone.vit.dynamic_img_size = True
-            self.backbone.vit.patch_embed.strict_img_size = False
         self.head = DINOProjectionHead(192 if is_vit else 512, 2048, 256, 4096,
                                        freeze_last_layer=freeze)
 
