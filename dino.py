@@ -71,8 +71,8 @@ RECIPES = {
         epochs=800, batch_size=512, lr=0.12, final_lr=0.0, weight_decay=5e-4,
         final_weight_decay=5e-4, warmup_epochs=10, sync_bn=True,
     ),
-    # Ours, chosen on the built-in digits: about a minute on two cores. A ResNet, for in so few steps
-    # a transformer hardly learns (--arch vit_micro: k-NN .496 where .477 is untrained).
+    # Ours, chosen on the built-in digits: about a minute on two cores. A ResNet: in so few steps a
+    # transformer hardly learns (--arch vit_micro: k-NN .496 where .477 is untrained).
     "digits": dict(
         arch="resnet_tiny", stem="small", patch_size=4, in_chans=3, mean=[0.5, 0.5, 0.5],
         std=[0.5, 0.5, 0.5], views="digits", num_crops=[2], crop_sizes=[16], crop_scales=[0.6, 1.0],
