@@ -237,8 +237,8 @@ def test_compile_is_asked_for_and_changes_no_name(script, tmp_path, monkeypatch)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: compiled.append(self))
     module, args = parsed(script, "--compile", "--output", tmp_path)
     module.main(args)
-    assert compiled and not any("_orig_mod" in key for key in torch.load(
-        tmp_path / "backbone.pth", weights_only=True))
+    weights = torch.load(tmp_path / "backbone.pth", weights_only=True)
+    assert compiled and not any("_orig_mod" in key for key in weights)
 
 
 # -------------------------------------------------------------------- what is refused when resuming
