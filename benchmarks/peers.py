@@ -1,11 +1,13 @@
-"""lightly's methods in the loop that its documentation shows, for `throughput.py`.
+"""lightly's methods as its documentation shows them, for `throughput.py` and `quality.py`.
 
-Each function takes the benchmark's settings, the part to measure ("data": the loader alone, "step":
-one fixed batch, "both") and `tick`, to be called before every batch. Views, sizes and strengths are
-those of our recipe of the same name.
+Each function takes the settings of our script of that name, as its `parse_args` gives them, and
+returns lightly's views, modules and loss at the same backbone, sizes and strengths.
 """
 
+import math
 import os
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torchvision
@@ -22,48 +24,299 @@ from lightly.models.modules import (
     SwaVPrototypes,
 )
 from lightly.models.utils import deactivate_requires_grad, update_momentum
-from lightly.transforms import (
-    BYOLTransform,
-    DINOTransform,
-    MAETransform,
-    MoCoV2Transform,
-    SimCLRTransform,
-)
+from lightly.transforms import BYOLTransform, DINOTransform, MAETransform, SimCLRTransform
 from lightly.transforms.byol_transform import BYOLView1Transform, BYOLView2Transform
 from lightly.transforms.multi_crop_transform import MultiCropTranform
 from lightly.transforms.swav_transform import SwaVViewTransform
 from lightly.utils.lars import LARS
+from torch import nn
+
+from common import backbones
+
+GATHER = int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
-def loop(args, part, tick, transform, build, criterion, step=None, sgd=False,
-         adamw=False):
-    """Load, augment and train as lightly's examples do, on one process or several.
+class Method(NamedTuple):
+    """What one of lightly's methods consists of.
 
-    `step(model, views)` gives the loss of a batch; by default the criterion of all embeddings.
+    transform: an image to its views.
+    build: makes the model.
+    step: (model, views, share of the run that is done) to the loss.
+    """
+
+    transform: Callable
+    build: Callable
+    step: Callable
+
+
+class Embedder(nn.Module):
+    """A ResNet and a projection head."""
+
+    def __init__(self, args, head: Callable, zero_init_residual=False):
+        super().__init__()
+        self.backbone = backbones.build_backbone(
+            args.arch, stem=args.stem, in_chans=args.in_chans,
+            zero_init_residual=zero_init_residual,
+        )
+        self.head = head(self.backbone.num_features)
+
+    def forward(self, images):
+        return self.head(self.backbone(images).flatten(start_dim=1))
+
+
+def crop_bicubic(transform):
+    """Let lightly's crops be resized as ours of SimCLR, Barlow Twins and DINO are."""
+    for view in transform.transforms:
+        for step in view.transform.transforms:
+            if isinstance(step, torchvision.transforms.RandomResizedCrop):
+                step.interpolation = torchvision.transforms.InterpolationMode.BICUBIC
+
+
+def bare(model: nn.Module) -> nn.Module:
+    return getattr(model, "module", model)  # without DDP
+
+
+def normalize(args) -> dict:
+    return {"mean": args.mean, "std": args.std}
+
+
+def simclr(args) -> Method:
+    criterion = NTXentLoss(temperature=args.temperature, gather_distributed=GATHER)
+    transform = SimCLRTransform(
+        input_size=args.image_size, cj_strength=args.jitter_strength, min_scale=args.crop_scales[0],
+        gaussian_blur=0.0, normalize=normalize(args),
+    )
+
+    def head(width):
+        return SimCLRProjectionHead(width, args.projector_dim, args.embedding_dim)
+
+    def step(model, views, done):
+        return criterion(*[model(view) for view in views])
+
+    return Method(transform, lambda: Embedder(args, head, zero_init_residual=True), step)
+
+
+def barlow_twins(args) -> Method:
+    criterion = BarlowTwinsLoss(lambda_param=args.lambda_, gather_distributed=GATHER)
+    same = dict(input_size=args.image_size, min_scale=args.crop_scale[0], gaussian_blur=0.0,
+                normalize=normalize(args))
+    transform = BYOLTransform(BYOLView1Transform(**same), BYOLView2Transform(**same))
+
+    def head(width):
+        return BarlowTwinsProjectionHead(width, args.projector_dim, args.embedding_dim)
+
+    def step(model, views, done):
+        return criterion(*[model(view) for view in views])
+
+    return Method(transform, lambda: Embedder(args, head, zero_init_residual=True), step)
+
+
+class MoCo(Embedder):
+    """With a key encoder; shuffling and splitting of batch norm are left out, as there."""
+
+    def __init__(self, args):
+        def head(width):
+            return MoCoProjectionHead(width, width, args.embedding_dim)
+
+        super().__init__(args, head)
+        self.keys = Embedder(args, head)
+        self.keys.load_state_dict(
+            {name: value for name, value in self.state_dict().items() if "keys" not in name}
+        )
+        deactivate_requires_grad(self.keys)
+
+
+def moco(args) -> Method:
+    criterion = NTXentLoss(temperature=args.temperature,
+                           memory_bank_size=(args.queue_length, args.embedding_dim))
+    transform = SimCLRTransform(
+        input_size=args.image_size, cj_strength=1.0, cj_bright=0.4, cj_contrast=0.4, cj_sat=0.4,
+        cj_hue=0.1, min_scale=args.crop_scale[0], gaussian_blur=0.0, normalize=normalize(args),
+    )
+
+    def step(model, views, done):
+        inner = bare(model)
+        update_momentum(inner.backbone, inner.keys.backbone, args.momentum)
+        update_momentum(inner.head, inner.keys.head, args.momentum)
+        with torch.no_grad():
+            keys = inner.keys(views[1])
+        return criterion(model(views[0]), keys)
+
+    return Method(transform, lambda: MoCo(args), step)
+
+
+class SwAV(Embedder):
+    def __init__(self, args):
+        width, count = args.embedding_dim, args.num_prototypes[0]
+        super().__init__(args, lambda h: SwaVProjectionHead(h, args.projector_dim, width))
+        self.prototypes = SwaVPrototypes(width, count)
+
+    def forward(self, views):
+        z = [nn.functional.normalize(super(SwAV, self).forward(v), dim=1) for v in views]
+        return [self.prototypes(each) for each in z]
+
+
+def swav(args) -> Method:
+    full, *small = args.num_crops
+    sizes = (*args.crop_sizes, args.crop_sizes[0] // 2)[:2]
+    smallest, largest = ((*args.crop_scales[i::2], 0.1)[:2] for i in (0, 1))
+    transform = MultiCropTranform(
+        crop_sizes=sizes, crop_counts=(full, *(small or [0])), crop_min_scales=smallest,
+        crop_max_scales=largest,
+        transforms=SwaVViewTransform(cj_strength=args.jitter_strength, gaussian_blur=0.0,
+                                     normalize=normalize(args)),
+    )
+    if not small:
+        transform.transforms = transform.transforms[:full]
+    criterion = SwaVLoss(
+        temperature=args.temperature, sinkhorn_epsilon=args.epsilon,
+        sinkhorn_iterations=args.sinkhorn_iterations, sinkhorn_gather_distributed=GATHER,
+    )
+
+    def step(model, views, done):
+        inner = bare(model)
+        inner.prototypes.requires_grad_(done >= args.freeze_prototypes_epochs / args.epochs)
+        inner.prototypes.normalize()
+        scores = model(views)
+        return criterion(scores[:full], scores[full:])
+
+    return Method(transform, lambda: SwAV(args), step)
+
+
+def vit(args) -> nn.Module:
+    """The transformer of our `--arch`, from timm, as in lightly's examples."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    width, depth, heads = backbones.VIT_SIZES[args.arch]
+    return VisionTransformer(
+        img_size=args.image_size, patch_size=args.patch_size, embed_dim=width, depth=depth,
+        num_heads=heads, num_classes=0, dynamic_img_size=len(getattr(args, "num_crops", [])) > 1,
+    )
+
+
+class StudentAndTeacher(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        is_vit = args.arch in backbones.VITS
+
+        def one(freeze):
+            def head(width):
+                return DINOProjectionHead(
+                    width, args.hidden_dim, args.bottleneck_dim, args.num_outputs,
+                    batch_norm=args.bn_in_head, freeze_last_layer=freeze,
+                    norm_last_layer=args.norm_last_layer,
+                )
+
+            if not is_vit:
+                return Embedder(args, head)
+            body = MaskedVisionTransformerTIMM(vit(args))
+            return nn.Sequential(body, head(body.vit.embed_dim))
+
+        self.student, self.teacher = one(args.freeze_last_layer_epochs), one(-1)
+        self.teacher.load_state_dict(self.student.state_dict())
+        deactivate_requires_grad(self.teacher)
+
+    def forward(self, views, full):
+        with torch.no_grad():
+            teacher = [self.teacher(view) for view in views[:full]]
+        return teacher, [self.student(view) for view in views]
+
+
+def dino(args) -> Method:
+    full, *small = args.num_crops
+    sizes = (*args.crop_sizes, args.crop_sizes[0] // 2)[:2]
+    scales = (*args.crop_scales, 0.05, 0.4)[:4]
+    transform = DINOTransform(
+        global_crop_size=sizes[0], global_crop_scale=scales[:2], local_crop_size=sizes[1],
+        local_crop_scale=scales[2:], n_local_views=sum(small), cj_strength=args.jitter_strength,
+        gaussian_blur=(0.0, 0.0, 0.0), normalize=normalize(args),
+    )
+    criterion = DINOLoss(
+        output_dim=args.num_outputs, warmup_teacher_temp=args.warmup_teacher_temperature,
+        teacher_temp=args.teacher_temperature, student_temp=args.student_temperature,
+        warmup_teacher_temp_epochs=args.warmup_teacher_temperature_epochs,
+        center_momentum=args.center_momentum,
+    )
+
+    def step(model, views, done):
+        inner = bare(model)
+        momentum = 1 - (1 - args.momentum) * (1 + math.cos(math.pi * done)) / 2
+        update_momentum(inner.student, inner.teacher, momentum)
+        teacher, student = model(views, full)
+        return criterion(teacher, student, epoch=int(done * args.epochs))
+
+    return Method(transform, lambda: StudentAndTeacher(args), step)
+
+
+class MAE(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        self.backbone = MaskedVisionTransformerTIMM(vit(args))
+        self.length, self.patch = self.backbone.sequence_length, args.patch_size
+        self.decoder = MAEDecoderTIMM(
+            num_patches=self.length - 1, patch_size=self.patch,
+            embed_dim=self.backbone.vit.embed_dim, decoder_embed_dim=args.decoder_dim,
+            decoder_depth=args.decoder_depth, decoder_num_heads=args.decoder_heads,
+        )
+        self.ratio = args.mask_ratio
+
+    def forward(self, images):
+        n = len(images)
+        keep, masked = utils.random_token_mask((n, self.length), self.ratio, device=images.device)
+        encoded = self.decoder.embed(self.backbone.encode(images, idx_keep=keep))
+        tokens = utils.repeat_token(self.decoder.mask_token, (n, self.length))
+        tokens = utils.set_at_index(tokens, keep, encoded.type_as(tokens))
+        decoded = self.decoder.decode(tokens)
+        predicted = self.decoder.predict(utils.get_at_index(decoded, masked))
+        target = utils.get_at_index(utils.patchify(images, self.patch), masked - 1)
+        return predicted, utils.normalize_mean_var(target)
+
+
+def mae(args) -> Method:
+    criterion = nn.MSELoss()
+    transform = MAETransform(input_size=args.image_size, min_scale=args.crop_scale[0],
+                             normalize=normalize(args))
+    return Method(transform, lambda: MAE(args),
+                  lambda model, views, done: criterion(*model(views[0])))
+
+
+def make_loader(data: str, transform: Callable, batch_size: int, workers: int, pinned: bool):
+    """Batches of the images under train/, shuffled, as lightly's examples load them."""
+    images = torchvision.datasets.ImageFolder(os.path.join(data, "train"), transform=transform)
+    sampler = torch.utils.data.distributed.DistributedSampler(images) if GATHER else None
+    return torch.utils.data.DataLoader(
+        images, batch_size=batch_size, shuffle=sampler is None, sampler=sampler, drop_last=True,
+        num_workers=workers, pin_memory=pinned,
+    )
+
+
+def loop(args, part: str, tick: Callable, method: Method, optimizer: str):
+    """Load, augment and train as lightly's examples do until `tick` raises, one process or several.
+
+    Args:
+        args: of `throughput.py`.
+        part: "data" (the loader alone), "step" (one fixed batch) or "both".
+        tick: called before every batch.
+        optimizer: lars, sgd or adamw.
     """
     size = int(os.environ.get("WORLD_SIZE", 1))
     cuda = torch.cuda.is_available() and args.device != "cpu"
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else "cpu"
     if size > 1:
         torch.distributed.init_process_group("nccl" if cuda else "gloo")
-    images = torchvision.datasets.ImageFolder(os.path.join(args.data, "train"), transform=transform)
-    sampler = torch.utils.data.distributed.DistributedSampler(images) if size > 1 else None
-    loader = torch.utils.data.DataLoader(
-        images, batch_size=args.batch_size // size, shuffle=sampler is None, sampler=sampler,
-        drop_last=True, num_workers=args.workers, pin_memory=cuda,
-    )
+    loader = make_loader(args.data, method.transform, args.batch_size // size, args.workers, cuda)
     if part == "data":
         while True:
             for _ in loader:
                 tick()
-    model = build().to(device)
+    model = method.build().to(device)
     if size > 1:
         model = torch.nn.parallel.DistributedDataParallel(model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    if adamw:
+    if optimizer == "adamw":
         optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.05)
     else:
-        kind = torch.optim.SGD if sgd else LARS
+        kind = torch.optim.SGD if optimizer == "sgd" else LARS
         optimizer = kind(trained, lr=0.1, momentum=0.9, weight_decay=1e-6)
     autocast = torch.autocast("cuda" if cuda else "cpu", torch.bfloat16, args.peer_amp == "bf16")
 
@@ -80,173 +333,10 @@ def loop(args, part, tick, transform, build, criterion, step=None, sgd=False,
 
     for views in batches():
         with autocast:
-            views = [view.to(device) for view in views]
-            loss = step(model, views) if step else criterion(*[model(view) for view in views])
+            loss = method.step(model, [view.to(device) for view in views], 0.0)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-
-
-class TwoViews(torch.nn.Module):
-    """A ResNet with torchvision's stem and a projection head, as in lightly's examples."""
-
-    def __init__(self, arch, head):
-        super().__init__()
-        backbone = torchvision.models.get_model(arch)
-        self.backbone = torch.nn.Sequential(*list(backbone.children())[:-1])
-        self.head = head
-
-    def forward(self, images):
-        return self.head(self.backbone(images).flatten(start_dim=1))
-
-
-def simclr(args, part, tick):
-    transform = SimCLRTransform(input_size=args.image_size, cj_strength=0.5, gaussian_blur=0.0)
-    loop(args, part, tick, transform,
-         lambda: TwoViews(args.arch, SimCLRProjectionHead(512, 512, 128)),
-         NTXentLoss(temperature=0.5, gather_distributed=int(os.environ.get("WORLD_SIZE", 1)) > 1))
-
-
-def barlow_twins(args, part, tick):
-    transform = BYOLTransform(
-        view_1_transform=BYOLView1Transform(input_size=args.image_size, gaussian_blur=0.0),
-        view_2_transform=BYOLView2Transform(input_size=args.image_size, gaussian_blur=0.0),
-    )
-    loop(args, part, tick, transform,
-         lambda: TwoViews(args.arch, BarlowTwinsProjectionHead(512, 2048, 2048)),
-         BarlowTwinsLoss(gather_distributed=int(os.environ.get("WORLD_SIZE", 1)) > 1))
-
-
-class MoCo(TwoViews):
-    """The same with a key encoder; shuffling and splitting of batch norm are left out, as there."""
-
-    def __init__(self, arch):
-        super().__init__(arch, MoCoProjectionHead(512, 512, 128))
-        self.keys = TwoViews(arch, MoCoProjectionHead(512, 512, 128))
-        deactivate_requires_grad(self.keys)
-
-
-def moco(args, part, tick):
-    criterion = NTXentLoss(temperature=0.1, memory_bank_size=(4096, 128))
-
-    def step(model, views):
-        update_momentum(model.backbone, model.keys.backbone, 0.99)
-        update_momentum(model.head, model.keys.head, 0.99)
-        with torch.no_grad():
-            keys = model.keys(views[1])
-        return criterion(model(views[0]), keys)
-
-    transform = MoCoV2Transform(input_size=args.image_size, gaussian_blur=0.0)
-    loop(args, part, tick, transform, lambda: MoCo(args.arch), criterion, step, sgd=True)
-
-
-class SwAV(TwoViews):
-    def __init__(self, arch):
-        super().__init__(arch, SwaVProjectionHead(512, 2048, 128))
-        self.prototypes = SwaVPrototypes(128, 3000)
-
-    def forward(self, views):
-        z = [torch.nn.functional.normalize(super(SwAV, self).forward(v), dim=1) for v in views]
-        return [self.prototypes(each) for each in z]
-
-
-def swav(args, part, tick):
-    """Two full crops, and with --small-crops that many of half the size."""
-    small = args.small_crops
-    transform = MultiCropTranform(
-        crop_sizes=(args.image_size, args.image_size // 2), crop_counts=(2, small),
-        crop_min_scales=(0.14, 0.05), crop_max_scales=(1.0, 0.14),
-        transforms=SwaVViewTransform(gaussian_blur=0.0),
-    )
-    if not small:
-        transform.transforms = transform.transforms[:2]
-    criterion = SwaVLoss(
-        sinkhorn_gather_distributed=int(os.environ.get("WORLD_SIZE", 1)) > 1
-    )
-
-    def step(model, views):
-        bare = model.module if hasattr(model, "module") else model
-        bare.prototypes.normalize()
-        scores = model(views)
-        return criterion(scores[:2], scores[2:])
-
-    loop(args, part, tick, transform, lambda: SwAV(args.arch), criterion, step)
-
-
-def vit(args):
-    """The transformer of our `--arch vit_tiny`, from timm, as in lightly's examples."""
-    from timm.models.vision_transformer import VisionTransformer
-
-    return VisionTransformer(img_size=args.image_size, patch_size=4, embed_dim=192, depth=12,
-                             num_heads=3, num_classes=0, dynamic_img_size=args.small_crops > 0)
-
-
-class DINO(torch.nn.Module):
-    def __init__(self, args, freeze):
-        super().__init__()
-        is_vit = args.arch.startswith("vit")
-        self.backbone = MaskedVisionTransformerTIMM(vit(args)) if is_vit else TwoViews(
-            args.arch, torch.nn.Identity())
-        self.head = DINOProjectionHead(192 if is_vit else 512, 2048, 256, 4096,
-                                       freeze_last_layer=freeze)
-
-    def forward(self, images):
-        return self.head(self.backbone(images))
-
-
-class StudentAndTeacher(torch.nn.Module):
-    def __init__(self, args):
-        super().__init__()
-        self.student, self.teacher = DINO(args, 1), DINO(args, -1)
-        deactivate_requires_grad(self.teacher)
-
-    def forward(self, views):
-        with torch.no_grad():
-            teacher = [self.teacher(view) for view in views[:2]]
-        return teacher, [self.student(view) for view in views]
-
-
-def dino(args, part, tick):
-    transform = DINOTransform(
-        global_crop_size=args.image_size, local_crop_size=args.image_size // 2,
-        n_local_views=args.small_crops, gaussian_blur=(0.0, 0.0, 0.0),
-    )
-    criterion = DINOLoss(output_dim=4096)
-
-    def step(model, views):
-        bare = model.module if hasattr(model, "module") else model
-        update_momentum(bare.student, bare.teacher, 0.996)
-        teacher, student = model(views)
-        return criterion(teacher, student, epoch=0)
-
-    loop(args, part, tick, transform, lambda: StudentAndTeacher(args), criterion, step,
-         adamw=True)
-
-
-class MAE(torch.nn.Module):
-    def __init__(self, args):
-        super().__init__()
-        self.backbone = MaskedVisionTransformerTIMM(vit(args))
-        self.length = self.backbone.sequence_length
-        self.decoder = MAEDecoderTIMM(num_patches=self.length - 1, patch_size=4, embed_dim=192,
-                                      decoder_embed_dim=192, decoder_depth=4, decoder_num_heads=3)
-
-    def forward(self, images):
-        n = len(images)
-        keep, masked = utils.random_token_mask((n, self.length), 0.75, device=images.device)
-        encoded = self.decoder.embed(self.backbone.encode(images, idx_keep=keep))
-        tokens = utils.repeat_token(self.decoder.mask_token, (n, self.length))
-        tokens = utils.set_at_index(tokens, keep, encoded.type_as(tokens))
-        decoded = self.decoder.decode(tokens)
-        predicted = self.decoder.predict(utils.get_at_index(decoded, masked))
-        target = utils.get_at_index(utils.patchify(images, 4), masked - 1)
-        return predicted, utils.normalize_mean_var(target)
-
-
-def mae(args, part, tick):
-    criterion = torch.nn.MSELoss()
-    loop(args, part, tick, MAETransform(input_size=args.image_size), lambda: MAE(args), criterion,
-         lambda model, views: criterion(*model(views[0])), adamw=True)
 
 
 LIGHTLY = {

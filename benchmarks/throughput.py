@@ -143,31 +143,39 @@ def measure_ours(args, part: str) -> dict:
     data.Loader = TimedLoader
     module = importlib.import_module(args.script)
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Done):
-        workers = 0 if part == "step" else args.workers
-        flags = [
-            "--data", args.data, "--recipe", args.recipe, "--arch", args.arch,
-            "--image-size", args.image_size, "--batch-size", args.batch_size, "--workers", workers,
-            "--device", args.device, "--amp", args.amp, "--output", folder, "--log-every", 1000,
-        ]
-        if not args.arch.startswith("vit"):
-            flags += ["--stem", args.stem]
-        if args.small_crops:
-            size, half = args.image_size, args.image_size // 2
-            flags += ["--num-crops", 2, args.small_crops, "--crop-sizes", size, half,
-                      "--crop-scales", *SMALL_CROP_SCALES[args.script]]
-        flags += args.flags
-        module.main(module.parse_args([str(flag) for flag in flags]))
+        module.main(module.parse_args(script_flags(args, part, folder)))
     share = (waited.get("after", 0) - waited.get("before", 0)) / clock.seconds
     return {"seconds": clock.seconds, "data_wait": share if part == "both" else None}
 
 
+def script_flags(args, part: str, folder: str) -> list[str]:
+    """The command line of our script; the peer takes its settings from the same."""
+    workers = 0 if part == "step" else args.workers
+    flags = [
+        "--data", args.data, "--recipe", args.recipe, "--arch", args.arch,
+        "--image-size", args.image_size, "--batch-size", args.batch_size, "--workers", workers,
+        "--device", args.device, "--amp", args.amp, "--output", folder, "--log-every", 1000,
+    ]
+    if not args.arch.startswith("vit"):
+        flags += ["--stem", args.stem]
+    if args.small_crops:
+        size, half = args.image_size, args.image_size // 2
+        flags += ["--num-crops", 2, args.small_crops, "--crop-sizes", size, half,
+                  "--crop-scales", *SMALL_CROP_SCALES[args.script]]
+    return [str(flag) for flag in flags + args.flags]
+
+
 def measure_lightly(args, part: str) -> dict:
     """Run lightly's method in the loop that its documentation shows."""
+    import importlib
+
     import peers
 
     clock = Clock(args.warmup, args.steps)
+    settings = importlib.import_module(args.script).parse_args(script_flags(args, part, "unused"))
     with contextlib.suppress(Done):
-        peers.LIGHTLY[args.script](args, part, clock.tick)
+        peers.loop(args, part, clock.tick, peers.LIGHTLY[args.script](settings),
+                   {"moco": "sgd", "dino": "adamw", "mae": "adamw"}.get(args.script, "lars"))
     return {"seconds": clock.seconds, "data_wait": None}
 
 
