@@ -267,10 +267,10 @@ def main(args):
             for batch in loader.epoch(epoch):  # 1. two views
                 for group in optimizer.param_groups:
                     group["lr"] = group["base_lr"] * lr_factor[step]
+                optimizer.zero_grad(set_to_none=True)
                 with autocast():
                     z1, z2 = ddp_model(batch.views)  # 2. embeddings
                 loss = barlow_twins_loss(z1, z2, args.lambda_)  # 3. correlate, 4. to the identity
-                optimizer.zero_grad(set_to_none=True)
                 scaler.scale(loss).backward()
                 scaler.step(optimizer)
                 scaler.update()

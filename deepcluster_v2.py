@@ -401,6 +401,7 @@ def main(args):
             for batch in loader.epoch(epoch):
                 for group in optimizer.param_groups:
                     group["lr"] = lr_of_step[step]
+                optimizer.zero_grad(set_to_none=True)
                 index = batch.index.to(world.device, non_blocking=True)
                 with autocast():
                     z = ddp_model(batch.views)  # 2. embeddings
@@ -409,7 +410,6 @@ def main(args):
                 losses = [cluster_loss(scores, own, args.temperature)
                           for scores, own in zip(all_scores, labels, strict=True)]
                 loss = torch.stack(losses).mean()  # 3. find the cluster
-                optimizer.zero_grad(set_to_none=True)
                 scaler.scale(loss).backward()
                 scaler.step(optimizer)
                 scaler.update()

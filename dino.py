@@ -442,6 +442,7 @@ def main(args):
                 for group in optimizer.param_groups:
                     group["lr"] = lr_of_step[step]
                 optimizer.param_groups[0]["weight_decay"] = decay_of_step[step]
+                optimizer.zero_grad(set_to_none=True)
                 draws = data.philox(args.seed, data.DEPTH, step, world.rank)
                 torch.manual_seed(int(draws.integers(2**63)))  # of stochastic depth
                 with autocast():
@@ -450,7 +451,6 @@ def main(args):
                     z, logits = ddp_model(batch.views)
                 loss = dino_loss(logits, targets, center, args.student_temperature,
                                  teacher_temperature)  # 3. predict
-                optimizer.zero_grad(set_to_none=True)
                 scaler.scale(loss).backward()
                 scaler.unscale_(optimizer)
                 if args.clip_per_parameter > 0:

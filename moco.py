@@ -366,6 +366,7 @@ def main(args):
             for batch in loader.epoch(epoch):  # 1. two views
                 for group in optimizer.param_groups:
                     group["lr"] = lr_of_step[step]
+                optimizer.zero_grad(set_to_none=True)
                 queries, keys = batch.views[:1], batch.views[1:]
                 if args.symmetric:
                     queries, keys = batch.views, batch.views[::-1]
@@ -380,7 +381,6 @@ def main(args):
                 losses = [info_nce(*pair, queue, args.temperature)
                           for pair in zip(q, k, strict=True)]
                 loss = torch.stack(losses).sum()
-                optimizer.zero_grad(set_to_none=True)
                 scaler.scale(loss).backward()
                 scaler.step(optimizer)
                 scaler.update()

@@ -490,6 +490,7 @@ def main(args):
             for batch in loader.epoch(epoch):  # 1. an image, a jigsaw
                 for group in optimizer.param_groups:
                     group["lr"] = lr_of_step[step]
+                optimizer.zero_grad(set_to_none=True)
                 with autocast():
                     z = ddp_model(batch.views)
                 z = unit_rows(z)  # 2. embeddings
@@ -509,7 +510,6 @@ def main(args):
                 else:
                     losses = [nn.functional.cross_entropy(each, own) for each in logits]
                 loss = torch.stack(losses).mean()
-                optimizer.zero_grad(set_to_none=True)
                 scaler.scale(loss).backward()
                 scaler.step(optimizer)
                 scaler.update()

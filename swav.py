@@ -366,6 +366,7 @@ def main(args):
             for batch in loader.epoch(epoch):
                 for group in optimizer.param_groups:
                     group["lr"] = lr_of_step[step]
+                optimizer.zero_grad(set_to_none=True)
                 model.normalize_prototypes()  # 1. prototypes on the unit sphere
                 with autocast():
                     z, all_scores = ddp_model(batch.views)  # 2. embeddings and scores
@@ -377,7 +378,6 @@ def main(args):
                                      args.sinkhorn_iterations)  # 3. codes
                     losses.append(swapped_prediction_loss(scores, codes, args.temperature))  # 4.
                 loss = torch.stack(losses).mean()
-                optimizer.zero_grad(set_to_none=True)
                 scaler.scale(loss).backward()
                 if epoch < args.freeze_prototypes_epochs:
                     model.prototypes.zero_grad(set_to_none=True)

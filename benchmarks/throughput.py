@@ -281,7 +281,7 @@ def main(args, argv):
     summary = {
         "script": args.script,
         "date": time.strftime("%Y-%m-%d"),
-        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
+        "machine": machine_name(),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "setting": {name: value for name, value in vars(args).items() if name not in ("measure",)},
         "images_per_second": {}, "pss_gb": {}, "data_wait": {}, "ratio": {}, "memory_ratio": {},
@@ -344,7 +344,11 @@ def run_all(args, given: list[str]):
     print("\n".join(rows))
 
 
-def cpu_name() -> str:
+def machine_name() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     name = next((line.split(":")[1].strip() for line in lines if "model name" in line), "CPU")
     return f"{name}, {len(os.sched_getaffinity(0))} cores"

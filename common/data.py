@@ -8,6 +8,7 @@ contiguous share. So the number of processes, of loader workers, and an interrup
 
 import atexit
 import functools
+import gc
 import math
 import multiprocessing
 import os
@@ -444,6 +445,7 @@ class Loader:
         large = shares.share * sum(v.channels * math.prod(v.size) for v in views) > 2**26
         atexit.unregister(end_workers)
         atexit.register(end_workers)  # after multiprocessing's own, so that it runs before it
+        gc.freeze()  # a collection in a worker would copy every page that it shares
         self.batches = iter(
             torch.utils.data.DataLoader(
                 shares,
