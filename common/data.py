@@ -445,7 +445,7 @@ class Loader:
         large = shares.share * sum(v.channels * math.prod(v.size) for v in views) > 2**26
         atexit.unregister(end_workers)
         atexit.register(end_workers)  # after multiprocessing's own, so that it runs before it
-        gc.freeze()  # a collection in a worker would copy every page that it shares
+        gc.freeze()  # in the workers: their collections would copy every page they share
         self.batches = iter(
             torch.utils.data.DataLoader(
                 shares,
@@ -458,6 +458,7 @@ class Loader:
                 multiprocessing_context=multiprocessing_context if workers else None,
             )
         )
+        gc.unfreeze()
 
     def epoch(self, epoch: int):
         """The batches of an epoch that are still to come."""
