@@ -249,13 +249,6 @@ def main(args):
         view = augment.View(settings["image_size"], steps, settings["in_chans"])
         return view, f"shorter side to {resize}, central crop"
 
-    def build(settings):
-        return backbones.build_backbone(
-            settings["arch"], in_chans=settings["in_chans"], stem=settings["stem"],
-            zero_init_residual=False, image_size=settings["trained_size"],
-            patch_size=settings["patch_size"], positions="sincos", drop_path=0.0,
-        )
-
     # 1. Features; 2. neighbours and 3. votes of each checkpoint
     bank = f", in the {args.leave_one_out} split without the image itself"
     few = f"; few labels: mean and standard deviation of {args.draws} draws"
@@ -263,7 +256,7 @@ def main(args):
              f"{bank if args.leave_one_out else ''}{few if args.shots else ''}")
     table = []
     for name, found in features.sources(args, world, open_split=open_split, make_view=make_view,
-                                        build=build, layers=backbones.flat_layers,
+                                        build=backbones.build_frozen, layers=backbones.flat_layers,
                                         default_workers=data.default_workers()):
         results = features.mean_of([evaluate(one, args, world) for one in found])
         table.append({"checkpoint": name, **results})

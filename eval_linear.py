@@ -646,7 +646,7 @@ def paper_probe(backbone, train, test, test_view, settings: dict, mark: str, arg
     return {"top1": results[-1]["top1"], "top5": results[-1]["top5"], "results": results, **sizes}
 
 
-def paper_table(args, world, open_split, make_view, build) -> list[dict] | None:
+def paper_table(args, world, open_split, make_view) -> list[dict] | None:
     """The results of a paper's protocol on every checkpoint; None if it was told to stop."""
     checkpoints = [features.find_checkpoint(name) for name in args.checkpoint]
     shared = features.resolve(args, checkpoints)
@@ -665,7 +665,8 @@ def paper_table(args, world, open_split, make_view, build) -> list[dict] | None:
         dist.say(f"{settings['data']}: {len(train)} training and {len(test)} test images of "
                  f"{settings['image_size']} px ({words} in the test)")
         runs = []
-        for backbone in features.models(checkpoint, settings, build, args.seed, world):
+        for backbone in features.models(checkpoint, settings, backbones.build_frozen, args.seed,
+                                        world):
             watched = Watched()
             watched.watch(backbone)
             mark = watched.before or checkpoint.name
@@ -742,15 +743,8 @@ def main(args):
         view = augment.View(settings["image_size"], steps, settings["in_chans"])
         return view, f"shorter side to {resize}, central crop"
 
-    def build(settings):
-        return backbones.build_backbone(
-            settings["arch"], in_chans=settings["in_chans"], stem=settings["stem"],
-            zero_init_residual=False, image_size=settings["trained_size"],
-            patch_size=settings["patch_size"], positions="sincos", drop_path=0.0,
-        )
-
     if protocol:
-        table = paper_table(args, world, open_split, make_view, build)
+        table = paper_table(args, world, open_split, make_view)
         if table is None:
             return
     else:
@@ -758,7 +752,7 @@ def main(args):
                  f"{len(args.weight_decays)} on {args.folds} parts of the training images")
         table, watched = [], Watched()
         for name, found in features.sources(args, world, open_split=open_split, make_view=make_view,
-                                            build=build, layers=watched.layers,
+                                            build=backbones.build_frozen, layers=watched.layers,
                                             default_workers=data.default_workers()):
             runs = []
             for one in found:

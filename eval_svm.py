@@ -499,20 +499,13 @@ def main(args):
         steps = [step, augment.Normalize(settings["mean"], settings["std"])]
         return augment.View(settings["image_size"], steps, settings["in_chans"]), words
 
-    def build(settings):
-        return backbones.build_backbone(
-            settings["arch"], in_chans=settings["in_chans"], stem=settings["stem"],
-            zero_init_residual=False, image_size=settings["trained_size"],
-            patch_size=settings["patch_size"], positions="sincos", drop_path=0.0,
-        )
-
     treated = "absent in training" if args.vissl_labels else "ignored"
     dist.say(f"linear SVM of each class against the rest, unit-norm features; cost of "
              f"{len(args.costs)} by {args.folds}-fold cross-validation; difficult: {treated}")
     fits, table = Fits(args.output, args.jobs, world), []
     try:
         for name, found in features.sources(args, world, open_split=open_split, make_view=make_view,
-                                            build=build, layers=pooled_layers,
+                                            build=backbones.build_frozen, layers=pooled_layers,
                                             default_workers=data.default_workers()):
             results = features.mean_of([evaluate(one, args, fits, names) for one in found])
             table.append({"checkpoint": name, **results})

@@ -61,6 +61,15 @@ def build_backbone(
     return build_resnet(arch, in_chans=in_chans, **needed)
 
 
+def build_frozen(settings: dict) -> nn.Module:
+    """Build the backbone of an evaluation: for weights from a file, or to be taken untrained."""
+    return build_backbone(
+        settings["arch"], in_chans=settings["in_chans"], stem=settings["stem"],
+        zero_init_residual=False, image_size=settings["trained_size"],
+        patch_size=settings["patch_size"], positions="sincos", drop_path=0.0,
+    )
+
+
 # ------------------------------------------------------------------------------------------ ResNets
 
 
