@@ -66,10 +66,11 @@ class Embedder(nn.Module):
 
 def crop_bicubic(transform):
     """Let lightly's crops be resized as ours of SimCLR, Barlow Twins and DINO are."""
-    for view in transform.transforms:
-        for step in view.transform.transforms:
-            if isinstance(step, torchvision.transforms.RandomResizedCrop):
-                step.interpolation = torchvision.transforms.InterpolationMode.BICUBIC
+    crops = [step for view in transform.transforms for step in view.transform.transforms
+             if type(step).__name__ == "RandomResizedCrop"]  # of torchvision's v1 or v2
+    assert crops, "lightly's views have no crop where we look for it"
+    for crop in crops:
+        crop.interpolation = torchvision.transforms.InterpolationMode.BICUBIC
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -243,7 +244,7 @@ def dino(args) -> Method:
         momentum = 1 - (1 - args.momentum) * (1 + math.cos(math.pi * done)) / 2
         update_momentum(inner.student, inner.teacher, momentum)
         teacher, student = model(views, full)
-        return criterion(teacher, student, epoch=int(done * args.epochs))
+        return criterion.to(teacher[0].device)(teacher, student, epoch=int(done * args.epochs))
 
     return Method(transform, lambda: StudentAndTeacher(args), step)
 
@@ -333,7 +334,7 @@ def loop(args, part: str, tick: Callable, method: Method, optimizer: str):
 
     for views in batches():
         with autocast:
-            loss = method.step(model, [view.to(device) for view in views], 0.0)
+            loss = method.step(model, [view.to(device) for view in views], 0.5)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -9,9 +9,12 @@ Runs that are finished are not repeated, and ours resume in the middle: give the
 after an interruption. Where the two code bases differ by more than a point, a second seed follows
 on both sides. Prints one table, beside the pixels and untrained backbones, and a JSON object last.
 
-Equal are backbone, start values of it, views, head sizes, batch, precision, optimiser, schedule and
-epochs: lightly's side has lightly's views, modules, losses and moving averages, and our LARS, LARC
-and schedules. Without `lightly` installed, or with --peer none, only our runs are made.
+Equal are backbone, start values of it, the law of the views, head sizes, batch, precision,
+optimiser, schedule and epochs: lightly's side has lightly's views, modules, losses and moving
+averages, and our LARS, LARC, clipping and schedules. What stays each code's own: start values and
+biases of the heads, and that lightly passes every view through the network alone where our SimCLR,
+SwAV and DINO pass views of a size together, so that batch norm sees both. Without `lightly`
+installed, or with --peer none, only our runs are made.
 """
 
 import argparse
@@ -58,7 +61,7 @@ def parse_args(argv=None):
     parser.add_argument("--folder", type=Path, default=Path("runs/quality"))
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--amp", default="bf16")
+    parser.add_argument("--amp", choices=["bf16", "none"], default="bf16")
     parser.add_argument("--only", nargs="+", metavar="SCRIPT", help="these of our scripts")
     parser.add_argument("--peer", choices=["lightly", "none"], default="lightly")
     parser.add_argument("--images", type=int, nargs=2, default=[1000, 200],
@@ -74,7 +77,7 @@ def parse_args(argv=None):
 def subset(args) -> Path:
     """The folder of links to the first files of each class by name, made if it is not there."""
     train, test = args.images
-    made = args.folder / f"images-{train}-{test}"
+    made = args.folder / f"images-{train}-{test}-a-class"
     for split, count in (("train", train), ("test", test)):
         for group in sorted(p for p in (args.data / split).iterdir() if p.is_dir()):
             place = made / split / group.name
@@ -128,7 +131,7 @@ def make_optimizer(script: str, args, model, steps_per_epoch: int):
                                       steps_per_epoch)
     return optimizer, optim.warmup_cosine(
         start=getattr(args, "start_lr", 0.0) * scale, base=lr,
-        final=getattr(args, "final_lr", 0.0) * scale,
+        final=0.001 * lr if script == "barlow_twins" else getattr(args, "final_lr", 0.0) * scale,
         warmup_steps=args.warmup_epochs * steps_per_epoch,
         total_steps=args.epochs * steps_per_epoch, warmup_endpoint=script in ("swav", "dino"),
     )
@@ -154,13 +157,13 @@ def train_lightly(script: str, settings, workers: int):
 
     from dino import clip_per_parameter
 
-    torch.manual_seed(settings.seed)
     cuda = torch.cuda.is_available() and settings.device != "cpu"
     device = "cuda" if cuda else "cpu"
     method = peers.LIGHTLY[script](settings)
     if script in ("simclr", "barlow_twins", "dino"):
         peers.crop_bicubic(method.transform)
     loader = peers.make_loader(settings.data, method.transform, settings.batch_size, workers, cuda)
+    torch.manual_seed(settings.seed)
     model = method.build().to(device)
     if settings.amp == "bf16":
         for part in model.modules():
@@ -183,6 +186,7 @@ def train_lightly(script: str, settings, workers: int):
             optimizer.step()
             step += 1
         print(f"epoch {epoch + 1}/{settings.epochs}  loss {loss.item():.4f}", flush=True)
+    print("finished")
     product = model.teacher if script == "dino" else model
     torch.save(product.backbone.state_dict(), Path(settings.output) / "backbone.pth")
 
@@ -194,16 +198,17 @@ def run(args, command: list, log: Path | None = None) -> str:
     """Run a script to its end with this run's share of the cores; what it printed."""
     threads = max(1, len(os.sched_getaffinity(0)) // args.at_once)
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(threads)}
-    try:
-        done = subprocess.run([sys.executable, *map(str, command)], cwd=HERE.parent, text=True,
-                              env=environment, capture_output=True, timeout=60 * args.minutes)
-    except subprocess.TimeoutExpired:
-        raise SystemExit(f"{' '.join(map(str, command))}\ntook more than {args.minutes:g} minutes: "
-                         "the same command goes on; or lower --epochs") from None
-    if log:
-        log.write_text(done.stdout + done.stderr)
+    title = " ".join(map(str, command))
+    with open(log or os.devnull, "w") as errors:
+        try:
+            done = subprocess.run([sys.executable, *map(str, command)], cwd=HERE.parent, text=True,
+                                  env=environment, stdout=subprocess.PIPE, stderr=errors,
+                                  timeout=60 * args.minutes)
+        except subprocess.TimeoutExpired:
+            raise SystemExit(f"{title}\ntook more than {args.minutes:g} minutes (our scripts go on "
+                             "at the same command, lightly's run starts anew)") from None
     if done.returncode:
-        raise SystemExit(f"{' '.join(map(str, command))} failed:\n{done.stdout}\n{done.stderr}")
+        raise SystemExit(f"{title} failed; {log or ''}\n{done.stdout}")
     return done.stdout
 
 
@@ -218,7 +223,7 @@ def evaluate(args, checkpoints: list, extra: list) -> list[dict]:
 
 
 def baselines(args) -> dict:
-    kept = args.folder / "baselines.json"
+    kept = subset(args).with_suffix(".baselines.json")
     if not kept.exists():
         pixels, random = evaluate(args, ["pixels", "random"], RESNET)
         vit = ["--arch", "vit_micro", "--patch-size", "4", "--layers", "patches"]
@@ -232,29 +237,42 @@ def result(args, name: str, side: str, seed: int) -> dict:
     """Train and evaluate one run, unless that is done."""
     title = f"{name.lower().replace(' ', '-')}-{args.epochs}-epochs-seed-{seed}"
     output = args.folder / (title if side == "ours" else f"lightly-{title}")
-    kept = output / "result.json"
+    kept, given = output / "result.json", flags(args, name, seed, output)
     if kept.exists():
-        return json.loads(kept.read_text())
+        found = json.loads(kept.read_text())
+        if found["flags"] != given:
+            raise SystemExit(f"{output} was made with other settings; name another --folder")
+        return found
     output.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
+    again, started = (output / "checkpoint.pt").exists(), time.perf_counter()
     if side == "ours":
-        command = [f"{METHODS[name][0]}.py", *flags(args, name, seed, output)]
+        command = [f"{METHODS[name][0]}.py", *given]
         weights, extra = output, []
     else:
-        command = ["benchmarks/quality.py", *sys.argv[1:], "--train-lightly", name, seed, output]
+        command = ["benchmarks/quality.py", *shared_flags(args), "--train-lightly", name, seed,
+                   output]
         weights, extra = output / "backbone.pth", RESNET
-    run(args, command, output / "output.log")
-    seconds = round(time.perf_counter() - started)
+    if "finished" not in run(args, command, output / "errors.log"):
+        raise SystemExit(f"{output}: stopped before the end")
+    seconds = None if again else round(time.perf_counter() - started)
     layers = ["--layers", TRANSFORMERS[name]] if name in TRANSFORMERS else []
-    found = {**evaluate(args, [weights], [*extra, *layers])[0], "seconds": seconds}
+    found = {**evaluate(args, [weights], [*extra, *layers])[0], "seconds": seconds, "flags": given}
     kept.write_text(json.dumps(found))
     print(f"{name:15} {side:8} seed {seed}  k-NN {found['knn']:.3f}  linear {found['linear']:.3f}  "
           f"{seconds} s", flush=True)
     return found
 
 
+def shared_flags(args) -> list[str]:
+    """What a process of its own needs to know to train lightly's method."""
+    train, test = map(str, args.images)
+    return ["--data", str(args.data), "--folder", str(args.folder), "--images", train, test,
+            "--epochs", str(args.epochs), "--batch-size", str(args.batch_size), "--amp", args.amp,
+            "--workers", str(args.workers)]
+
+
 def main(args):
-    args.folder = args.folder.resolve()
+    args.folder, args.data = args.folder.resolve(), args.data.resolve()
     subset(args)
     names = [n for n in METHODS if not args.only or METHODS[n][0] in args.only]
     paired = [name for name in names if name in PEERS and args.peer == "lightly"]
@@ -277,11 +295,12 @@ def main(args):
         for side in ("ours", "lightly"):
             rows = [row for (n, s, _), row in found.items() if (n, s) == (name, side)]
             if rows:
-                means = [sum(row[c] for row in rows) / len(rows) for c in (*columns, "seconds")]
+                means = [sum(row[c] for row in rows) / len(rows) for c in columns]
+                seconds = [row["seconds"] for row in rows if row["seconds"]]
                 title = name if side == "ours" else f"{name}, lightly"
                 print(f"| {title} | {len(rows)} | "
-                      + " | ".join(f"{100 * mean:.1f}" for mean in means[:-1])
-                      + f" | {means[-1]:.0f} |")
+                      + " | ".join(f"{100 * mean:.1f}" for mean in means)
+                      + f" | {max(seconds, default=''):} |")
     import torch
 
     print(json.dumps({
@@ -290,7 +309,7 @@ def main(args):
         else f"{platform.machine()} CPU, {len(os.sched_getaffinity(0))} cores",
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "setting": {key: str(value) for key, value in vars(args).items()},
-        "flags": {name: METHODS[name] for name in names}, "baselines": base,
+        "baselines": base,
         "results": [{"method": name, "side": side, "seed": seed, **row}
                     for (name, side, seed), row in found.items()],
     }))
@@ -302,7 +321,6 @@ if __name__ == "__main__":
         import importlib
 
         method, number, place = arguments.train_lightly
-        arguments.folder = arguments.folder.resolve()
         script = METHODS[method][0]
         command_line = flags(arguments, method, int(number), Path(place))
         train_lightly(script, importlib.import_module(script).parse_args(command_line),

@@ -73,9 +73,10 @@ def step_shares(args) -> dict[str, float]:
     finally:
         data.Loader = plain
     totals = {}
+    counted = torch.autograd.DeviceType.CUDA if on_cuda else torch.autograd.DeviceType.CPU
     for event in profiler.key_averages():
         own = event.self_device_time_total if on_cuda else event.self_cpu_time_total
-        if own and not event.key.startswith(("Optimizer.", "cuda", "Activity")):
+        if event.device_type == counted and not event.key.startswith(("Optimizer.", "Activity")):
             totals[kind_of(event.key)] = totals.get(kind_of(event.key), 0) + own / 1e6
     rest = found["seconds"] - sum(totals.values())
     totals["python, waiting"] = max(0.0, rest)

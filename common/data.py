@@ -445,7 +445,7 @@ class Loader:
         large = shares.share * sum(v.channels * math.prod(v.size) for v in views) > 2**26
         atexit.unregister(end_workers)
         atexit.register(end_workers)  # after multiprocessing's own, so that it runs before it
-        gc.freeze()  # in the workers: their collections would copy every page they share
+        gc.freeze()  # in the workers, whose collections would copy every page that they share
         self.batches = iter(
             torch.utils.data.DataLoader(
                 shares,

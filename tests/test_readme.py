@@ -51,3 +51,11 @@ def test_every_script_and_every_file_named_exists():
 def test_ci_runs_the_readmes_test_command():
     assert "grep -m1 'python -m pytest' README.md" in (ROOT / ".ci" / "run").read_text()
     assert sum("python -m pytest" in line for line in LINES) == 1
+
+
+def test_the_lengths_in_the_method_table():
+    found = re.findall(r"\| `([a-z0-9_]+\.py)` \((\d+)\) \|", README)
+    assert len(found) == 8
+    for script, lines in found:
+        there = len((ROOT / script).read_text().splitlines())
+        assert abs(there - int(lines)) <= 10, f"{script} has {there} lines"
