@@ -135,7 +135,8 @@ class RandomResizedCrop(Step):
     """Crop a box of random area and aspect, and resize it to the view's size.
 
     The law is torchvision's: up to ten tries of an area share in `scale` and a log-uniform aspect
-    (width / height) in `ratio`, then the largest central box of an allowed aspect.
+    (width / height) in `ratio`, then the largest central box of an allowed aspect. At the box's rim
+    Pillow's filter reads the pixels beside it too, where torchvision cuts the box out first.
     """
 
     scale: tuple[float, float]

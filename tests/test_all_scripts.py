@@ -50,6 +50,21 @@ SHARED = {
     "log_every",
 }
 
+MAIN = (  # what every main says, in this order
+    "world = dist.setup(args.device, args.deterministic)", "torch.manual_seed(args.seed)",
+    "# Data", "images = data.open_images(", "# Model", "build_backbone(", ".compile(dynamic=False)",
+    "# Optimiser", "autocast, scaler = optim.precision(args.amp, world.device)",
+    "with Run(args.output, cli.settings(args), images, world,", "# Resume", "state = {",
+    "step = run.start(state)", "loader = data.Loader(", "log = Log(",
+    "ddp_model = DistributedDataParallel(model", "# Train",
+    "for epoch in range(step // loader.steps_per_epoch, args.epochs):",
+    "for batch in loader.epoch(epoch):", 'group["lr"] = ', "optimizer.zero_grad(set_to_none=True)",
+    "with autocast():", ").backward()", "scaler.step(optimizer)", "scaler.update()", "step += 1",
+    "if log.due(step)", "log.write(step, epoch=epoch, loss=loss, ", "waited=loader.waited, **seen)",
+    "save, stop = run.agree(step % loader.steps_per_epoch == 0)", "if save:", "log.check()",
+    "run.save(step, state, ", "if stop:", "return",
+)
+
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 
 
@@ -78,6 +93,16 @@ def test_importing_does_nothing():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@every_script
+def test_the_visible_loop_is_in_step_with_the_others(script):
+    source = (ROOT / f"{script}.py").read_text()
+    at = source.index("def main(args):")
+    for said in MAIN:
+        found = source.find(said, at)
+        assert found >= 0, f"main of {script}.py does not say, at its place: {said}"
+        at = found + len(said)
 
 
 @every_script
