@@ -14,12 +14,17 @@ own peak where there is one. With --peer lightly the same three are measured for
 the same backbone, batch, views, workers and process count, in turn with ours. The ratio of each
 pair is taken; the median and range of the ratios are what to quote. The last line is a JSON object.
 
+With --mfu the step's floating-point operations are counted too (matrix products and convolutions,
+forward and backward, by torch's counter on one small batch), and their rate is set beside that of
+a large matrix product at the same precision, measured here or given: the share of the peak.
+
 Without --data, small JPEGs are made first (smooth random fields).
 """
 
 import argparse
 import contextlib
 import json
+import math
 import os
 import platform
 import statistics
@@ -78,6 +83,8 @@ def parse_args(argv):
     parser.add_argument("--amp", default="none", help="of the script; the peer's is --peer-amp")
     parser.add_argument("--peer-amp", default="none")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--mfu", type=float, nargs="?", const=0.0, metavar="PEAK",
+                        help="the step's TFLOP/s, and their share of the measured or given PEAK")
     parser.add_argument("--warmup", type=int, default=5, help="steps not counted")
     parser.add_argument("--steps", type=int, default=20, help="steps counted")
     parser.add_argument("--measure", nargs=2, metavar=("SIDE", "PART"), help=argparse.SUPPRESS)
@@ -126,6 +133,11 @@ def measure_ours(args, part: str) -> dict:
     waited = {}
 
     class TimedLoader(data.Loader):
+        def __init__(self, *given, **named):
+            super().__init__(*given, **named)
+            if part == "step":  # no epoch ends, and saves, while steps are counted
+                self.steps_per_epoch = max(self.steps_per_epoch, args.warmup + args.steps + 2)
+
         def epoch(self, epoch):
             if part == "data":
                 for _ in super().epoch(epoch):
@@ -146,6 +158,53 @@ def measure_ours(args, part: str) -> dict:
         module.main(module.parse_args(script_flags(args, part, folder)))
     share = (waited.get("after", 0) - waited.get("before", 0)) / clock.seconds
     return {"seconds": clock.seconds, "data_wait": share if part == "both" else None}
+
+
+def count_flops(args, part: str) -> dict:
+    """FLOPs an image of the script's own step: forward and backward of one small batch."""
+    import importlib
+
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from common import data
+
+    args.batch_size = min(args.batch_size, 16)
+    args.flags = [flag for flag in args.flags if flag not in ("--compile", "--grad-checkpoint")]
+    counter = FlopCounterMode(display=False)
+
+    class OneBatch(data.Loader):
+        def epoch(self, epoch):
+            fixed = next(super().epoch(epoch))
+            yield fixed  # the first step is logged, with indicators of its own
+            with counter:
+                yield fixed
+            raise Done
+
+    data.Loader = OneBatch
+    module = importlib.import_module(args.script)
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Done):
+        module.main(module.parse_args(script_flags(args, "step", folder)))
+    return {"gflop": counter.get_total_flops() / args.batch_size / 1e9}
+
+
+def measure_peak(args, part: str) -> dict:
+    """TFLOP/s of a large matrix product at the precision of --amp, the best of some."""
+    import torch
+
+    cuda = torch.cuda.is_available() and args.device != "cpu"
+    side, repeats = (8192, 50) if cuda else (1024, 10)
+    dtype = {"none": torch.float32, "fp16": torch.float16}.get(args.amp, torch.bfloat16)
+    a, b = torch.randn(2, side, side, device="cuda" if cuda else "cpu").to(dtype)
+    best = math.inf
+    for _ in range(repeats):
+        if cuda:
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        torch.mm(a, b)
+        if cuda:
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return {"tflops": 2 * side**3 / best / 1e12}
 
 
 def script_flags(args, part: str, folder: str) -> list[str]:
@@ -181,7 +240,8 @@ def measure_lightly(args, part: str) -> dict:
 
 def measure(args):
     side, part = args.measure
-    result = {"ours": measure_ours, "lightly": measure_lightly}[side](args, part)
+    whole = {"ours": measure_ours, "lightly": measure_lightly}[side]
+    result = {"flops": count_flops, "peak": measure_peak}.get(part, whole)(args, part)
     import torch
 
     if torch.cuda.is_available():
@@ -215,7 +275,7 @@ def pss_gb(pid: int) -> float:
 def one(args, argv: list[str], side: str, part: str) -> dict:
     """Measure one part of one side in a fresh process (or torchrun's processes)."""
     launcher = [sys.executable]
-    if args.processes > 1:
+    if args.processes > 1 and part not in ("flops", "peak"):
         launcher += ["-m", "torch.distributed.run", "--standalone",
                      f"--nproc_per_node={args.processes}"]
     threads = args.threads or max(1, len(os.sched_getaffinity(0)) // args.processes)
@@ -239,7 +299,8 @@ def one(args, argv: list[str], side: str, part: str) -> dict:
     if not lines:
         raise SystemExit(f"{side} {part} failed:\n{printed}\n{errors}")
     result = json.loads(lines[-1].removeprefix("RESULT "))
-    result["images_per_second"] = args.steps * args.batch_size / result.pop("seconds")
+    if "seconds" in result:
+        result["images_per_second"] = args.steps * args.batch_size / result.pop("seconds")
     return {**result, "pss_gb": peak[0]}
 
 
@@ -263,10 +324,15 @@ def spread(values: list[float]) -> dict:
 def main(args, argv):
     import torch
 
-    fits = (args.arch, args.stem) == ("resnet18", "imagenet") or args.arch == "vit_tiny"
-    if args.peer and not (fits and args.recipe == "cifar10"):
-        raise SystemExit("--peer lightly is written for --recipe cifar10, and for resnet18 with "
-                         "torchvision's stem or vit_tiny")
+    fits = args.arch in {"cifar10": ("resnet18", "vit_tiny"),
+                         "imagenet": ("resnet50", "vit_small", "vit_base")}.get(args.recipe, ())
+    if args.peer and not (fits and args.stem == "imagenet"):
+        raise SystemExit("--peer lightly is written for torchvision's stem and for --recipe "
+                         "cifar10 with resnet18 or vit_tiny, or imagenet with resnet50, vit_small "
+                         "or vit_base")
+    blurs = args.recipe == "imagenet" and args.script != "mae" and "--no-blur" not in args.flags
+    if args.peer and blurs:
+        raise SystemExit("the peer's views have no blur: pass -- --no-blur")
 
     sides = ["ours", *([args.peer] if args.peer else [])]
     found = {(side, part): [] for side in sides for part in args.parts}
@@ -310,7 +376,20 @@ def main(args, argv):
             row += f"   {ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})"
             row += f"   memory {summary['memory_ratio'][part]['median']:.2f}"
         print(row)
+    if args.mfu is not None and "step" in args.parts:
+        summary["mfu"] = mfu = utilisation(args, argv, found["ours", "step"])
+        print("step: {gflop:.1f} GFLOP an image, {tflops:.3g} TFLOP/s, {share:.0%} of the peak of "
+              "{peak_tflops:.3g}".format(**mfu))
     print(json.dumps(summary))
+
+
+def utilisation(args, argv: list[str], steps: list[dict]) -> dict:
+    """What the step computes in a second beside what the device can."""
+    gflop = one(args, argv, "ours", "flops")["gflop"]
+    peak = args.mfu or one(args, argv, "ours", "peak")["tflops"]
+    speed = statistics.median(step["images_per_second"] for step in steps) / args.processes
+    tflops = speed * gflop / 1e3
+    return {"gflop": gflop, "tflops": tflops, "peak_tflops": peak, "share": tflops / peak}
 
 
 def run_all(args, given: list[str]):
