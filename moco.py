@@ -93,7 +93,7 @@ def parse_args(argv=None):
     group.add_argument("--epochs", type=cli.count, help="passes over the images")
     group.add_argument("--batch-size", type=cli.count, help="images over all processes")
     group.add_argument("--lr", type=cli.positive, help="learning rate per 256 images")
-    group.add_argument("--weight-decay", type=cli.not_negative, help="of weights, not of norms")
+    group.add_argument("--weight-decay", type=cli.not_negative, help="of every parameter")
     group.add_argument("--warmup-epochs", type=cli.whole, help="linear from 0")
     group.add_argument("--schedule", choices=("cosine", "step"),
                        help="once an epoch: a cosine to 0, or a tenth at 60 %% and at 80 %%")
