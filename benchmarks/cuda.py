@@ -65,8 +65,8 @@ PUBLISHED = {
 }
 SETTING = """Published, ResNet-18 with a small stem: k-NN (k 200), the best epoch on the test
 images of 200 / 800 epochs at batch 512, by lightly (MoCo: by its authors' notebook); linear after
-1,000 epochs at batch 256, by solo-learn, trained beside the backbone (MoCo: symmetric, larger head). Ours: the last epoch; MAE is
-ViT-S/4, mean of patches."""
+1,000 epochs at batch 256, by solo-learn, trained beside the backbone (MoCo: symmetric, larger
+head). Ours: the last epoch; MAE is ViT-S/4, mean of patches."""
 SMALL = {  # of a rehearsal
     "swav": ["--num-prototypes", 10], "dino": ["--num-outputs", 64],
     "barlow_twins": ["--projector-dim", 64, "--embedding-dim", 64], "moco": ["--queue-length", 64],
