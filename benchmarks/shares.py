@@ -53,6 +53,9 @@ def step_shares(args) -> dict[str, float]:
 
     class FixedLoader(data.Loader):
         def epoch(self, epoch):
+            if self.step > 0:  # DeepCluster's bank, before the training
+                yield from super().epoch(epoch)
+                return
             fixed = next(super().epoch(epoch))
             for number in range(args.warmup + args.steps + 1):
                 if number == args.warmup:
@@ -101,6 +104,9 @@ def data_shares(args) -> dict[str, float]:
 
     class Whole(data.Loader):
         def epoch(self, epoch):
+            if self.step > 0:
+                yield from super().epoch(epoch)
+                return
             batches = super().epoch(epoch)
             next(batches)  # warm
             spent.clear()

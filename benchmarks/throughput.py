@@ -51,7 +51,7 @@ ALL = {  # what `all` measures: script, flags; the last ones have no peer
                                      "--warmup", "1", "--steps", "3", *HEAD],
     "MAE ViT-tiny/4": ["mae", "--arch", "vit_tiny", "--warmup", "1", "--steps", "4", "--",
                        "--decoder-dim", "192", "--decoder-depth", "4", "--decoder-heads", "3"],
-    "DeepCluster v2 2x32": ["deepcluster_v2"],
+    "DeepCluster v2 2x32": ["deepcluster_v2", "--", "--limit", "12800"],
     "NPID": ["npid_pirl"],
     "PIRL": ["npid_pirl", "--", "--method", "pirl"],
 }
@@ -135,10 +135,14 @@ def measure_ours(args, part: str) -> dict:
     class TimedLoader(data.Loader):
         def __init__(self, *given, **named):
             super().__init__(*given, **named)
-            if part == "step":  # no epoch ends, and saves, while steps are counted
+            self.fills = self.step > 0  # DeepCluster's bank, before the training
+            if part == "step" and not self.fills:  # no epoch ends, and saves, while steps are counted
                 self.steps_per_epoch = max(self.steps_per_epoch, args.warmup + args.steps + 2)
 
         def epoch(self, epoch):
+            if self.fills:
+                yield from super().epoch(epoch)
+                return
             if part == "data":
                 for _ in super().epoch(epoch):
                     clock.tick()
@@ -174,6 +178,9 @@ def count_flops(args, part: str) -> dict:
 
     class OneBatch(data.Loader):
         def epoch(self, epoch):
+            if self.step > 0:  # DeepCluster's bank, before the training
+                yield from super().epoch(epoch)
+                return
             fixed = next(super().epoch(epoch))
             yield fixed  # the first step is logged, with indicators of its own
             with counter:
