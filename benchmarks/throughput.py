@@ -136,7 +136,7 @@ def measure_ours(args, part: str) -> dict:
         def __init__(self, *given, **named):
             super().__init__(*given, **named)
             self.fills = self.step > 0  # DeepCluster's bank, before the training
-            if part == "step" and not self.fills:  # no epoch ends, and saves, while steps are counted
+            if part == "step" and not self.fills:  # no epoch ends and saves while it counts
                 self.steps_per_epoch = max(self.steps_per_epoch, args.warmup + args.steps + 2)
 
         def epoch(self, epoch):
