@@ -73,7 +73,7 @@ def setup(device: str = "auto", deterministic: bool = False) -> World:
 
 
 def keep_freed_memory() -> None:
-    """Ask glibc, where that is the C library, to keep the memory of freed tensors for the next ones.
+    """Ask glibc, where that is the C library, to keep freed memory for the next tensors.
 
     Given back and faulted in again in every step, it costs a tenth of the step on a CPU.
     """
