@@ -1,0 +1,85 @@
+"""Our losses beside lightly's on the same embeddings, in float64: values and gradients.
+
+    python benchmarks/losses.py
+
+What differs between two runs of `quality.py` is then not the loss. The last line is a JSON object.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from lightly.loss import BarlowTwinsLoss, DINOLoss, NTXentLoss, SwaVLoss
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import barlow_twins
+import dino
+import moco
+import simclr
+import swav
+
+N, D, K = 64, 32, 50
+
+
+def unit(*shape):
+    return nn.functional.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
+
+
+def of_simclr(z):
+    return simclr.nt_xent(z[0], z[1], 0.5), NTXentLoss(temperature=0.5)(z[0], z[1])
+
+
+def of_moco(z):
+    peer = NTXentLoss(temperature=0.1, memory_bank_size=(K, D))
+    queue = unit(K, D)
+    peer.memory_bank.bank = queue.clone()
+    peer.memory_bank.bank_ptr = torch.zeros(1, dtype=torch.long)
+    keys = z[1].detach()
+    return moco.info_nce(z[0], keys, queue, 0.1), peer(z[0], keys)
+
+
+def of_barlow_twins(z):
+    return (barlow_twins.barlow_twins_loss(z[0], z[1], 0.0051),
+            BarlowTwinsLoss(lambda_param=0.0051)(z[0], z[1]))
+
+
+def of_swav(z):
+    prototypes = unit(K, D)
+    scores = nn.functional.normalize(z, dim=-1) @ prototypes.T
+    codes = swav.codes_of(scores[:2].detach(), None, prototypes, 0.05, 3)
+    peer = SwaVLoss(temperature=0.1, sinkhorn_epsilon=0.05, sinkhorn_iterations=3)
+    ours = swav.swapped_prediction_loss(scores, codes, 0.1)
+    return ours, peer(list(scores[:2]), list(scores[2:]))
+
+
+def of_dino(z):
+    teacher, center = torch.randn(2, N, D, dtype=z.dtype), torch.randn(D, dtype=z.dtype)
+    peer = DINOLoss(output_dim=D, warmup_teacher_temp_epochs=1, teacher_temp=0.04).double()
+    peer.center.copy_(center)
+    return dino.dino_loss(z, teacher, center, 0.1, 0.04), peer(list(teacher), list(z), epoch=1)
+
+
+def main():
+    torch.manual_seed(0)
+    found = {}
+    for name, views, pair in (
+        ("SimCLR", 2, of_simclr), ("MoCo", 2, of_moco), ("Barlow Twins", 2, of_barlow_twins),
+        ("SwAV, 2 + 4 crops", 6, of_swav), ("DINO, 2 + 4 crops", 6, of_dino),
+    ):
+        z = torch.randn(views, N, D, dtype=torch.float64, requires_grad=True)
+        ours, theirs = pair(z)
+        grads = [torch.autograd.grad(loss, z, retain_graph=True)[0] for loss in (ours, theirs)]
+        apart = ((grads[0] - grads[1]).norm() / grads[0].norm()).item()
+        found[name] = {"ours": ours.item(), "lightly": theirs.item(), "gradients_apart": apart}
+        print(f"{name:18} ours {ours.item():.10f}  lightly {theirs.item():.10f}  "
+              f"gradients apart by {apart:.1e} of their norm")
+    print(json.dumps({"benchmark": "losses", "date": time.strftime("%Y-%m-%d"),
+                      "torch": torch.__version__, "losses": found}))
+
+
+if __name__ == "__main__":
+    main()
