@@ -61,8 +61,6 @@ def setup(device: str = "auto", deterministic: bool = False) -> World:
             )
         torch.cuda.set_device(target)
         torch.backends.cudnn.benchmark = not deterministic
-    if kind == "cpu":
-        keep_freed_memory()
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
