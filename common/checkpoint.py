@@ -79,6 +79,8 @@ class Run:
         except RunError:
             self.__exit__(RunError)
             raise
+        if self.world.device.type == "cpu":
+            dist.keep_freed_memory()
         self.handlers = {n: signal.signal(n, self.request_stop) for n in STOP_SIGNALS}
         return self
 

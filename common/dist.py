@@ -9,6 +9,7 @@ rows keeps it by gathering or summing them with `all_gather_with_grad` or `all_r
 """
 
 import contextlib
+import ctypes
 import os
 import shutil
 import sys
@@ -67,6 +68,18 @@ def setup(device: str = "auto", deterministic: bool = False) -> World:
         # gloo beside NCCL, in one group: flags on the CPU are exchanged without touching the GPU.
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
     return World(rank(), size(), target)
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc, where that is the C library, to keep freed memory for the next tensors.
+
+    Given back and faulted in again in every step, it costs a tenth of the step on a CPU.
+    """
+    mmap_threshold, trim_threshold = -3, -1  # of mallopt(3)
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        if libc.mallopt(mmap_threshold, 2**30):
+            libc.mallopt(trim_threshold, 2**28)
 
 
 def rank() -> int:

@@ -3,9 +3,13 @@ import copy
 import errno
 import json
 import os
+import platform
 import random
 import resource
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +21,7 @@ from common.checkpoint import Run
 from common.data import ArrayImages, FileImages
 from common.dist import RunError, World
 
+ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 SETTINGS = {"data": "digits", "epochs": 10, "lr": 0.5, "crop_scale": [0.08, 1.0], "sync_bn": True}
 
@@ -631,3 +636,21 @@ def test_a_checkpoint_of_another_version_of_the_script_is_told(tmp_path):
     torch.save(saved, tmp_path / "checkpoint.pt")
     with pytest.raises(RunError, match="another version of this script"):
         trained(tmp_path, 2, save_at=[2])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc")
+def test_a_run_does_not_fault_its_memory_in_again_in_every_step(tmp_path):
+    code = f"""
+import resource, sys, torch
+sys.path[:0] = ["tests"]
+from test_common_checkpoint import opened
+faults = []
+with opened({str(tmp_path)!r}):
+    for _ in range(10):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**24)  # 16,384 pages
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(faults))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert int(done.stdout.split()[-1]) < 1000, done.stderr
