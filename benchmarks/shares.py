@@ -11,11 +11,10 @@ JSON object. On CUDA the kernels' time is counted.
 
 import contextlib
 import functools
-import importlib
 import json
 import sys
-import tempfile
 import time
+from unittest import mock
 
 import throughput
 import torch
@@ -43,7 +42,6 @@ def kind_of(name: str) -> str:
 
 def step_shares(args) -> dict[str, float]:
     """Shares of the time of a step by kind of operator; `ms` is the whole step."""
-    module = importlib.import_module(args.script)
     activities = [torch.profiler.ProfilerActivity.CPU]
     on_cuda = torch.cuda.is_available() and args.device != "cpu"
     if on_cuda:
@@ -51,30 +49,21 @@ def step_shares(args) -> dict[str, float]:
     profiler = torch.profiler.profile(activities=activities)
     found = {}
 
-    class FixedLoader(data.Loader):
-        def epoch(self, epoch):
-            if self.step > 0:  # DeepCluster's bank, before the training
-                yield from super().epoch(epoch)
-                return
-            fixed = next(super().epoch(epoch))
-            for number in range(args.warmup + args.steps + 1):
-                if number == args.warmup:
-                    profiler.start()
-                    found["started"] = time.perf_counter()
-                if number == args.warmup + args.steps:
-                    if on_cuda:
-                        torch.cuda.synchronize()
-                    found["seconds"] = time.perf_counter() - found["started"]
-                    profiler.stop()
-                    raise throughput.Done
-                yield fixed
+    def feed(loader, batches):
+        fixed = next(batches)
+        for _ in range(args.warmup):
+            yield fixed
+        profiler.start()
+        started = time.perf_counter()
+        for _ in range(args.steps):
+            yield fixed
+        if on_cuda:
+            torch.cuda.synchronize()
+        found["seconds"] = time.perf_counter() - started
+        profiler.stop()
+        raise throughput.Done
 
-    plain, data.Loader = data.Loader, FixedLoader
-    try:
-        with tempfile.TemporaryDirectory() as folder, contextlib.suppress(throughput.Done):
-            module.main(module.parse_args(throughput.script_flags(args, "step", folder)))
-    finally:
-        data.Loader = plain
+    throughput.run_script(args, "step", feed)
     totals = {}
     counted = torch.autograd.DeviceType.CUDA if on_cuda else torch.autograd.DeviceType.CPU
     for event in profiler.key_averages():
@@ -89,8 +78,7 @@ def step_shares(args) -> dict[str, float]:
 
 def data_shares(args) -> dict[str, float]:
     """Shares of the data path by stage; `us` is one image's whole way on one core."""
-    module = importlib.import_module(args.script)
-    spent, plain_finish = {}, augment.View.finish
+    spent = {}
 
     def timed(stage, function):
         @functools.wraps(function)
@@ -102,35 +90,24 @@ def data_shares(args) -> dict[str, float]:
                 spent[stage] = spent.get(stage, 0.0) + time.perf_counter() - started
         return inner
 
-    class Whole(data.Loader):
-        def epoch(self, epoch):
-            if self.step > 0:
-                yield from super().epoch(epoch)
-                return
-            batches = super().epoch(epoch)
-            next(batches)  # warm
-            spent.clear()
-            started = time.perf_counter()
-            for _ in range(args.steps):
-                next(batches)
-            spent["all"] = time.perf_counter() - started
-            raise throughput.Done
+    def feed(loader, batches):
+        next(batches)  # warm
+        spent.clear()
+        started = time.perf_counter()
+        for _ in range(args.steps):
+            next(batches)
+        spent["all"] = time.perf_counter() - started
+        raise throughput.Done
+        yield  # a generator, like every feed
 
-    patched = [(data.StepShares, "read_slot", "read and decode"), (data, "philox", "generators"),
-               (augment.View, "draw", "parameters"), (augment.View, "crop", "crop and resize"),
-               (augment.View, "finish", "colours, normalise")]
-    kept = [(owner, name, getattr(owner, name)) for owner, name, _ in patched]
-    for owner, name, stage in patched:
-        setattr(owner, name, timed(stage, getattr(owner, name)))
-    plain, data.Loader = data.Loader, Whole
-    try:
-        with tempfile.TemporaryDirectory() as folder, contextlib.suppress(throughput.Done):
-            module.main(module.parse_args(throughput.script_flags(args, "step", folder)))
-    finally:
-        data.Loader = plain
-        for owner, name, function in kept:
-            setattr(owner, name, function)
-    assert augment.View.finish is plain_finish
+    stages = [(data.StepShares, "read_slot", "read and decode"), (data, "philox", "generators"),
+              (augment.View, "draw", "parameters"), (augment.View, "crop", "crop and resize"),
+              (augment.View, "finish", "colours, normalise")]
+    with contextlib.ExitStack() as stack:
+        for owner, name, stage in stages:
+            stack.enter_context(
+                mock.patch.object(owner, name, timed(stage, getattr(owner, name))))
+        throughput.run_script(args, "step", feed)
     whole = spent.pop("all")
     shares = {stage: seconds / whole for stage, seconds in spent.items()}
     shares["python, order"] = 1 - sum(shares.values())

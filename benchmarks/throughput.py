@@ -123,74 +123,76 @@ class Clock:
         self.count += 1
 
 
-def measure_ours(args, part: str) -> dict:
-    """Run the script's main with a loader that is timed, or replaced by one fixed batch."""
+def run_script(args, part: str, feed) -> None:
+    """Run the script's own `main`, its training loop fed by `feed`, until that raises `Done`.
+
+    Args:
+        feed: (loader, its batches of an epoch) to the batches that the loop gets instead. Other
+            loaders, such as the one that fills DeepCluster's bank, are left alone.
+    """
     import importlib
 
     from common import data
 
-    clock = Clock(args.warmup, args.steps)
-    waited = {}
-
-    class TimedLoader(data.Loader):
+    class FedLoader(data.Loader):
         def __init__(self, *given, **named):
             super().__init__(*given, **named)
-            self.fills = self.step > 0  # DeepCluster's bank, before the training
-            if part == "step" and not self.fills:  # no epoch ends and saves while it counts
+            self.trains = self.step == 0
+            if self.trains and part == "step":  # no epoch ends and saves while it counts
                 self.steps_per_epoch = max(self.steps_per_epoch, args.warmup + args.steps + 2)
 
         def epoch(self, epoch):
-            if self.fills:
-                yield from super().epoch(epoch)
-                return
-            if part == "data":
-                for _ in super().epoch(epoch):
-                    clock.tick()
-                return
             batches = super().epoch(epoch)
-            fixed = next(batches) if part == "step" else None
-            for _ in range(self.steps_per_epoch):
-                clock.tick()
-                if clock.count == args.warmup + 1:
-                    waited["before"] = self.waited
-                waited["after"] = self.waited
-                yield fixed or next(batches)
+            return feed(self, batches) if self.trains else batches
 
-    data.Loader = TimedLoader
     module = importlib.import_module(args.script)
-    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Done):
-        module.main(module.parse_args(script_flags(args, part, folder)))
+    plain, data.Loader = data.Loader, FedLoader
+    try:
+        with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Done):
+            module.main(module.parse_args(script_flags(args, part, folder)))
+    finally:
+        data.Loader = plain
+
+
+def measure_ours(args, part: str) -> dict:
+    """Time the script's loop, on its loader or on one fixed batch, or its loader alone."""
+    clock = Clock(args.warmup, args.steps)
+    waited = {}
+
+    def feed(loader, batches):
+        if part == "data":
+            for _ in batches:
+                clock.tick()
+            return
+        fixed = next(batches) if part == "step" else None
+        for _ in range(loader.steps_per_epoch):
+            clock.tick()
+            if clock.count == args.warmup + 1:
+                waited["before"] = loader.waited
+            waited["after"] = loader.waited
+            yield fixed or next(batches)
+
+    run_script(args, part, feed)
     share = (waited.get("after", 0) - waited.get("before", 0)) / clock.seconds
     return {"seconds": clock.seconds, "data_wait": share if part == "both" else None}
 
 
 def count_flops(args, part: str) -> dict:
     """FLOPs an image of the script's own step: forward and backward of one small batch."""
-    import importlib
-
     from torch.utils.flop_counter import FlopCounterMode
-
-    from common import data
 
     args.batch_size = min(args.batch_size, 16)
     args.flags = [flag for flag in args.flags if flag not in ("--compile", "--grad-checkpoint")]
     counter = FlopCounterMode(display=False)
 
-    class OneBatch(data.Loader):
-        def epoch(self, epoch):
-            if self.step > 0:  # DeepCluster's bank, before the training
-                yield from super().epoch(epoch)
-                return
-            fixed = next(super().epoch(epoch))
-            yield fixed  # the first step is logged, with indicators of its own
-            with counter:
-                yield fixed
-            raise Done
+    def feed(loader, batches):
+        fixed = next(batches)
+        yield fixed  # the first step is logged, with indicators of its own
+        with counter:
+            yield fixed
+        raise Done
 
-    data.Loader = OneBatch
-    module = importlib.import_module(args.script)
-    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Done):
-        module.main(module.parse_args(script_flags(args, "step", folder)))
+    run_script(args, "step", feed)
     return {"gflop": counter.get_total_flops() / args.batch_size / 1e9}
 
 
