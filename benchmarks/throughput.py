@@ -9,10 +9,14 @@ Each figure comes from a process of its own that runs the script's own `main`:
 - step: the script's loop on one fixed batch;
 - both: the script's loop on its loader; `data_wait` is its share of time spent waiting for images.
 
-Memory is the peak of the process tree's proportional set size (PSS, read from /proc), and CUDA's
-own peak where there is one. With --peer lightly the same three are measured for lightly's method on
-the same backbone, batch, views, workers and process count, in turn with ours. The ratio of each
-pair is taken; the median and range of the ratios are what to quote. The last line is a JSON object.
+Memory is that of the process tree at its peak, and CUDA's own peak where there is one: of each
+process the proportional set size, plus what its highest resident set was above the present one. A
+peak between two readings counts, so that a process which keeps freed memory, as ours do, is not
+set beside the dips of one that gives it back.
+
+With --peer lightly the same three are measured for lightly's method on the same backbone, batch,
+views, workers and process count, in turn with ours. The ratio of each pair is taken; the median and
+range of the ratios are what to quote. The last line is a JSON object.
 
 With --mfu the step's floating-point operations are counted too (matrix products and convolutions,
 forward and backward, by torch's counter on one small batch), and their rate is set beside that of
@@ -262,8 +266,8 @@ def measure(args):
 # ------------------------------------------------------------------------------- outside: the pairs
 
 
-def pss_gb(pid: int) -> float:
-    """Proportional set size of a process and its descendants."""
+def peak_gb(pid: int) -> float:
+    """Memory of a process and its descendants, each at its own highest so far."""
     children = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
@@ -274,10 +278,14 @@ def pss_gb(pid: int) -> float:
     for parent in pids:
         pids += children.get(parent, [])
     for each in pids:
-        with contextlib.suppress(OSError):
-            for line in Path(f"/proc/{each}/smaps_rollup").read_text().splitlines():
-                if line.startswith("Pss:"):
-                    total += int(line.split()[1])
+        with contextlib.suppress(OSError, KeyError):  # it ended, or ends while it is read
+            kilobytes = {}
+            for file in ("smaps_rollup", "status"):
+                for line in Path(f"/proc/{each}/{file}").read_text().splitlines():
+                    if line.endswith("kB"):
+                        name, value = line.removesuffix("kB").split(":")
+                        kilobytes[name] = int(value)
+            total += kilobytes["Pss"] + kilobytes["VmHWM"] - kilobytes["VmRSS"]
     return total * 1024 / 1e9
 
 
@@ -297,7 +305,7 @@ def one(args, argv: list[str], side: str, part: str) -> dict:
 
     def watch():
         while process.poll() is None:
-            peak[0] = max(peak[0], pss_gb(process.pid))
+            peak[0] = max(peak[0], peak_gb(process.pid))
             time.sleep(0.5)
 
     watcher = threading.Thread(target=watch)
@@ -310,7 +318,7 @@ def one(args, argv: list[str], side: str, part: str) -> dict:
     result = json.loads(lines[-1].removeprefix("RESULT "))
     if "seconds" in result:
         result["images_per_second"] = args.steps * args.batch_size / result.pop("seconds")
-    return {**result, "pss_gb": peak[0]}
+    return {**result, "memory_gb": peak[0]}
 
 
 def make_jpegs(folder: Path, count: int, size: int):
@@ -350,7 +358,7 @@ def main(args, argv):
             for side in sides:
                 result = one(args, argv, side, part)
                 found[side, part].append(result)
-                speed, memory = result["images_per_second"], result["pss_gb"]
+                speed, memory = result["images_per_second"], result["memory_gb"]
                 print(f"pair {pair + 1}  {part:5} {side:8} {speed:8.1f} img/s  {memory:.2f} GB",
                       file=sys.stderr, flush=True)
     summary = {
@@ -359,7 +367,7 @@ def main(args, argv):
         "machine": machine_name(),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "setting": {name: value for name, value in vars(args).items() if name not in ("measure",)},
-        "images_per_second": {}, "pss_gb": {}, "data_wait": {}, "ratio": {}, "memory_ratio": {},
+        "images_per_second": {}, "memory_gb": {}, "data_wait": {}, "ratio": {}, "memory_ratio": {},
     }
     print(f"{'part':6}" + "".join(f"{side + ' img/s':>20}{side + ' GB':>16}" for side in sides)
           + ("   ours / peer (range)" if args.peer else ""))
@@ -368,9 +376,9 @@ def main(args, argv):
         for side in sides:
             results = found[side, part]
             speeds = spread([r["images_per_second"] for r in results])
-            memory = spread([r["pss_gb"] for r in results])
+            memory = spread([r["memory_gb"] for r in results])
             summary["images_per_second"].setdefault(side, {})[part] = speeds
-            summary["pss_gb"].setdefault(side, {})[part] = memory
+            summary["memory_gb"].setdefault(side, {})[part] = memory
             if "cuda_gb" in results[0]:
                 peaks = spread([r["cuda_gb"] for r in results])
                 summary.setdefault("cuda_gb", {}).setdefault(side, {})[part] = peaks
@@ -381,9 +389,10 @@ def main(args, argv):
             pairs = list(zip(found["ours", part], found[args.peer, part], strict=True))
             ratio = spread([a["images_per_second"] / b["images_per_second"] for a, b in pairs])
             summary["ratio"][part] = ratio
-            summary["memory_ratio"][part] = spread([a["pss_gb"] / b["pss_gb"] for a, b in pairs])
+            memory = spread([a["memory_gb"] / b["memory_gb"] for a, b in pairs])
+            summary["memory_ratio"][part] = memory
             row += f"   {ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})"
-            row += f"   memory {summary['memory_ratio'][part]['median']:.2f}"
+            row += f"   memory {memory['median']:.2f}"
         print(row)
     if args.mfu is not None and "step" in args.parts:
         summary["mfu"] = mfu = utilisation(args, argv, found["ours", "step"])

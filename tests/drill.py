@@ -12,6 +12,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # 16 steps an epoch of tiny images: a few seconds, long enough to be interrupted anywhere.
 SMALL = ["--limit", "256", "--batch-size", "16", "--workers", "1", "--log-every", "1"]
+WATCHED = {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONFAULTHANDLER": "1",  # `give_up` asks where a process stands
+    "RES_OPTIONS": "timeout:1 attempts:1",  # or 10 s for each name that torchrun asks for
+}
 
 
 def command(script, *flags, processes=1):
@@ -23,7 +28,7 @@ def command(script, *flags, processes=1):
 
 def start(script, *flags, processes=1, **options):
     """Start a script without waiting for it."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
+    environment = {**os.environ, **WATCHED, **options.pop("env", {})}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         environment.pop(name, None)
     return subprocess.Popen(
@@ -32,17 +37,16 @@ def start(script, *flags, processes=1, **options):
     )
 
 
-def finish(process, timeout=120):
+def finish(process, timeout=180):
     """Wait for a started script; its exit status and all it printed."""
     try:
         printed, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        kill(process)
-        raise AssertionError(f"{process.args} did not end within {timeout} s") from None
+        give_up(process, f"{process.args} did not end within {timeout} s")
     return process.returncode, printed
 
 
-def run(script, *flags, processes=1, timeout=120, **options):
+def run(script, *flags, processes=1, timeout=180, **options):
     """Run a script to its end; its exit status and all it printed."""
     return finish(start(script, *flags, processes=processes, **options), timeout)
 
@@ -60,12 +64,13 @@ def log_of(folder):
     return lines
 
 
-def wait_for(condition, process, timeout=90, pause=0.01):
+def wait_for(condition, process, timeout=180, pause=0.01):
     """Wait until a condition holds while a process runs."""
     end = time.monotonic() + timeout
     while not condition():
         assert process.poll() is None, f"ended too early:\n{process.communicate()[0]}"
-        assert time.monotonic() < end, "the awaited moment did not come"
+        if time.monotonic() > end:
+            give_up(process, "the awaited moment did not come")
         time.sleep(pause)
 
 
@@ -85,10 +90,28 @@ def tree(pid):
     return found
 
 
-def kill(process):
-    """kill -9 a launcher, its workers and their loader processes, all by pid."""
+def send(number, process):
+    """Send a signal to a launcher, its workers and their loader processes, all by pid."""
     for pid in tree(process.pid):
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, number)
+
+
+def kill(process):
+    """End them all, without a chance to clean up."""
+    send(signal.SIGKILL, process)
     process.wait()
     process.stdout.close()
+
+
+def give_up(process, reason):
+    """End them all, and fail with what they printed and the line where each one stood."""
+    family = tree(process.pid)
+    send(signal.SIGABRT, process)
+    time.sleep(2)
+    for pid in family:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    printed = process.communicate()[0].splitlines()
+    told = [line for line in printed if not line.startswith("Extension modules")]
+    raise AssertionError("\n".join([f"{reason}; it printed:", *told]))
