@@ -443,6 +443,7 @@ class Loader:
         workers = min(default_workers() if workers is None else workers, len(steps))
         # Large batches, as of many crops, are held to one waiting for each worker.
         large = shares.share * sum(v.channels * math.prod(v.size) for v in views) > 2**26
+        context = (multiprocessing_context or dist.worker_context()) if workers else None
         atexit.unregister(end_workers)
         atexit.register(end_workers)  # after multiprocessing's own, so that it runs before it
         gc.freeze()  # in the workers, whose collections would copy every page that they share
@@ -455,7 +456,7 @@ class Loader:
                 worker_init_fn=leave_signals_to_the_main_process,
                 prefetch_factor=(1 if large else 2) if workers else None,
                 pin_memory=world.device.type == "cuda",
-                multiprocessing_context=multiprocessing_context if workers else None,
+                multiprocessing_context=context,
             )
         )
         gc.unfreeze()

@@ -10,9 +10,13 @@ rows keeps it by gathering or summing them with `all_gather_with_grad` or `all_r
 
 import contextlib
 import ctypes
+import multiprocessing
 import os
+import re
 import shutil
 import sys
+import threading
+import time
 from dataclasses import dataclass
 
 import torch
@@ -80,6 +84,39 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         if libc.mallopt(mmap_threshold, 2**30):
             libc.mallopt(trim_threshold, 2**28)
+
+
+def worker_context(patience: float = 5.0):
+    """How loader processes are started: forked on Linux, as soon as no other thread runs.
+
+    A thread of gloo frees the tensors of an exchange a moment after the exchange, and takes locks
+    of the interpreter for it. A child forked in that moment finds them held for ever: Python before
+    3.12 hung there in one start of a hundred (python/cpython#112275). Forked, and not started anew
+    as Python 3.14 would, so that workers share the images of this process.
+
+    Args:
+        patience: seconds after which a thread that does not come to rest is let be.
+    """
+    if sys.platform != "linux":
+        return multiprocessing.get_context()
+    before, end = None, time.monotonic() + patience
+    while time.monotonic() < end:
+        time.sleep(0.002)  # whoever waits for the interpreter gets it
+        now = [what for task, what in task_states().items() if task != threading.get_native_id()]
+        if now == before and all("S (sleeping)" in what for what in now):
+            break  # none has run in between, nor wants to
+        before = now
+    return multiprocessing.get_context("fork")
+
+
+def task_states() -> dict[int, str]:
+    """For each thread of this process, whether it runs, and how often it has stopped to."""
+    states = {}
+    for task in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError), open(f"/proc/self/task/{task}/status") as file:
+            lines = re.findall(r"^(?:State|\w*ctxt_switches):.*", file.read(), re.MULTILINE)
+            states[int(task)] = " ".join(lines)
+    return states
 
 
 def rank() -> int:

@@ -441,9 +441,11 @@ def extract(
     num_chunks = -(-n // batch_size)
     parts = [num_chunks * rank // world.size for rank in range(world.size + 1)]
     own = range(parts[world.rank], parts[world.rank + 1])
+    workers = min(workers, len(own))
     loader = torch.utils.data.DataLoader(
-        Chunks(images, view, own, batch_size), batch_size=None,
-        num_workers=min(workers, len(own)), pin_memory=world.device.type == "cuda",
+        Chunks(images, view, own, batch_size), batch_size=None, num_workers=workers,
+        pin_memory=world.device.type == "cuda",
+        multiprocessing_context=dist.worker_context() if workers else None,
     )
     found, widths = {}, {}
     with dist.together():

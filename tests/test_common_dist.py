@@ -1,6 +1,10 @@
 import contextlib
 import errno
+import hashlib
 import io
+import sys
+import threading
+import time
 from collections import namedtuple
 
 import numpy as np
@@ -48,6 +52,36 @@ def test_more_processes_than_gpus_is_an_error_that_names_both(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(dist.RunError, match="8 processes.*there are 3"):
         dist.setup("cuda")
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
+
+
+def busy_thread(seconds):
+    """A thread that runs for so long without the interpreter's lock, as gloo's and OpenMP's do."""
+    def work():
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            hashlib.pbkdf2_hmac("sha256", b"word", b"salt", 30_000)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+@linux
+def test_workers_are_forked_once_no_other_thread_runs():
+    thread = busy_thread(0.4)
+    assert dist.worker_context().get_start_method() == "fork"
+    assert not thread.is_alive()
+
+
+@linux
+def test_a_thread_that_never_rests_does_not_keep_a_run_from_starting():
+    thread, started = busy_thread(2), time.monotonic()
+    dist.worker_context(patience=0.2)
+    assert time.monotonic() - started < 1.5 and thread.is_alive()
+    thread.join()
 
 
 class Terminal(io.StringIO):
