@@ -87,7 +87,7 @@ def keep_freed_memory() -> None:
 
 
 def worker_context(patience: float = 5.0):
-    """How loader processes are started: forked on Linux, as soon as no other thread runs.
+    """How loader processes are started: forked, on Linux, as soon as no other thread runs.
 
     A thread of gloo frees the tensors of an exchange a moment after the exchange, and takes locks
     of the interpreter for it. A child forked in that moment finds them held for ever: Python before
@@ -97,7 +97,7 @@ def worker_context(patience: float = 5.0):
     Args:
         patience: seconds after which a thread that does not come to rest is let be.
     """
-    if sys.platform != "linux":
+    if not os.path.isdir("/proc/self/task"):  # not Linux
         return multiprocessing.get_context()
     before, end = None, time.monotonic() + patience
     while time.monotonic() < end:
