@@ -731,7 +731,8 @@ def main(args):
 
     def open_split(settings, split):
         return data.open_images(settings["data"], split, settings["in_chans"],
-                                root=args.data_root, limit=args.limit)
+                                root=args.data_root, download=args.download,
+                                limit=args.limit)
 
     def make_view(settings):
         resize = features.resize_of(settings, args.resize)

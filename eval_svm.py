@@ -483,7 +483,8 @@ def main(args):
     def open_split(settings, split):
         if not is_voc(settings["data"]):
             return data.open_images(settings["data"], split, settings["in_chans"],
-                                    root=args.data_root, limit=args.limit)
+                                    root=args.data_root, download=args.download,
+                                    limit=args.limit)
         with dist.together():
             images, names[:] = open_voc(settings["data"], split, settings["in_chans"])
         if args.limit is not None and args.limit < len(images):

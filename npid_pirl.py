@@ -145,9 +145,6 @@ def parse_args(argv=None):
     args = cli.parse(parser, recipes, argv)
     if args.method == "pirl" and cli.peek(argv, "--output", str) is None:
         args.output += "-pirl"
-    if args.batch_size < 2 * cli.processes():
-        parser.error(f"--batch-size {args.batch_size} gives less than two images to each of "
-                     f"{cli.processes()} processes, too few for batch norm")
     if args.loss == "nce" and args.num_negatives and args.temperature < 0.0125:
         parser.error(f"--temperature {args.temperature} is too low for nce in float32; try 0.07, "
                      "or --loss cross_entropy")

@@ -126,7 +126,7 @@ def parse_args(argv=None):
                      f"{args.batch_size}; try {fits or 'none, 0,'} or {fits + args.batch_size}")
     if args.queue_length and args.queue_start_epoch >= args.epochs:
         parser.error(f"--queue-start-epoch {args.queue_start_epoch} comes after the end of "
-                     f"--epochs {args.epochs}; a queue of --queue-length 0 is none")
+                     f"--epochs {args.epochs}; pass --queue-length 0 for no queue")
     return args
 
 

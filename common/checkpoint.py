@@ -58,7 +58,7 @@ class Run:
         self.last_save = time.monotonic()
         self.saved_step = None
         self.keeps_previous = False
-        self.stop_requested = self.stopping = False
+        self.stop_requested = self.stopping = self.interrupted = False
         self.lock, self.handlers = None, {}
         self.resume, self.checkpoint = resume, None
 
@@ -93,6 +93,8 @@ class Run:
             where = "before the first step" if self.saved_step is None else (
                 f"at step {self.saved_step} and saved")
             dist.say(f"stopped {where}; the same command goes on")
+            if self.interrupted and self.world.size == 1:
+                raise KeyboardInterrupt  # what a shell was to do next, it must not
         elif kind is None:
             dist.say(f"finished: {self.path(self.product)}")
 
@@ -103,7 +105,7 @@ class Run:
         """Finish the step, save and stop; a second Ctrl-C stops at once."""
         if self.stop_requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.stop_requested = True
+        self.stop_requested, self.interrupted = True, number == signal.SIGINT
         if self.world.is_main:
             os.write(2, b"\nstopping after this step; interrupt again to stop at once\n")
 
@@ -139,6 +141,12 @@ class Run:
             return
         saved = dict(self.checkpoint["settings"], data=self.checkpoint["identity"])
         now = dict(self.settings, data=self.identity)
+        if saved.keys() != now.keys():
+            other = " ".join("--" + n.replace("_", "-") for n in sorted(saved.keys() ^ now.keys()))
+            raise RunError(
+                f"{self.folder} holds a run of another script, or of another version of this one "
+                f"({other}); choose another --output, or start anew with --no-resume"
+            )
         for name in sorted({*saved, *now}):
             old, new = saved.get(name), now.get(name)
             if old != new:

@@ -16,6 +16,7 @@ RUN_FLAGS = {
     "grad_checkpoint", "log_every", "output", "recipe", "resume", "save_every_minutes", "workers",
 }
 Switch = argparse.BooleanOptionalAction  # --flag and --no-flag
+MANY = 6  # choices that are listed once, in the help text
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,8 +37,15 @@ class HelpFormatter(argparse.HelpFormatter):
     def _fill_text(self, text, width, indent):
         return text
 
+    def _metavar_formatter(self, action, default_metavar):
+        listed = action.choices is not None and len(action.choices) > MANY
+        return (lambda size: (default_metavar,) * size) if listed else (
+            super()._metavar_formatter(action, default_metavar))
+
     def _get_help_string(self, action):
         text = action.help.replace(" (default: %(default)s)", "")  # Python 3.10's own, for a Switch
+        if action.choices is not None and len(action.choices) > MANY:
+            text += f": {' '.join(action.choices)}"
         if action.default is None or action.default is argparse.SUPPRESS:
             return text
         shown = action.default
@@ -108,7 +116,11 @@ def parse(made: Parser, recipes: dict, argv=None) -> argparse.Namespace:
         made.error(f"--batch-size {args.batch_size} does not divide among {processes()} processes; "
                    f"try {above}")
     if args.warmup_epochs >= args.epochs:
-        made.error(f"--warmup-epochs {args.warmup_epochs} leaves nothing of --epochs {args.epochs}")
+        made.error(f"--warmup-epochs {args.warmup_epochs} leaves nothing of --epochs {args.epochs}"
+                   "; pass --warmup-epochs 0, or more --epochs")
+    if "sync_bn" in args and args.batch_size < 2 * processes():
+        made.error(f"--batch-size {args.batch_size} gives less than two images to each of "
+                   f"{processes()} processes, too few for batch norm")
     for flag in ("crop_scale", "jigsaw_crop_scale"):
         low, high = getattr(args, flag, None) or (1, 1)
         if not 0 < low <= high:
@@ -155,6 +167,8 @@ def evaluation_parser(
     group.add_argument("--data", help="labelled images, with a train and a test split")
     group.add_argument("--data-root", default="data", metavar="FOLDER",
                        help="where torchvision's data sets are")
+    group.add_argument("--download", action=Switch, default=False,
+                       help="fetch a torchvision data set that is not there")
     group.add_argument("--image-size", type=count, help="side in pixels")
     group.add_argument("--resize", type=count,
                        help=f"shorter side before the central crop; default: {resize}")
@@ -222,6 +236,8 @@ def check_crops(made: Parser, args: argparse.Namespace) -> None:
         made.error(f"--num-crops {args.num_crops[0]}: the first size needs at least two crops")
     if args.image_size is None:
         args.image_size = args.crop_sizes[0]
+    elif args.crop_sizes is made.get_default("crop_sizes"):
+        args.crop_sizes = [args.image_size, *args.crop_sizes[1:]]
     if args.image_size != args.crop_sizes[0]:
         made.error(f"--image-size {args.image_size} is not the first of --crop-sizes "
                    f"{args.crop_sizes[0]}; give --crop-sizes alone")

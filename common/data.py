@@ -312,11 +312,15 @@ def text_list(path: str, channels: int) -> FileImages:
     if not lines:
         raise RunError(f"--data {path}: no line in it")
     labels = None
+    here = os.path.dirname(path)
     split = [line.rsplit(maxsplit=1) for line in lines]
     if all(len(parts) == 2 and parts[1].lstrip("-").isdecimal() for parts in split):
         lines, labels = [parts[0] for parts in split], np.array([int(parts[1]) for parts in split])
-    here = os.path.dirname(path)
-    return FileImages([os.path.join(here, line) for line in lines], labels, channels, here or ".")
+    paths = [os.path.join(here, line) for line in lines]
+    if not any(map(os.path.exists, paths[:100])):
+        raise RunError(f"--data {path}: its first line names no file, {paths[0]}; a line is a "
+                       "path, or a path and a whole number, relative to the list's folder")
+    return FileImages(paths, labels, channels, here or ".")
 
 
 def array_file(path: str, channels: int) -> ArrayImages | FileImages:
@@ -483,11 +487,7 @@ class Loader:
             return
         joined = {i: r for part in dist.all_gather_objects(new) for i, r in part.items()}
         hopeless = joined.pop(FATAL, None)
-        for i in sorted(joined):
-            dist.say(f"unreadable, replaced: {self.images.name(i)}: {joined[i]}")
         self.bad_files.update(joined)
-        if hopeless:
-            raise RunError(hopeless)
         allowed = max(1, len(self.images) // 100)
         if len(self.bad_files) > allowed:
             first = min(self.bad_files)
@@ -495,6 +495,10 @@ class Loader:
                 f"{len(self.bad_files)} of {len(self.images)} files cannot be read (at most "
                 f"{allowed} may), such as {self.images.name(first)}: {self.bad_files[first]}"
             )
+        if hopeless:
+            raise RunError(hopeless)
+        for i in sorted(joined):
+            dist.say(f"unreadable, replaced: {self.images.name(i)}: {joined[i]}")
 
 
 def default_workers() -> int:

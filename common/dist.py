@@ -130,17 +130,22 @@ def size() -> int:
 
 
 def launch(main, args) -> int:
-    """Run `main(args)` as a program: exit status 0, or 2 after one line that names the error."""
+    """Run `main(args)` as a program.
+
+    Returns:
+        The exit status: 0, or 2 after one line that names the error, or 130 if interrupted.
+    """
     try:
         main(args)
         status = 0
     except RunError as error:  # raised on every process: see `together`
         say(f"error: {error}", sys.stderr)
         status = 2
-    except (torch.OutOfMemoryError, KeyboardInterrupt) as error:
-        # Of this process alone: others may wait for it in a collective until torchrun ends them.
-        if isinstance(error, KeyboardInterrupt):
-            os._exit(130)
+    except KeyboardInterrupt:
+        status = 130
+        if dist.is_initialized():  # others may wait in a collective, until torchrun ends them
+            os._exit(status)
+    except torch.OutOfMemoryError:  # of this process alone, likewise
         print(f"error: process {rank()} is out of GPU memory; lower --batch-size or pass "
               "--amp bf16", file=sys.stderr, flush=True)
         os._exit(2)

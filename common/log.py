@@ -37,7 +37,7 @@ class Log:
         self.first_step = self.last_step = first_step
         self.last_time, self.last_waited = time.perf_counter(), 0.0
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=world.device)
-        self.warned = set()
+        self.out, self.warned = set(), set()
 
     def due(self, step: int) -> bool:
         """Whether this step gets a line: the first, every few, and the last."""
@@ -94,16 +94,16 @@ class Log:
             )
 
     def warn(self, line: dict):
-        """Name the collapse indicators that have left their bounds, once until they are back."""
-        left = [(name, "below", bound) for name, bound in self.floors.items() if line[name] < bound]
-        left += [(name, "above", bound) for name, bound in self.ceilings.items()
-                 if line[name] > bound]
-        self.warned &= {(name, where) for name, where, _ in left}
-        for name, where, bound in left:
-            if (name, where) not in self.warned:
-                self.warned.add((name, where))
-                dist.say(f"warning: {name} is {line[name]:.3g}, {where} {bound:.3g}: the "
-                         "embeddings collapse (README, symptoms)")
+        """Name the collapse indicators out of bounds for two lines, once until they are back."""
+        left = {(name, "below"): bound for name, bound in self.floors.items() if line[name] < bound}
+        left |= {(name, "above"): bound for name, bound in self.ceilings.items()
+                 if line[name] > bound}
+        self.warned &= left.keys()
+        for name, where in sorted(self.out & left.keys() - self.warned):
+            self.warned.add((name, where))
+            dist.say(f"warning: {name} is {line[name]:.3g}, {where} {left[name, where]:.3g}: the "
+                     "embeddings collapse (README, symptoms)")
+        self.out = set(left)
 
     def show(self, line: dict):
         """Update the progress line on a terminal; print a line elsewhere."""

@@ -247,7 +247,7 @@ def test_a_new_start_does_not_keep_the_older_runs_checkpoints_behind_its_own(tmp
         ("epochs", 11, "--epochs is 11 and was 10"),
         ("sync_bn", False, "--sync-bn is False and was True"),
         ("crop_scale", [0.08, 0.9], "--crop-scale is [0.08, 0.9] and was [0.08, 1.0]"),
-        ("temperature", 0.1, "--temperature is 0.1 and was None"),
+        ("temperature", 0.1, "another script, or of another version of this one (--temperature)"),
     ],
 )
 def test_another_setting_is_refused_with_both_values_and_the_remedies(name, new, named, tmp_path):
@@ -528,7 +528,9 @@ def test_a_start_cuts_the_log_to_the_checkpoints_step(tmp_path):
 @pytest.mark.parametrize("number", checkpoint.STOP_SIGNALS)
 def test_a_stop_signal_asks_to_save_and_stop(number, tmp_path, capsys):
     training = Training()
-    with opened(tmp_path) as run:
+    interrupted = number == signal.SIGINT  # the shell hears of that
+    told = pytest.raises(KeyboardInterrupt) if interrupted else contextlib.nullcontext()
+    with told, opened(tmp_path) as run:
         run.start(training.state)
         assert run.agree(False) == (False, False) and run.agree(True) == (True, False)
         os.kill(os.getpid(), number)

@@ -180,28 +180,29 @@ def test_the_check_before_a_save_stops_all_processes(pool, tmp_path):
 # ------------------------------------------------------------------------------------------- floors
 
 
-def test_an_indicator_below_its_floor_is_named_once_until_it_is_back(tmp_path, capsys):
+def test_an_indicator_below_its_floor_for_two_lines_is_named_until_it_is_back(tmp_path, capsys):
     watched = made(tmp_path, every=1, floors={"z_std": 0.1, "entropy": 0.5})
     warnings = []
     for step, z_std, entropy in [
-        (1, 0.3, 0.9), (2, 0.1, 0.5), (3, 0.09, 0.9), (4, 0.01, 0.4), (5, 0.3, 0.9), (6, 0.01, 0.1)
+        (1, 0.3, 0.9), (2, 0.1, 0.5), (3, 0.09, 0.9), (4, 0.01, 0.4), (5, 0.3, 0.3),
+        (6, 0.01, 0.1), (7, 0.02, 0.9), (8, 0.03, 0.4),
     ]:
         write(watched, step, z_std=z_std, entropy=entropy)
         said = re.findall(r"warning: (\w+) is (\S+), below (\S+):", capsys.readouterr().out)
         warnings += [(step, *words) for words in said]
-    assert warnings == [(3, "z_std", "0.09", "0.1"), (4, "entropy", "0.4", "0.5"),
-                        (6, "z_std", "0.01", "0.1"), (6, "entropy", "0.1", "0.5")]
+    assert warnings == [(4, "z_std", "0.01", "0.1"), (5, "entropy", "0.3", "0.5"),
+                        (7, "z_std", "0.02", "0.1")]
 
 
 def test_an_indicator_with_two_bounds_is_named_for_each(tmp_path, capsys):
     watched = made(tmp_path, every=1, floors={"entropy": 0.5}, ceilings={"entropy": 2.0})
     warnings = []
-    for step, entropy in enumerate([1.0, 2.0, 2.25, 3.0, 0.25, 0.125, 2.5], start=1):
+    for step, entropy in enumerate([1, 2, 2.25, 3, 4, 0.25, 0.125, 2.5, 2.75], start=1):
         write(watched, step, entropy=entropy)
         said = re.findall(r"warning: (.*): the emb", capsys.readouterr().out)
         warnings += [(step, words) for words in said]
-    assert warnings == [(3, "entropy is 2.25, above 2"), (5, "entropy is 0.25, below 0.5"),
-                        (7, "entropy is 2.5, above 2")]
+    assert warnings == [(4, "entropy is 3, above 2"), (7, "entropy is 0.125, below 0.5"),
+                        (9, "entropy is 2.75, above 2")]
 
 
 # ----------------------------------------------------------------------------------------- progress
@@ -235,7 +236,7 @@ def test_on_a_terminal_the_progress_line_updates_in_place_and_the_last_one_stays
     monkeypatch.setattr("sys.stdout", terminal)
     watched = made(tmp_path, every=1, total_steps=4, floors={"z_std": 0.1})
     for step in range(1, 5):
-        write(watched, step, z_std=0.01 if step == 3 else 1.0)
+        write(watched, step, z_std=0.01 if step in (2, 3) else 1.0)
         if step == 2:
             rows = on_screen(terminal.getvalue())
             assert len(rows) == 2 and "first loss" in rows[0] and "step 2/4" in rows[1]
@@ -258,7 +259,9 @@ def test_the_chance_loss_stands_beside_the_first_loss_of_a_run_only(tmp_path, ca
 def printed_by(folder):
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        write(made(folder, floors={"z_std": 1.0}), 1, z_std=0.1)
+        watched = made(folder, every=1, floors={"z_std": 1.0})
+        for step in (1, 2):
+            write(watched, step, z_std=0.1)
     return printed.getvalue()
 
 
