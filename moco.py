@@ -33,7 +33,7 @@ from common.checkpoint import Run
 from common.log import Log
 
 VERSIONS = {  # what v2 changed; `--version`
-    1: dict(views="v1", mlp_head=False, temperature=0.07, schedule="step"),
+    1: dict(views="v1", blur=False, mlp_head=False, temperature=0.07, schedule="step"),
     2: dict(views="v2", mlp_head=True, temperature=0.2, schedule="cosine"),
 }
 RECIPES = {
@@ -80,7 +80,7 @@ def parse_args(argv=None):
                        help="sets views, head, temperature and schedule as in that paper")
     group.add_argument("--views", choices=("v1", "v2", "digits"), help="what views are made of")
     group.add_argument("--crop-scale", type=cli.share, nargs=2, help="smallest, largest area share")
-    group.add_argument("--blur", action=cli.Switch, help="Gaussian blur of half of v2's views")
+    group.add_argument("--blur", action=cli.Switch, help="Gaussian blur of half of the views")
     group.add_argument("--mlp-head", action=cli.Switch, help="a hidden layer in the head")
     group.add_argument("--embedding-dim", type=cli.count, help="D, size of an embedding")
     group.add_argument("--temperature", type=cli.positive, help="lower: hard negatives count more")
@@ -115,12 +115,13 @@ def parse_args(argv=None):
 
 
 def v1_views(image_size, channels, crop_scale, blur, mean, std):
-    """Two views of the same kind (v1, section 3.3): colours change in every image, no blur."""
+    """Two views of the same kind (v1, section 3.3): colours change in every image."""
     steps = [
         augment.RandomResizedCrop(crop_scale, ratio=(3 / 4, 4 / 3), interpolation="bilinear"),
         augment.HorizontalFlip(p=0.5),
         augment.Grayscale(p=0.2),
         augment.ColorJitter(0.4, 0.4, saturation=0.4, hue=0.4, p=1.0),
+        augment.GaussianBlur(sigma=(0.1, 2.0), p=0.5 if blur else 0.0),
         augment.Normalize(mean, std),
     ]
     return [augment.View(image_size, steps, channels)] * 2

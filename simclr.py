@@ -226,8 +226,8 @@ def multicrop_nt_xent(z: Tensor, num_views: int, temperature: float) -> Tensor:
     own = nn.functional.pad(own, (dist.rank() * n, len(everyone) - (dist.rank() + 1) * n))
     others = logits.masked_fill(own[:, None, :, None], -math.inf).flatten(2).logsumexp(2)  # (N, V)
     terms = torch.logaddexp(same, others[:, :, None]) - same  # (N, V, V)
-    pairs = ~torch.eye(num_views, dtype=torch.bool, device=z.device)
-    return terms[:, pairs].mean()
+    pairs = terms.sum() - terms.diagonal(dim1=1, dim2=2).sum()  # of two different views
+    return pairs / (n * num_views * (num_views - 1))
 
 
 def contrast(z: Tensor, temperature: float) -> Tensor:

@@ -92,7 +92,8 @@ class Run:
         if kind is None and self.stopping:
             where = "before the first step" if self.saved_step is None else (
                 f"at step {self.saved_step} and saved")
-            dist.say(f"stopped {where}; the same command goes on")
+            command = "the same command" + ("" if self.resume else " without --no-resume")
+            dist.say(f"stopped {where}; {command} goes on")
             if self.interrupted and self.world.size == 1:
                 raise KeyboardInterrupt  # what a shell was to do next, it must not
         elif kind is None:
@@ -180,6 +181,8 @@ class Run:
             self.checkpoint = None
         with dist.together(writing=self.folder):
             if self.world.is_main:
+                if not self.resume:
+                    self.forget()
                 self.write_run_json(state)
                 cut_log(self.path("log.jsonl"), step)
         return step
@@ -198,6 +201,12 @@ class Run:
                 f"the checkpoint in {self.folder} is of another version of this script ({name}: "
                 f"{reason}); start anew with --no-resume, or choose another --output"
             ) from error
+
+    def forget(self):
+        """Remove the checkpoints of an older run, so that nothing can go on from them."""
+        for name in ("checkpoint.pt", "checkpoint.prev.pt"):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(self.path(name))
 
     def write_run_json(self, state: dict):
         record = {"starts": []}
@@ -267,8 +276,6 @@ class Run:
         newest, previous = self.path("checkpoint.pt"), self.path("checkpoint.prev.pt")
         with replacing(newest, previous if self.keeps_previous else None) as file:
             torch.save(record, file)
-        if self.saved_step is None and os.path.exists(previous):
-            os.remove(previous)  # of an older run in this folder
         self.keeps_previous = True
 
     def check_finite(self, step: int, state: dict):

@@ -143,20 +143,21 @@ class FileImages:
     def __init__(self, paths, labels: np.ndarray | None, channels: int, root: str, index=None):
         if channels not in MODES:
             raise RunError(f"--in-chans {channels}: files give 1 (L), 3 (RGB) or 4 (RGBA) channels")
-        self.paths, self.labels, self.channels, self.root = np.array(paths), labels, channels, root
+        self.paths = np.array([os.fsencode(path) for path in paths])  # a byte a character, not four
+        self.labels, self.channels, self.root = labels, channels, root
         self.index = np.arange(len(self.paths)) if index is None else index
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def name(self, index: int) -> str:
-        return str(self.paths[index])
+        return os.fsdecode(self.paths[index])
 
     def identity(self) -> str:
         """What the images are, whatever path they were opened by."""
-        start = len(os.path.join(self.root, ""))
-        names = "\n".join(path[start:] for path in self.paths.tolist())
-        return f"{len(self)} files, crc32 of the names {zlib.crc32(os.fsencode(names)):08x}"
+        start = len(os.fsencode(os.path.join(self.root, "")))
+        names = b"\n".join(path[start:] for path in self.paths.tolist())
+        return f"{len(self)} files, crc32 of the names {zlib.crc32(names):08x}"
 
     def read(self, index: int) -> list[Image.Image]:
         """The image as Pillow planes: one RGB or L image, or one L image per channel.
@@ -283,7 +284,7 @@ def folder(root: str, split: str, channels: int) -> FileImages:
     held_out = [] if found else [os.path.join(top, name, "") for name in ("val", "test")]
     paths = sorted(
         os.path.join(parent, file)
-        for parent, _, files in os.walk(top, followlinks=True)
+        for parent, files in walk(top)
         if not os.path.join(parent, "").startswith(tuple(held_out))
         for file in files
         if file.lower().endswith(EXTENSIONS)
@@ -300,6 +301,17 @@ def folder(root: str, split: str, channels: int) -> FileImages:
     number = {name: label for label, name in enumerate(names)}
     labels = np.array([number[parts[0]] for parts in inside])
     return FileImages(paths, labels, channels, top)
+
+
+def walk(top: str):
+    """Folders below `top` and their files; a link to a folder that holds it is not followed."""
+    for parent, folders, files in os.walk(top, followlinks=True):
+        inside = os.path.join(os.path.realpath(parent), "")
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        for name in links:
+            if inside.startswith(os.path.join(os.path.realpath(os.path.join(parent, name)), "")):
+                folders.remove(name)
+        yield parent, files
 
 
 def text_list(path: str, channels: int) -> FileImages:

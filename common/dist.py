@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 import sys
-import threading
 import time
 from dataclasses import dataclass
 
@@ -100,22 +99,23 @@ def worker_context(patience: float = 5.0):
     if not os.path.isdir("/proc/self/task"):  # not Linux
         return multiprocessing.get_context()
     before, end = None, time.monotonic() + patience
+    own = os.path.basename(os.readlink("/proc/thread-self"))
     while time.monotonic() < end:
         time.sleep(0.002)  # whoever waits for the interpreter gets it
-        now = [what for task, what in task_states().items() if task != threading.get_native_id()]
+        now = [what for task, what in task_states().items() if task != own]
         if now == before and all("S (sleeping)" in what for what in now):
             break  # none has run in between, nor wants to
         before = now
     return multiprocessing.get_context("fork")
 
 
-def task_states() -> dict[int, str]:
+def task_states() -> dict[str, str]:
     """For each thread of this process, whether it runs, and how often it has stopped to."""
     states = {}
     for task in os.listdir("/proc/self/task"):
         with contextlib.suppress(OSError), open(f"/proc/self/task/{task}/status") as file:
             lines = re.findall(r"^(?:State|\w*ctxt_switches):.*", file.read(), re.MULTILINE)
-            states[int(task)] = " ".join(lines)
+            states[task] = " ".join(lines)
     return states
 
 

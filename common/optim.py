@@ -41,7 +41,7 @@ class _TrustRatioSGD(torch.optim.Optimizer):
         buffers = [self.state[p]["momentum_buffer"] for p in params]
         decay = group["weight_decay"] if group["decay"] else 0.0
         if group["adapt"]:
-            a, b = zip(*self.factors(params, grads, decay, group["trust_coefficient"]), strict=True)
+            a, b = self.factors(params, grads, decay, group["trust_coefficient"])
         else:
             a, b = ([params[0].new_full((), x)] * len(params) for x in (1.0, decay))
         if params[0].is_cuda:  # few kernel launches
@@ -73,12 +73,11 @@ class LARS(_TrustRatioSGD):
     """
 
     def factors(self, params, grads, decay, trust_coefficient):
-        for p, p_norm, d_norm in zip(
-            params, torch._foreach_norm(params), self.norms(params, grads, decay), strict=True
-        ):
-            moves = (p_norm > 0) & (d_norm > 0)
-            q = torch.where(moves, trust_coefficient * p_norm / d_norm, 1).to(p.dtype)
-            yield q, q * decay
+        p_norms = torch.stack(torch._foreach_norm(params))
+        d_norms = torch.stack(self.norms(params, grads, decay))
+        moves = (p_norms > 0) & (d_norms > 0)
+        q = torch.where(moves, trust_coefficient * p_norms / d_norms, 1)
+        return q.unbind(), (q * decay).unbind()
 
     @staticmethod
     def norms(params, grads, decay):
@@ -106,11 +105,10 @@ class LARC(_TrustRatioSGD):
     """
 
     def factors(self, params, grads, decay, trust_coefficient):
-        norms = zip(torch._foreach_norm(params), torch._foreach_norm(grads), strict=True)
-        for p_norm, g_norm in norms:
-            moves = (p_norm > 0) & (g_norm > 0)
-            q = trust_coefficient * p_norm / (g_norm + decay * p_norm + 1e-8)
-            yield torch.where(moves, q, 1), torch.where(moves, q * decay, 0)
+        p_norms, g_norms = (torch.stack(torch._foreach_norm(x)) for x in (params, grads))
+        moves = (p_norms > 0) & (g_norms > 0)
+        q = trust_coefficient * p_norms / (g_norms + decay * p_norms + 1e-8)
+        return torch.where(moves, q, 1).unbind(), torch.where(moves, q * decay, 0).unbind()
 
 
 def split_by_dimension(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

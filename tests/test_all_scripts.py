@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import drill
 from common import cli
@@ -264,6 +265,62 @@ def test_compile_is_asked_for_and_changes_no_name(script, tmp_path, monkeypatch)
     module.main(args)
     weights = torch.load(tmp_path / "backbone.pth", weights_only=True)
     assert compiled and not any("_orig_mod" in key for key in weights)
+
+
+def optimiser_steps(script, folder, *flags):
+    """Before each step of a run: by name, every parameter's rate, weight decay and trust ratio."""
+    module, args = parsed(script, "--output", folder, *flags)
+    modules, steps, start = {}, [], Run.start
+
+    def remember(self, state):
+        modules.update((n, m) for n, m in state.items() if isinstance(m, torch.nn.Module))
+        return start(self, state)
+
+    def look(optimizer, *_):
+        group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
+        steps.append({
+            name: (group_of[p]["lr"], group_of[p]["weight_decay"] * group_of[p].get("decay", True),
+                   group_of[p].get("adapt"), p.ndim)
+            for m in modules.values() for name, p in m.named_parameters() if p in group_of
+        })
+
+    Run.start, hook = remember, register_optimizer_step_pre_hook(look)
+    try:
+        module.main(args)
+    finally:
+        Run.start = start
+        hook.remove()
+    return args, steps
+
+
+@every_script
+def test_the_optimiser_has_the_rate_that_the_log_says(script, tmp_path):
+    flags = ["--limit", "64", "--epochs", "4", "--warmup-epochs", "1"]
+    args, steps = optimiser_steps(script, tmp_path, *flags)
+    logged = [line["lr"] for line in lines(tmp_path)]
+    assert len(steps) == len(logged) == 16
+    weight = next(name for name, (*_, ndim) in steps[0].items() if ndim > 1)
+    assert [step[weight][0] for step in steps] == pytest.approx(logged)
+    assert sorted(logged[:4]) == logged[:4] and logged[0] < logged[3]  # the warm-up, and then down
+    peak = args.lr * args.batch_size / 256
+    assert 0.85 * peak < max(logged) < 1.001 * peak
+    assert logged[15] < logged[8] < logged[4]
+
+
+@every_script
+def test_weight_decay_and_trust_ratio_reach_the_parameters_that_the_paper_names(script, tmp_path):
+    """Weights only; every parameter in MoCo, SwAV, DeepCluster v2 and NPID."""
+    args, steps = optimiser_steps(script, tmp_path, "--warmup-epochs", "0")
+    everything = script in ("moco", "swav", "deepcluster_v2", "npid_pirl")
+    rates = {ndim > 1: rate for rate, _, _, ndim in steps[0].values()}
+    biases = args.lr_biases / args.lr if script == "barlow_twins" else 1
+    assert rates[False] == pytest.approx(rates[True] * biases)
+    for name, (_, decay, adapts, ndim) in steps[0].items():
+        assert decay == pytest.approx(args.weight_decay if ndim > 1 or everything else 0), name
+        if script in ("simclr", "barlow_twins"):
+            assert adapts == (ndim > 1), name
+        elif script in ("swav", "deepcluster_v2"):
+            assert adapts is True, name
 
 
 # -------------------------------------------------------------------- what is refused when resuming

@@ -81,12 +81,30 @@ def test_the_same_images_in_any_form_are_the_same_set(fifty, form):
     pixels = {images.read(i)[0].tobytes() for i in range(len(images))}
     expected = {Image.open(p).tobytes() for p in (fifty / "flat").glob("*.png")}
     assert len(images) == 50 and pixels == expected
-    assert all(images.paths[i].endswith("x.png") for i in range(50))
+    assert all(images.name(i).endswith("x.png") for i in range(50))
+
+
+def names(images):
+    return [images.name(i) for i in range(len(images))]
+
+
+def test_a_link_to_a_folder_that_holds_it_is_not_followed(fifty):
+    (fifty / "linked" / "deep").mkdir(parents=True)
+    (fifty / "linked" / "deep" / "back").symlink_to(fifty / "linked")
+    (fifty / "linked" / "deep" / "here").symlink_to(fifty / "flat")
+    images = data.open_images(str(fifty / "linked"), "pretrain", 3)
+    assert len(images) == 50 and all("deep/here/" in name for name in names(images))
+
+
+def test_a_list_that_names_no_file_is_refused_with_its_first_line(fifty):
+    (fifty / "words.txt").write_text("flat/00x.png cat\nflat/01x.png dog\n")
+    with pytest.raises(RunError, match=r"first line names no file, .*00x\.png cat; .*number"):
+        data.open_images(str(fifty / "words.txt"), "pretrain", 3)
 
 
 def test_labels_come_from_class_folders_and_lists(fifty):
     classes = data.open_images(str(fifty / "classes"), "train", 3)
-    assert ["ab"[y] for y in classes.labels] == [p.split(os.sep)[-2] for p in classes.paths]
+    assert ["ab"[y] for y in classes.labels] == [p.split(os.sep)[-2] for p in names(classes)]
     listed = data.open_images(str(fifty / "labelled.txt"), "pretrain", 3)
     assert listed.labels.tolist() == [number % 2 for number in range(50)]
     assert data.open_images(str(fifty / "flat"), "pretrain", 3).labels is None
@@ -94,7 +112,7 @@ def test_labels_come_from_class_folders_and_lists(fifty):
 
 def test_limit_takes_evenly_spaced_images_of_the_sorted_list(fifty):
     images = data.open_images(str(fifty / "flat"), "pretrain", 3, limit=5)
-    assert [os.path.basename(p)[:2] for p in images.paths] == ["00", "10", "20", "30", "40"]
+    assert [os.path.basename(p)[:2] for p in names(images)] == ["00", "10", "20", "30", "40"]
 
 
 def test_an_array_of_any_channel_count_is_memory_mapped_also_in_other_processes(tmp_path):
@@ -115,7 +133,7 @@ def test_files_give_one_three_or_four_channels(fifty, channels, mode):
     images = data.open_images(str(fifty / "flat"), "pretrain", channels)
     planes = images.read(0)
     joined = np.concatenate([np.asarray(p).reshape(9, 11, -1) for p in planes], axis=-1)
-    expected = np.asarray(Image.open(images.paths[0]).convert(mode)).reshape(9, 11, -1)
+    expected = np.asarray(Image.open(images.name(0)).convert(mode)).reshape(9, 11, -1)
     assert np.array_equal(joined, expected)
 
 
@@ -379,6 +397,15 @@ def test_a_16_bit_file_stops_the_run_and_is_named(tmp_path, pool):
     assert said[0] == said[1] and "8.png has more than 8 bits" in said[0]
 
 
+def test_too_many_unreadable_files_are_counted_not_listed(tmp_path, capsys):
+    for number in range(40):
+        (tmp_path / f"{number}.png").write_text("this is no image")
+    images = data.open_images(str(tmp_path), "pretrain", 3)
+    with pytest.raises(RunError, match=r"of 40 files cannot be read \(at most 1 may\)"):
+        batches(loader(images, batch_size=8))
+    assert capsys.readouterr().out == ""
+
+
 def test_a_slot_without_any_readable_image_stops_the_run(tmp_path):
     for number in range(4):
         Image.fromarray(random_images(1)[0]).save(tmp_path / f"{number}.png")
@@ -425,7 +452,7 @@ def test_held_out_folders_are_never_trained_on(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(random_images(1)[0]).save(tmp_path / name)
     seen = data.open_images(str(tmp_path), "pretrain", 3)
-    assert sorted(os.path.basename(path) for path in seen.paths) == ["0.png", "1.png"]
+    assert sorted(os.path.basename(path) for path in names(seen)) == ["0.png", "1.png"]
     with pytest.raises(RunError, match="no train folder"):
         data.open_images(str(tmp_path), "train", 3)
 

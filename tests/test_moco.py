@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import moco
-from common import dist
+from common import backbones, data, dist
 
 # --------------------------------------------------------------------------------------- parse_args
 
@@ -25,7 +25,7 @@ def test_the_imagenet_recipe_is_that_of_the_papers():
 
 def test_version_one_is_the_first_paper():
     args = moco.parse_args(["--recipe", "imagenet", "--version", "1"])
-    assert (args.mlp_head, args.temperature) == (False, 0.07)
+    assert (args.mlp_head, args.temperature, args.blur) == (False, 0.07, False)
     assert (args.schedule, args.views) == ("step", "v1")
     assert moco.parse_args(["--recipe", "imagenet", "--version", "1", "--mlp-head"]).mlp_head
 
@@ -50,7 +50,8 @@ def test_combinations_that_cannot_be_are_refused(flags, named, capsys):
 
 def test_the_views_of_both_versions():
     for make, order, jitter in (
-        (moco.v1_views, ["Grayscale", "ColorJitter", "Normalize"], (0.4, 0.4, 0.4, 0.4, 1.0)),
+        (moco.v1_views, ["Grayscale", "ColorJitter", "GaussianBlur", "Normalize"],
+         (0.4, 0.4, 0.4, 0.4, 1.0)),
         (moco.v2_views, ["ColorJitter", "Grayscale", "GaussianBlur", "Normalize"],
          (0.4, 0.4, 0.4, 0.1, 0.8)),
     ):
@@ -233,14 +234,62 @@ def test_the_schedules_change_once_an_epoch():
 # --------------------------------------------------------------------------------------------- main
 
 
-def train(folder, steps):
+FLAGS = ["--batch-size", "16", "--epochs", "1", "--warmup-epochs", "0", "--workers", "0",
+         "--log-every", "1", "--bn-groups", "4", "--queue-length", "40"]
+
+
+def train(folder, steps, *flags):
     torch.set_default_dtype(torch.float64)
-    flags = ["--output", folder, "--limit", str(16 * steps), "--batch-size", "16", "--epochs", "1",
-             "--warmup-epochs", "0", "--workers", "0", "--log-every", "1", "--bn-groups", "4",
-             "--queue-length", "40"]
+    flags = [*FLAGS, "--output", folder, "--limit", str(16 * steps), *flags]
     moco.main(moco.parse_args(flags))
     saved = torch.load(Path(folder) / "checkpoint.pt", weights_only=True)["state"]["queue"]
     return [json.loads(line)["loss"] for line in (Path(folder) / "log.jsonl").open()], saved.numpy()
+
+
+def test_the_steps_of_the_paper_one_by_one(tmp_path):
+    """Queries, EMA, shuffled keys, loss, SGD and queue, written out, against the loop of `main`."""
+    flags = ["--momentum", "0.8", "--no-symmetric", "--weight-decay", "0.01"]
+    losses, queue = train(str(tmp_path), 4, *flags)
+    args = moco.parse_args([*FLAGS, "--limit", "64", *flags])
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(args.seed)
+    backbone = backbones.build_backbone(args.arch, stem=args.stem, in_chans=args.in_chans,
+                                        zero_init_residual=False)
+    model = moco.Encoder(backbone, args.mlp_head, args.embedding_dim)
+    key_model = copy.deepcopy(model)
+    bank = [row / row.norm() for row in torch.randn(args.queue_length, args.embedding_dim)]
+    velocity = [torch.zeros_like(p) for p in model.parameters()]
+    images = data.open_images("digits", "pretrain", 3, limit=64)
+    views = moco.digit_views(16, 3, args.crop_scale, args.blur, args.mean, args.std)
+    loader = data.Loader(images, views, batch_size=16, epochs=1, seed=args.seed, workers=0,
+                         world=dist.World(0, 1, torch.device("cpu")))
+    for step, batch in enumerate(loader.epoch(0)):
+        first, second = batch.views
+        q = torch.cat([model([group])[0] for group in first.split(4)])  # 4 groups of batch norm
+        order = data.philox(args.seed, data.SHUFFLE, step).permutation(16).tolist()
+        assert order != sorted(order)
+        keys = {}
+        with torch.no_grad():
+            for old, new in zip(key_model.parameters(), model.parameters(), strict=True):
+                old.copy_(0.8 * old + 0.2 * new)
+            for start in range(0, 16, 4):
+                group = order[start : start + 4]
+                keys |= dict(zip(group, key_model([second[group]])[0], strict=True))
+        loss = 0
+        for row in range(16):
+            query, key = q[row] / q[row].norm(), keys[row] / keys[row].norm()
+            weights = [math.e ** (query @ other / args.temperature) for other in [key, *bank]]
+            loss = loss - (weights[0] / sum(weights)).log() / 16
+        assert loss.item() == pytest.approx(losses[step], rel=1e-9)
+        model.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            for p, v in zip(model.parameters(), velocity, strict=True):
+                v.copy_(0.9 * v + p.grad + 0.01 * p)
+                p -= args.lr * 16 / 256 * v
+        for row in range(16):
+            bank[(16 * step + row) % len(bank)] = keys[row] / keys[row].norm()
+    np.testing.assert_allclose(torch.stack(bank).numpy(), queue, atol=1e-9)
 
 
 def test_any_number_of_processes_computes_the_same(pool, tmp_path):

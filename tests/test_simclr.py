@@ -34,7 +34,7 @@ def test_the_multicrop_recipe_is_the_one_of_swavs_paper():
         (["--num-crops", "2", "4"], "--num-crops has 2 values, --crop-sizes 1"),
         (["--num-crops", "1"], "--num-crops 1"),
         (["--crop-scales", "1", "0.2"], "--crop-scales 1 0.2"),
-        (["--image-size", "32"], "--image-size 32"),
+        (["--image-size", "32", "--crop-sizes", "16"], "--image-size 32"),
     ],
 )
 def test_crops_that_do_not_fit_together_are_refused(flags, named, capsys):
@@ -49,6 +49,11 @@ def test_the_cifar10_recipe_is_that_of_the_official_readme():
     assert (args.arch, args.stem, args.image_size) == ("resnet18", "small", 32)
     assert (args.batch_size, args.epochs, args.lr, args.weight_decay) == (512, 1000, 1.0, 1e-6)
     assert (args.temperature, args.jitter_strength, args.blur) == (0.5, 0.5, False)
+
+
+def test_an_image_size_alone_sets_the_size_of_the_full_crops():
+    args = simclr.parse_args(["--recipe", "imagenet_multicrop", "--image-size", "128"])
+    assert (args.image_size, args.crop_sizes) == (128, [128, 96])
 
 
 # -------------------------------------------------------------------------------------------- views
