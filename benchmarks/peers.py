@@ -322,7 +322,10 @@ def loop(args, part: str, tick: Callable, method: Method, optimizer: str):
     autocast = torch.autocast("cuda" if cuda else "cpu", torch.bfloat16, args.peer_amp == "bf16")
 
     def batches():
-        fixed = next(iter(loader))[0] if part == "step" else None
+        def to_device(batch):
+            return [view.to(device, non_blocking=True) for view in batch[0]]
+
+        fixed = to_device(next(iter(loader))) if part == "step" else None
         while fixed is not None:
             tick()
             yield fixed
@@ -330,11 +333,11 @@ def loop(args, part: str, tick: Callable, method: Method, optimizer: str):
             iterator = iter(loader)
             for _ in range(len(loader)):
                 tick()
-                yield next(iterator)[0]
+                yield to_device(next(iterator))
 
     for views in batches():
         with autocast:
-            loss = method.step(model, [view.to(device) for view in views], 0.5)
+            loss = method.step(model, views, 0.5)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

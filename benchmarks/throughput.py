@@ -355,7 +355,7 @@ def main(args, argv):
     found = {(side, part): [] for side in sides for part in args.parts}
     for pair in range(args.pairs):
         for part in args.parts:
-            for side in sides:
+            for side in sides[:: -1 if pair % 2 else 1]:  # in turn the first
                 result = one(args, argv, side, part)
                 found[side, part].append(result)
                 speed, memory = result["images_per_second"], result["memory_gb"]

@@ -133,6 +133,22 @@ def test_without_resume_a_run_starts_anew(tmp_path):
     assert first == 0 and same(training.everything(), fresh.everything())
 
 
+def test_after_a_new_start_nothing_goes_on_from_what_was_before(tmp_path):
+    trained(tmp_path, 3, save_at=[2, 3])
+    trained(tmp_path, 1, save_at=[], resume=False)  # killed before its first save, say
+    assert trained(tmp_path, 0, save_at=[])[1] == 0
+
+
+def test_a_stopped_new_start_says_what_goes_on(tmp_path, capsys):
+    training = Training()
+    with opened(tmp_path, resume=False) as run:
+        run.start(training.state)
+        run.request_stop(signal.SIGTERM, None)
+        assert run.agree(False) == (True, True)
+        run.save(1, training.state, training.net)
+    assert "the same command without --no-resume goes on" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("size", [1, 4])
 def test_another_number_of_processes_is_said(size, tmp_path, capsys):
     trained(tmp_path, 3, save_at=[3], world=World(0, 4, CPU))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common import augment, data
+from common import augment, data, dist
 from common.dist import RunError, World
 
 WORLD = World(0, 1, torch.device("cpu"))
@@ -256,6 +256,14 @@ def test_workers_and_processes_change_no_crop_and_no_parameter(size, workers):
         for view in range(2):
             joined = torch.cat([f[number].views[view] for _, f in parts])
             assert torch.allclose(joined, batch.views[view], atol=1e-5)
+
+
+def test_workers_are_started_as_dist_says(monkeypatch):
+    asked = []
+    monkeypatch.setattr(dist, "worker_context", lambda: asked.append(1))  # None: torch's own way
+    images = data.ArrayImages(random_images(), None, 3)
+    assert len(batches(loader(images, workers=0))) == 10 and asked == []
+    assert len(batches(loader(images, workers=1))) == 10 and asked == [1]
 
 
 def test_spawned_workers_give_the_same():

@@ -520,6 +520,15 @@ def test_files_of_odd_sizes_keep_their_order(tmp_path):
     np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 
+def test_workers_are_started_as_dist_says(monkeypatch):
+    asked = []
+    monkeypatch.setattr(dist, "worker_context", lambda: asked.append(1))  # None: torch's own way
+    images = ArrayImages(noise(20), None, 3)
+    for workers in (0, 1):
+        features.extract(flat, images, centre_view(9), WORLD, batch_size=4, workers=workers)
+    assert asked == [1]
+
+
 def test_extraction_leaves_the_backbone_bit_for_bit_as_it_was():
     backbone = tiny(1)
     before = {name: value.clone() for name, value in backbone.state_dict().items()}

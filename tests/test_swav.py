@@ -301,11 +301,17 @@ def test_the_queue_is_used_once_full_and_prototypes_wait_on_the_unit_sphere(pool
     assert all(np.allclose(np.linalg.norm(w, axis=1), 1) for w in weights)
 
 
-def test_the_queue_starts_to_fill_when_told_to(tmp_path):
+def test_the_queue_starts_to_fill_when_told_to(tmp_path, monkeypatch):
+    written, update_queue = [], swav.update_queue
+
+    def watch(queue, pointer, z):
+        written.append((pointer, queue.abs().sum().item() > 0))
+        return update_queue(queue, pointer, z)
+
+    monkeypatch.setattr(swav, "update_queue", watch)
     flags = ["--queue-length", "32", "--queue-start-epoch", "1", "--epochs", "3"]
-    torch.set_default_dtype(torch.float32)
     _, queues, _ = train(str(tmp_path), *flags)
-    torch.set_default_dtype(torch.float32)
+    assert written == [(0, False), (16, True), *[(0, True), (16, True)] * 3]  # in 8 of 12 steps
     assert [queue is None for queue in queues] == [True] * 6 + [False] * 6  # 4 steps an epoch
 
 
