@@ -117,7 +117,8 @@ def sources(args, world: World, *, open_split, make_view, build, layers, default
         default_workers: loader processes where images are files and no flag says.
 
     Yields:
-        The name, and its `Features`, one after the other: five for `random`, one for all others.
+        The name, of `random` with its backbone's, and the `Features`, one after the other: five for
+        `random`, one for all others.
 
     Raises:
         RunError: something named is not there, does not fit or has no labels.
@@ -166,13 +167,18 @@ def sources(args, world: World, *, open_split, make_view, build, layers, default
         settings = dict(shared)
         if checkpoint.weights is not None:
             settings = resolve(args, [checkpoint], shared["data"])
+            own = checkpoint.settings.get("data", shared["data"])
+            if own != shared["data"] and not args.data:
+                dist.say(f"warning: {checkpoint.name} was trained on {own}, and is evaluated on "
+                         f"{shared['data']} like the first run; --data chooses")
         settings["trained_size"] = checkpoint.settings.get("image_size", settings["image_size"])
         if settings["in_chans"] not in opened:
             splits = [open_split(settings, split) for split in ("train", "test")]
             if any(images.labels is None for images in splits):
                 raise RunError(f"--data {settings['data']}: no class folders, so no labels")
             opened[settings["in_chans"]] = splits
-        yield checkpoint.name, extracted(checkpoint, settings)
+        arch = f" ({settings['arch']})" if checkpoint.name == "random" else ""
+        yield checkpoint.name + arch, extracted(checkpoint, settings)
 
 
 def mean_of(runs: list):
@@ -273,6 +279,9 @@ def load_backbone(backbone: nn.Module, path: str) -> None:
         RunError: the file does not load, or a tensor is missing, unknown or of another shape.
     """
     loaded = load_tensors(path)
+    if loaded.keys() >= {"step", "settings", "state"}:
+        raise RunError(f"{path} is the state of a run in training; name its folder, or the "
+                       "backbone.pth in it")
     wanted = backbone.state_dict()
     layout, found, ignored = recognise(loaded, wanted, path)
     fit_positions(backbone, found.get("pos_embed"))

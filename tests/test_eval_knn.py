@@ -365,8 +365,8 @@ def test_every_k_temperature_and_layer_is_printed(capsys):
         "checkpoint k 3 T 0.07 k 3 T 0.5 k 20 T 0.07 k 20 T 0.5"
     )
     rows = [row for entry in json.loads(line)["checkpoints"] for row in entry["results"]]
-    shown = [text.split() for text in (one, two, pixels)]
-    assert [s[:-4] for s in shown] == [["random", "res4"], ["random", "res5"], ["pixels"]]
+    shown, random = [text.split() for text in (one, two, pixels)], ["random", "(resnet_tiny)"]
+    assert [s[:-4] for s in shown] == [[*random, "res4"], [*random, "res5"], ["pixels"]]
     assert [float(x) for s in shown for x in s[-4:]] == [round(r["top1"], 3) for r in rows]
 
 
@@ -488,7 +488,7 @@ TINY = ["--arch", "resnet_tiny", "--stem", "small", "--image-size", 16, "--draws
 def test_a_folder_of_sixteen_images_is_enough(image_folder):
     line = evaluate("--checkpoint", "pixels", "random", "--data", image_folder, *TINY)
     assert (line["num_train"], line["num_test"]) == (16, 16)
-    assert [row["checkpoint"] for row in line["checkpoints"]] == ["pixels", "random"]
+    assert [row["checkpoint"] for row in line["checkpoints"]] == ["pixels", "random (resnet_tiny)"]
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -605,3 +605,24 @@ def test_each_run_of_a_table_is_fed_as_it_was_trained(tmp_path, capsys):
         tables.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
     assert tables[0]["shots"] == tables[1]["shots"]
     assert tables[1]["checkpoints"][0]["shots"] != tables[1]["shots"]
+
+
+def test_runs_on_other_images_are_said_to_be(tmp_path, capsys):
+    for name, images in (("one", "digits"), ("other", "/elsewhere")):
+        (tmp_path / name).mkdir()
+        save_backbone(tmp_path / name / "backbone.pth", 1)
+        settings = dict(data=images, arch="resnet_tiny", stem="small", image_size=16, in_chans=3,
+                        mean=[0.5], std=[0.2])
+        (tmp_path / name / "run.json").write_text(json.dumps({"settings": settings}))
+    flags = ["--checkpoint", str(tmp_path / "one"), str(tmp_path / "other"), *map(str, FEW)]
+    eval_knn.main(eval_knn.parse_args(flags))
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert len(said) == 1 and "other was trained on /elsewhere, and is evaluated on digits" in said[0]
+    eval_knn.main(eval_knn.parse_args([*flags, "--data", "digits"]))
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_the_state_of_a_run_is_told_from_its_product(tmp_path):
+    torch.save({"step": 1, "settings": {}, "state": {}}, tmp_path / "checkpoint.pt")
+    said = refused("--checkpoint", tmp_path / "checkpoint.pt", *FEW)
+    assert "checkpoint.pt is the state of a run in training" in said and "backbone.pth" in said

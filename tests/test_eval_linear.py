@@ -437,7 +437,8 @@ def test_the_json_line_has_the_documented_keys(weights):
     assert {"eval", "protocol", "top1", "top5", "results"} <= line.keys()
     assert (line["eval"], line["protocol"]) == ("linear", "auto")
     assert (line["num_train"], line["num_test"]) == (100, 100)
-    assert [row["checkpoint"] for row in line["checkpoints"]] == ["pixels", "random", str(weights)]
+    names = ["pixels", "random (resnet_tiny)", str(weights)]
+    assert [row["checkpoint"] for row in line["checkpoints"]] == names
     for row in line["checkpoints"]:
         (result,) = row["results"]
         assert result.keys() == {"layer", "top1", "top5", "validation", "weight_decay"}

@@ -430,7 +430,7 @@ def test_class_folders_are_each_class_against_the_rest(image_folder):
     assert line["low_shot"].keys() == {"1", "2"}  # no class has 64 images
     assert line["results"][0]["per_class"].keys() == {"0", "1"}
     assert line["results"][0]["layer"] == "res5-grid"
-    assert [row["checkpoint"] for row in line["checkpoints"]] == ["pixels", "random"]
+    assert [row["checkpoint"] for row in line["checkpoints"]] == ["pixels", "random (resnet_tiny)"]
 
 
 def test_the_layer_is_chosen_on_the_training_images(tmp_path):
