@@ -279,7 +279,7 @@ def main(args):
                 seen = indicators(z1, z2) if log.due(step) else {}
                 log.write(step, epoch=epoch, loss=loss, lr=lr * lr_factor[step - 1],
                           waited=loader.waited, **seen)
-                save, stop = run.agree(step % loader.steps_per_epoch == 0)
+                save, stop = run.agree(step % loader.steps_per_epoch == 0)  # the same everywhere
                 if save:
                     log.check()
                     run.save(step, state, model.backbone)

@@ -421,7 +421,7 @@ def main(args):
                     seen = indicators(z[0], all_scores[0][0], labels[0], assignments[0])
                 log.write(step, epoch=epoch, loss=loss, lr=lr_of_step[step - 1],
                           waited=loader.waited, **seen)
-                save, stop = run.agree(step % loader.steps_per_epoch == 0)
+                save, stop = run.agree(step % loader.steps_per_epoch == 0)  # the same everywhere
                 if save:
                     log.check()
                     run.save(step, state, model.backbone)

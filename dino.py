@@ -163,6 +163,8 @@ def parse_args(argv=None):
     group.add_argument("--seed", type=cli.whole, default=0, help="of every random choice")
     args = cli.parse(parser, RECIPES, argv)
     cli.check_crops(parser, args)
+    if args.arch not in backbones.VITS and cli.peek(argv, "--drop-path", float):
+        parser.error(f"--drop-path is of transformers, and --arch is {args.arch}")
     if args.arch in backbones.VITS and any(size % args.patch_size for size in args.crop_sizes):
         sizes = " ".join(map(str, args.crop_sizes))
         parser.error(f"--crop-sizes {sizes} are not all multiples of --patch-size "
@@ -468,7 +470,7 @@ def main(args):
                 update_center(center, targets, args.center_momentum)  # 6. centre
                 log.write(step, epoch=epoch, loss=loss, lr=lr_of_step[step - 1],
                           waited=loader.waited, **seen)
-                save, stop = run.agree(step % loader.steps_per_epoch == 0)
+                save, stop = run.agree(step % loader.steps_per_epoch == 0)  # the same everywhere
                 if save:
                     log.check()
                     run.save(step, state, teacher.backbone)

@@ -618,7 +618,7 @@ def paper_probe(backbone, train, test, test_view, settings: dict, mark: str, arg
                 step += 1
                 log.write(step, epoch=epoch, loss=loss, lr=lr_of_step[step - 1],
                           waited=loader.waited)
-                save, stop = run.agree(step % loader.steps_per_epoch == 0)
+                save, stop = run.agree(step % loader.steps_per_epoch == 0)  # the same everywhere
                 if save:
                     log.check()
                     run.save(step, state, heads)

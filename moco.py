@@ -392,7 +392,7 @@ def main(args):
                     pointer = update_queue(queue, pointer, new_keys)  # 5. newest for oldest
                 log.write(step, epoch=epoch, loss=loss, lr=lr_of_step[step - 1],
                           waited=loader.waited, **seen)
-                save, stop = run.agree(step % loader.steps_per_epoch == 0)
+                save, stop = run.agree(step % loader.steps_per_epoch == 0)  # the same everywhere
                 if save:
                     log.check()
                     run.save(step, state, model.backbone)

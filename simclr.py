@@ -8,9 +8,10 @@
 
 Letters: N images per process, W processes, V views, D embedding size, H backbone width.
 
-Differs from the official code (google-research/simclr, TensorFlow): the loss is the paper's mean
-over the 2N rows where the code adds the two directions, which is twice that (LARS does not see the
-factor); the learning rate is outside the momentum buffer; weight decay on weights only, as there.
+Differs from the official code (google-research/simclr, TensorFlow): there the two directions of the
+loss are added, so it is twice ours, which is the paper's mean over the 2N rows (LARS does not see
+the factor); and there the learning rate is inside the momentum buffer, so a changed rate acts with
+a delay. Weight decay is on weights only, as there.
 Left out: the square-root rule for the learning rate, .075 sqrt(batch size), which the paper prefers
 for short runs of small batches (pass its value times 256 / batch size as --lr).
 
@@ -163,6 +164,7 @@ class SimCLR(nn.Module):
 
     def forward(self, views: list[Tensor]) -> Tensor:
         """Embed V views (N, C, H, W), sorted by size, in one pass a size; (V, N, D)."""
+        # All views of a size go through together: one pass, and batch norm sees both views.
         sizes = itertools.groupby(views, key=lambda view: view.shape[-2:])
         h = torch.cat([self.backbone(torch.cat(list(same))) for _, same in sizes])
         z = self.projector(h)
@@ -195,7 +197,10 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     logits = own @ everyone.T / temperature  # (2N, 2WN)
     itself = torch.arange(len(own), device=own.device) + dist.rank() * len(own)
     logits = logits.scatter(1, itself[:, None], -math.inf)
-    return nn.functional.cross_entropy(logits, itself ^ 1)  # the neighbour: row 2i and row 2i + 1
+    return nn.functional.cross_entropy(logits, itself ^ 1)  # rows 2i and 2i + 1 find each other
+
+
+# The next three functions serve --num-crops beyond two and --grad-cache: plain SimCLR ends here.
 
 
 def multicrop_nt_xent(z: Tensor, num_views: int, temperature: float) -> Tensor:
@@ -295,7 +300,7 @@ def main(args):
     # Data
     images = data.open_images(args.data, "pretrain", args.in_chans, root=args.data_root,
                               download=args.download, limit=args.limit)
-    scales = list(zip(args.crop_scales[::2], args.crop_scales[1::2], strict=True))
+    scales = list(zip(args.crop_scales[::2], args.crop_scales[1::2], strict=True))  # (low, high)s
     make_views = {"photo": photo_views, "digits": digit_views}[args.views]
     views = make_views(args.num_crops, args.crop_sizes, scales, args.in_chans,
                        args.jitter_strength, args.blur, args.mean, args.std)
@@ -358,7 +363,7 @@ def main(args):
                 seen = indicators(z[0], z[1]) if log.due(step) else {}
                 log.write(step, epoch=epoch, loss=loss, lr=lr_of_step[step - 1],
                           waited=loader.waited, **seen)
-                save, stop = run.agree(step % loader.steps_per_epoch == 0)
+                save, stop = run.agree(step % loader.steps_per_epoch == 0)  # the same everywhere
                 if save:
                     log.check()
                     run.save(step, state, model.backbone)

@@ -24,6 +24,7 @@ import contextlib
 import importlib.util
 import itertools
 import json
+import math
 import os
 import platform
 import random
@@ -38,7 +39,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-STEPS = {  # script, backbone, a batch for a card of 139 GB, flags
+STEPS = {  # script, backbone, a batch for a card of 139 GB (half of it for one of 80), flags
     "SimCLR": ["simclr", "resnet50", 512],
     "SwAV 2x224 + 6x96": ["swav", "resnet50", 256],
     "Barlow Twins": ["barlow_twins", "resnet50", 512],
@@ -188,12 +189,22 @@ def large_jpegs(args) -> Path:
     return Path(args.jpegs.name)
 
 
+def divisor() -> int:
+    """By how much batches must be smaller than on a card of 139 GB: a power of two."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 1
+    share = torch.cuda.get_device_properties(0).total_memory / 139e9
+    return 2 ** max(0, math.ceil(-math.log2(share * 1.1)))
+
+
 def measure(args, name: str) -> dict:
     """One figure, in a process of its own."""
     kind, _, title = name.partition("/")
     script, arch, batch, *flags = STEPS[title or "SimCLR"]
     side, part, usual = PARTS[kind]
-    batch, size, workers, warmup, steps = args.batch_size or batch, 224, 2, 5, 20
+    batch, size, workers, warmup, steps = args.batch_size or batch // divisor(), 224, 2, 5, 20
     if kind == "loader":  # every worker's first batch is not counted
         batch, workers, warmup, steps = 128, args.workers, args.workers, 3 * args.workers
     if kind == "compile":
