@@ -257,14 +257,40 @@ def test_amp_bf16_stays_near_float32(script, tmp_path):
     np.testing.assert_allclose(losses[1], losses[0], rtol=0.05)
 
 
-@every_script
-def test_compile_is_asked_for_and_changes_no_name(script, tmp_path, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: compiled.append(self))
-    module, args = parsed(script, "--compile", "--output", tmp_path)
+def losses_of(script, folder, *flags):
+    module, args = parsed(script, "--output", folder, *flags)
     module.main(args)
-    weights = torch.load(tmp_path / "backbone.pth", weights_only=True)
-    assert compiled and not any("_orig_mod" in key for key in weights)
+    return [line["loss"] for line in lines(folder)]
+
+
+@every_script
+def test_a_traced_backbone_computes_the_same_and_keeps_its_names(script, tmp_path, monkeypatch):
+    """`--compile`, with the backend that runs the traced operations as they are."""
+    traced, compile = [], torch.nn.Module.compile
+
+    def trace(self, **options):
+        traced.append(self)
+        compile(self, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", trace)
+    torch.compiler.reset()  # what was traced before counts towards a limit
+    plain = losses_of(script, tmp_path / "plain")
+    same = losses_of(script, tmp_path / "traced", "--compile")
+    np.testing.assert_allclose(same, plain, rtol=1e-4)
+    weights = torch.load(tmp_path / "traced" / "backbone.pth", weights_only=True)
+    assert traced and not any("_orig_mod" in key for key in weights)
+
+
+@pytest.mark.slow
+@every_script
+def test_twenty_compiled_steps_are_twenty_steps_within_bf16_rounding(script, tmp_path):
+    """Needs a C++ compiler; half a minute a script."""
+    torch.compiler.reset()
+    flags = ["--amp", "bf16", "--limit", "320", "--lr", "0.01"]
+    plain = losses_of(script, tmp_path / "plain", *flags)
+    compiled = losses_of(script, tmp_path / "compiled", *flags, "--compile")
+    assert len(plain) == 20
+    np.testing.assert_allclose(compiled, plain, rtol=2e-2)
 
 
 def optimiser_steps(script, folder, *flags):
