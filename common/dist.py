@@ -89,9 +89,9 @@ def worker_context(patience: float = 5.0):
     """How loader processes are started: forked, on Linux, as soon as no other thread runs.
 
     A thread of gloo frees the tensors of an exchange a moment after the exchange, and takes locks
-    of the interpreter for it. A child forked in that moment finds them held for ever: Python before
-    3.12 hung there in one start of a hundred (python/cpython#112275). Forked, and not started anew
-    as Python 3.14 would, so that workers share the images of this process.
+    of the interpreter for it. A child forked in that moment finds them held for ever: now and then
+    a start hung there with Python 3.11 (python/cpython#112275). Forked, and not started anew as
+    Python 3.14 would, so that workers share the images of this process.
 
     Args:
         patience: seconds after which a thread that does not come to rest is let be.
