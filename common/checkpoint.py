@@ -203,8 +203,8 @@ class Run:
             ) from error
 
     def forget(self):
-        """Remove the checkpoints of an older run, so that nothing can go on from them."""
-        for name in ("checkpoint.pt", "checkpoint.prev.pt"):
+        """Remove what an older run made: nothing can go on from it or be taken for this run's."""
+        for name in ("checkpoint.pt", "checkpoint.prev.pt", self.product):
             with contextlib.suppress(FileNotFoundError):
                 os.remove(self.path(name))
 

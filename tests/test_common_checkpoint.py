@@ -136,6 +136,7 @@ def test_without_resume_a_run_starts_anew(tmp_path):
 def test_after_a_new_start_nothing_goes_on_from_what_was_before(tmp_path):
     trained(tmp_path, 3, save_at=[2, 3])
     trained(tmp_path, 1, save_at=[], resume=False)  # killed before its first save, say
+    assert not (tmp_path / "backbone.pth").exists()
     assert trained(tmp_path, 0, save_at=[])[1] == 0
 
 
