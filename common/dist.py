@@ -94,7 +94,7 @@ def worker_context(patience: float = 5.0):
     Python 3.14 would, so that workers share the images of this process.
 
     Args:
-        patience: seconds after which a thread that does not come to rest is let be.
+        patience: seconds after which a thread that does not come to rest is let be, and told of.
     """
     if not os.path.isdir("/proc/self/task"):  # not Linux
         return multiprocessing.get_context()
@@ -106,6 +106,9 @@ def worker_context(patience: float = 5.0):
         if now == before and all("S (sleeping)" in what for what in now):
             break  # none has run in between, nor wants to
         before = now
+    else:
+        say(f"warning: another thread still runs after {patience:g} s; the loader's workers are "
+            "forked beside it, and may hang")
     return multiprocessing.get_context("fork")
 
 

@@ -173,6 +173,19 @@ def test_a_bad_argument_is_one_line_with_its_value(script, flags, named, capsys)
 
 
 @every_script
+def test_a_batch_of_one_image_is_too_few_for_batch_norm(script, monkeypatch, capsys):
+    module = importlib.import_module(script)
+    if "sync_bn" not in module.RECIPES["digits"]:
+        assert module.parse_args(["--batch-size", "1"]).batch_size == 1
+        return
+    for processes in (1, 3):
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        with pytest.raises(SystemExit):
+            module.parse_args(["--batch-size", str(processes)])
+        assert f"--batch-size {processes} gives less than two" in capsys.readouterr().err
+
+
+@every_script
 def test_a_batch_that_does_not_divide_among_processes_is_refused(script, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit):

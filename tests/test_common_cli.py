@@ -209,6 +209,15 @@ def test_an_error_is_one_line_with_the_value(flags, named, capsys):
     assert named in refused(capsys, *flags)
 
 
+def test_many_choices_are_listed_once_few_as_they_are():
+    made = cli.Parser(formatter_class=cli.HelpFormatter)
+    made.add_argument("--arch", choices=[f"net{n}" for n in range(9)], default="net3", help="net")
+    made.add_argument("--stem", choices=["small", "large"], default="small", help="stem")
+    shown = " ".join(made.format_help().split())
+    assert "--arch ARCH net: net0 net1 net2" in shown and "net8 [net3]" in shown
+    assert "--stem {small,large}" in shown and shown.count("net5") == 1
+
+
 def test_only_the_first_process_prints_an_error(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     assert "--lr" in refused(capsys, "--lr", "nan")

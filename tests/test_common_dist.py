@@ -69,18 +69,27 @@ def busy_thread(seconds):
     return thread
 
 
+def interrupted(_args):
+    raise KeyboardInterrupt
+
+
+def test_a_shell_hears_of_an_interrupt():
+    assert dist.launch(interrupted, None) == 130
+
+
 @linux
-def test_workers_are_forked_once_no_other_thread_runs():
+def test_workers_are_forked_once_no_other_thread_runs(capsys):
     thread = busy_thread(0.4)
     assert dist.worker_context().get_start_method() == "fork"
-    assert not thread.is_alive()
+    assert not thread.is_alive() and capsys.readouterr().out == ""
 
 
 @linux
-def test_a_thread_that_never_rests_does_not_keep_a_run_from_starting():
+def test_a_thread_that_never_rests_is_told_of_and_does_not_keep_a_run_from_starting(capsys):
     thread, started = busy_thread(2), time.monotonic()
     dist.worker_context(patience=0.2)
     assert time.monotonic() - started < 1.5 and thread.is_alive()
+    assert "warning: another thread still runs after 0.2 s" in capsys.readouterr().out
     thread.join()
 
 

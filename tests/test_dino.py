@@ -64,6 +64,13 @@ def test_combinations_that_cannot_be_are_refused(flags, named, capsys):
     dino.parse_args([*TRANSFORMER, "--arch", "resnet_tiny", "--crop-sizes", "16", "10"])
 
 
+def test_stochastic_depth_of_a_resnet_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        dino.parse_args(["--arch", "resnet_tiny", "--drop-path", "0.1"])
+    assert "--drop-path is of transformers" in capsys.readouterr().err
+    assert dino.parse_args(["--arch", "vit_micro", "--drop-path", "0.1"]).drop_path == 0.1
+
+
 # -------------------------------------------------------------------------------------------- views
 
 

@@ -1,4 +1,5 @@
 import contextlib
+import importlib
 import io
 import json
 import math
@@ -626,3 +627,18 @@ def test_the_state_of_a_run_is_told_from_its_product(tmp_path):
     torch.save({"step": 1, "settings": {}, "state": {}}, tmp_path / "checkpoint.pt")
     said = refused("--checkpoint", tmp_path / "checkpoint.pt", *FEW)
     assert "checkpoint.pt is the state of a run in training" in said and "backbone.pth" in said
+
+
+@pytest.mark.parametrize("name", ["eval_knn", "eval_linear", "eval_svm"])
+def test_an_evaluation_fetches_images_if_told_to(name, monkeypatch):
+    asked, evaluation = [], importlib.import_module(name)
+
+    def open_images(*_, download, **__):
+        asked.append(download)
+        raise RunError("enough")
+
+    monkeypatch.setattr(evaluation.data, "open_images", open_images)
+    for flags in ([], ["--download"]):
+        with pytest.raises(RunError, match="enough"):
+            evaluation.main(evaluation.parse_args(["--checkpoint", "pixels", *flags]))
+    assert asked == [False, True]
