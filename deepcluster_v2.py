@@ -15,7 +15,9 @@ Differs from the official code (facebookresearch/swav): the memory bank is one t
 of the data set, equal on every process; k-means starts from images of all processes, there of the
 first; its sums are float64; batch norm is synchronised over all processes, there in groups of
 eight. Images that were not in the last epoch (incomplete batches are dropped) have no label, as
-there. The first bank is filled before the first epoch, from crops that training never sees.
+there. The first bank is filled as there, one crop a pass, with the images of the first epoch, and
+crops of their own. Blur is a true Gaussian, Pillow's is a sum of boxes there. The official run is
+float32; here CUDA has bf16 unless `--amp none`.
 
     python deepcluster_v2.py
     torchrun --nproc_per_node=8 deepcluster_v2.py --data /path/to/imagenet --output runs/deepcluster
@@ -356,15 +358,16 @@ def main(args):
                  **{f"centroids{h}": c for h, c in enumerate(centroids)},
                  "optimizer": optimizer, "scaler": scaler}
         step = run.start(state)
-        if step == 0:  # the first bank: one epoch more, without a gradient; batch statistics move
+        if step == 0:  # the first bank: one pass without a gradient; batch statistics move
             dist.say("filling the memory bank")
             first = data.Loader(images, views[:full], batch_size=args.batch_size,
                                 epochs=args.epochs + 1, seed=args.seed, world=world,
                                 workers=args.workers,
-                                start_step=args.epochs * (len(images) // args.batch_size))
+                                start_step=args.epochs * (len(images) // args.batch_size),
+                                order_epoch=0)
             for batch in first.epoch(args.epochs):
                 with torch.no_grad(), autocast():
-                    z = model(batch.views)
+                    z = torch.cat([model([view]) for view in batch.views])
                 update_memory(memory, batch.index.to(world.device), z)
                 if run.agree(False)[1]:
                     return

@@ -22,7 +22,9 @@ the bank starts with unit rows, where lemniscate's have that length in expectati
 that a batch holds twice moves its row once, from the old value, to its last embedding. PIRL's chain
 of posterize, sharpness, solarize and autocontrast on two thirds of its patches and images is left
 out; its patches lie anywhere in their cells, there at 21 of the 22 places along each side. NPID++
-jitters colours before the crop there, and decays the head's bias.
+jitters colours before the crop there, and decays the head's bias. NPID's CIFAR-10 run jitters
+before it grays, and the last, short batch of an epoch is kept there. NCE's epsilon is lemniscate's
+1e-7, where VISSL has 1.19e-7. The official runs are float32; here CUDA has bf16 unless `--amp none`.
 
     python npid_pirl.py
     python npid_pirl.py --method pirl --output runs/pirl-digits
@@ -272,11 +274,11 @@ class Encoder(nn.Module):
             Embeddings (V, N, D): of the images, then of the jigsaws if there are any.
         """
         images, *jigsaw = views
-        z = [self.head(self.backbone(images))]
-        for patches in jigsaw:
+        z = []
+        for patches in jigsaw:  # before the images, whose statistics the running ones then end with
             each = self.patch_head(self.backbone(patches))  # (9N, D)
             z.append(self.jigsaw_head(each.view(len(images), -1)))
-        return torch.stack(z)
+        return torch.stack([self.head(self.backbone(images)), *z])
 
 
 # ---------------------------------------------------------------------------------- loss and memory

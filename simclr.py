@@ -11,7 +11,8 @@ Letters: N images per process, W processes, V views, D embedding size, H backbon
 Differs from the official code (google-research/simclr, TensorFlow): there the two directions of the
 loss are added, so it is twice ours, which is the paper's mean over the 2N rows (LARS does not see
 the factor); and there the learning rate is inside the momentum buffer, so a changed rate acts with
-a delay. Weight decay is on weights only, as there.
+a delay. Weight decay is on weights only, as there. Layers start as torch's do, there as
+TensorFlow's; contrast changes about the mean gray of an image, there about each channel's mean.
 Left out: the square-root rule for the learning rate, .075 sqrt(batch size), which the paper prefers
 for short runs of small batches (pass its value times 256 / batch size as --lr).
 
@@ -47,7 +48,8 @@ RECIPES = {
         jitter_strength=1.0, blur=True, projector_dim=2048, embedding_dim=128, temperature=0.1,
         epochs=100, batch_size=4096, lr=0.3, weight_decay=1e-6, warmup_epochs=10, sync_bn=True,
     ),
-    # README of the official code: ResNet-18, small stem, about 91 % linear after 1,000 epochs.
+    # README of the official code's first release: ResNet-18, small stem, about 91 % linear after
+    # 1,000 epochs. Since 2020-06 it says weight decay 1e-4 and a projector of three layers.
     "cifar10": dict(
         arch="resnet18", stem="small", in_chans=3, mean=[0.0, 0.0, 0.0], std=[1.0, 1.0, 1.0],
         views="photo", num_crops=[2], crop_sizes=[32], crop_scales=[0.08, 1.0],

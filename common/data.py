@@ -370,15 +370,17 @@ class StepShares(torch.utils.data.Dataset):
     of the epoch that can be, so that no image stands in a batch twice and workers share no state.
     """
 
-    def __init__(self, images, views: list, batch_size: int, seed: int, rank: int, size: int):
-        self.images, self.views, self.seed = images, views, seed
+    def __init__(self, images, views: list, batch_size: int, seed: int, rank: int, size: int,
+                 order_epoch: int | None = None):
+        self.images, self.views, self.seed, self.order_epoch = images, views, seed, order_epoch
         self.batch_size, self.share = batch_size, batch_size // size
         self.first = rank * self.share
         self.steps_per_epoch = len(images) // batch_size
 
     def __getitem__(self, step: int):
         epoch, step = divmod(step, self.steps_per_epoch)
-        order = epoch_order(self.seed, epoch, len(self.images))
+        ordered_as = epoch if self.order_epoch is None else self.order_epoch
+        order = epoch_order(self.seed, ordered_as, len(self.images))
         problems = {}
         decoded = [
             self.read_slot(order, step, slot, problems)
@@ -434,6 +436,7 @@ class Loader:
         workers: loader processes; 0 loads in this process; None takes this process's share of the
             cores.
         start_step: the first step to load, for a run that goes on.
+        order_epoch: the epoch whose images, in its order, every epoch takes, with crops of its own.
 
     Raises:
         RunError: fewer images than one batch; too many files that cannot be read.
@@ -441,7 +444,7 @@ class Loader:
 
     def __init__(
         self, images, views, *, batch_size, epochs, seed, world: World, workers=None, start_step=0,
-        multiprocessing_context=None,
+        order_epoch=None, multiprocessing_context=None,
     ):
         if len(images) < batch_size:
             fits = len(images) - len(images) % world.size
@@ -454,7 +457,7 @@ class Loader:
         self.images, self.views, self.world = images, views, world
         self.steps_per_epoch = len(images) // batch_size
         self.step, self.bad_files, self.waited = start_step, {}, 0.0
-        shares = StepShares(images, views, batch_size, seed, world.rank, world.size)
+        shares = StepShares(images, views, batch_size, seed, world.rank, world.size, order_epoch)
         steps = range(start_step, epochs * self.steps_per_epoch)
         workers = min(default_workers() if workers is None else workers, len(steps))
         # Large batches, as of many crops, are held to one waiting for each worker.
