@@ -11,10 +11,10 @@
 Letters: N images per process, W processes, D embedding size, H backbone width.
 
 Differs from the official code (facebookresearch/barlowtwins): the sum over processes is
-differentiated, so the gradient is the true one; there it is 1/W of it, and the published run had W =
-16. With the true gradient its weight decay 1e-6 is 1.6e-5, and its rate .0048 of biases and norms
-is .0003; LARS hides the factor from all else. The last, short batch of an epoch is kept there.
-Blur is a true Gaussian, Pillow's is a sum of boxes there.
+differentiated, so the gradient is the true one; there it is 1/W of it, with W = 16 in the published
+run. With the true gradient its weight decay 1e-6 is 1.6e-5, and its rate .0048 of biases and norms
+is .0003; LARS hides the factor from all else. The last, short batch of an epoch is kept there. Blur
+is a true Gaussian, there Pillow's chain of box filters.
 
     python barlow_twins.py
     torchrun --nproc_per_node=8 barlow_twins.py --data /path/to/imagenet --output runs/barlow_twins

@@ -16,8 +16,8 @@ of the data set, equal on every process; k-means starts from images of all proce
 first; its sums are float64; batch norm is synchronised over all processes, there in groups of
 eight. Images that were not in the last epoch (incomplete batches are dropped) have no label, as
 there. The first bank is filled as there, one crop a pass, with the images of the first epoch, and
-crops of their own. Blur is a true Gaussian, Pillow's is a sum of boxes there. The official run is
-float32; here CUDA has bf16 unless `--amp none`.
+crops of their own. Blur is a true Gaussian, there Pillow's chain of box filters. The official run
+is float32; here CUDA has bf16 unless `--amp none`.
 
     python deepcluster_v2.py
     torchrun --nproc_per_node=8 deepcluster_v2.py --data /path/to/imagenet --output runs/deepcluster

@@ -14,8 +14,8 @@ K outputs of the head, H backbone width.
 
 Differs from the official code (facebookresearch/dino): position embeddings are resized to the exact
 grid of a local crop; the last layer is computed in float32 whatever the autocast; the last layer's
-weight is kept as `directions` and `scales`. Blur is a true Gaussian, Pillow's is a sum of boxes
-there. Left out: its LARS.
+weight is kept as `directions` and `scales`. Blur is a true Gaussian, there Pillow's
+chain of box filters. Left out: its LARS.
 
     python dino.py
     torchrun --nproc_per_node=8 dino.py --data /path/to/imagenet --output runs/dino

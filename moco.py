@@ -16,8 +16,8 @@ step (shuffle-BN). One GPU computes what as many as there are groups would.
 Differs from the official code (facebookresearch/moco): the queue is (K, D), and its length need not
 be a multiple of the batch; the permutation comes from (seed, step), not from process 0; with
 `--symmetric` the keys of the second view enter the queue first, in the authors' notebook last. Blur
-is a true Gaussian, Pillow's is a sum of boxes there. The official runs are float32; here CUDA has
-bf16 unless `--amp none`.
+is a true Gaussian, there Pillow's chain of box filters. The official runs are float32; here CUDA
+has bf16 unless `--amp none`.
 
     python moco.py
     torchrun --nproc_per_node=8 moco.py --data /path/to/imagenet --output runs/moco

@@ -24,7 +24,7 @@ of posterize, sharpness, solarize and autocontrast on two thirds of its patches 
 out; its patches lie anywhere in their cells, there at 21 of the 22 places along each side. NPID++
 jitters colours before the crop there, and decays the head's bias. NPID's CIFAR-10 run jitters
 before it grays, and the last, short batch of an epoch is kept there. NCE's epsilon is lemniscate's
-1e-7, where VISSL has 1.19e-7. The official runs are float32; here CUDA has bf16 unless `--amp none`.
+1e-7, VISSL's is 1.19e-7. The official runs are float32; here CUDA has bf16 unless `--amp none`.
 
     python npid_pirl.py
     python npid_pirl.py --method pirl --output runs/pirl-digits

@@ -16,8 +16,8 @@ Differs from the official code (facebookresearch/swav): Sinkhorn works on logari
 stays right at any epsilon; scores are computed in float32 whatever the autocast; batch norm is
 synchronised over all processes, there in groups of eight; the queue is one tensor, equal on every
 process, of which each process uses its share. Prototypes are frozen for epochs, there for 313 or
-5,005 steps, which are one of batch 4,096 or 256. Blur is a true Gaussian, Pillow's is a sum of boxes
-there.
+5,005 steps, one epoch of batch 4,096 or 256. Blur is a true Gaussian, there Pillow's chain of box
+filters.
 
     python swav.py
     torchrun --nproc_per_node=8 swav.py --data /path/to/imagenet --recipe imagenet_small_batch

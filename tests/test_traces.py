@@ -1,4 +1,4 @@
-"""Each script's own `main`, step by step, against what the authors' code computes (traces/README.md).
+"""Each script's own `main`, step by step, against the authors' code (see traces/README.md).
 
 Losses of 10 to 13 steps, and every weight, momentum, queue, bank and centre after the last one, in
 float64. Inputs and start values are functions of the trace, so that both sides make them anew.
@@ -68,7 +68,7 @@ def here(rows):
     return rows[dist.rank() * share :][:share]
 
 
-# ------------------------------------------------------------------------------- our side of a trace
+# ------------------------------------------------------------------------------ our side of a trace
 
 
 class Images:
@@ -204,7 +204,7 @@ def digest(x):
     return [list(x.shape), math.fsum(flat), math.fsum(flat * flat), flat[places].tolist()]
 
 
-# --------------------------------------------------------------------------------------------- tests
+# -------------------------------------------------------------------------------------------- tests
 
 
 def check(name, losses, ends):
