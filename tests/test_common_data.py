@@ -279,6 +279,15 @@ def test_a_start_in_the_middle_of_an_epoch_goes_on_exactly():
         assert torch.equal(a.index, b.index) and torch.equal(a.views[1], b.views[1])
 
 
+def test_an_epoch_can_take_the_images_of_another_one_with_its_own_crops():
+    images = data.ArrayImages(random_images(), None, 3)
+    usual, ordered = (list(loader(images, **how).epoch(0)) for how in ({}, {"order_epoch": 1}))
+    second = loader(images, start_step=5)
+    for one, other, later in zip(ordered, usual, second.epoch(1), strict=True):
+        assert torch.equal(one.index, later.index) and not torch.equal(one.index, other.index)
+        assert not torch.equal(one.views[0], later.views[0])
+
+
 def test_views_epochs_and_seeds_draw_differently():
     images = data.ArrayImages(random_images(4), None, 3)
     views = small_views()[:1] * 2

@@ -311,9 +311,10 @@ def test_heads_take_turns_with_the_crops_and_cluster_the_epoch_before(tmp_path, 
               for e in range(4)]  # the pass that fills the bank, and three epochs
     for call, (_, rows, done) in enumerate(clustered_rows):
         assert done == 4 * (call // 3 + 1) and rows == epochs[call // 3]
-    assert epochs[0] != epochs[1]  # crops of their own
+    assert epochs[0] == epochs[1] != epochs[2]  # as the authors' first bank
     labels = np.load(tmp_path / "assignments.npy")
     assert np.flatnonzero(labels[0] >= 0).tolist() == epochs[2]
+    assert not torch.equal(written[0][2], written[4][2])  # of other crops
 
 
 def test_collapsed_features_raise_the_named_warning_within_an_epoch(tmp_path, capsys, monkeypatch):
