@@ -115,7 +115,9 @@ def main(args):
     )
     features.load_backbone(backbone, source.weights)
     # What is assumed is no fact about the weights: the file does not say it.
-    known = {name: settings[name] for name in ("arch", "in_chans", "patch_size")}
+    known = {name: settings[name] for name in ("arch", "in_chans")}
+    if arch in backbones.VITS:
+        known["patch_size"] = settings["patch_size"]
     known |= {name: value for name, value in vars(args).items() if value is not None}
     weights = checkpoint.described(backbone.state_dict(), known | source.settings)
 

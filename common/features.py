@@ -452,8 +452,8 @@ def read_safetensors(path: str) -> dict[str, Tensor]:
     header.pop("__metadata__", None)
     for name, part in header.items():
         first, last = part["data_offsets"]
-        own = torch.from_numpy(data[first:last].copy())
-        found[name] = own.view(SAFETENSORS[part["dtype"]]).reshape(part["shape"])
+        own, dtype = torch.from_numpy(data[first:last].copy()), SAFETENSORS[part["dtype"]]
+        found[name] = (own.view(dtype) if len(own) else own.to(dtype)).reshape(part["shape"])
     return found
 
 
