@@ -68,7 +68,8 @@ def find_checkpoint(name: str) -> Checkpoint:
             settings = json.load(file)["settings"]
     with contextlib.suppress(RunError):  # a file that does not load: whoever loads it says why
         own = getattr(load_tensors(weights), "_metadata", {}).get("settings")
-        settings = {**settings, **(own if isinstance(own, dict) else {})}
+        if isinstance(own, dict):  # or it is the version of a foreign model's part of that name
+            settings = settings | {name: own[name] for name in FOLDER if name in own}
     return Checkpoint(name, weights, settings)
 
 

@@ -58,7 +58,7 @@ def test_a_file_that_was_moved_says_how_it_was_trained(tmp_path):
         **other["settings"], **alone}
 
 
-@pytest.mark.parametrize("said", [None, "words", {}])
+@pytest.mark.parametrize("said", [None, "words", {}, {"version": 1}])
 def test_what_a_foreign_file_calls_its_settings_is_no_error(said, tmp_path):
     weights = OrderedDict(tiny().state_dict())
     weights._metadata = OrderedDict(settings=said)
