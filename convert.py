@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import backbones, cli, dist, features
+from common import backbones, checkpoint, cli, dist, features
 
 DETECTRON2_NAMES = (  # what stands in torchvision's names, and in detectron2's
     (r"^(conv1|bn1)\.", r"stem.\1."),
@@ -43,7 +43,8 @@ def parse_args(argv=None):
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
     group = parser.add_argument_group("backbone (default: the run's, else resnet50 of 224 px)")
     group.add_argument("--arch", choices=backbones.NAMES, help="backbone")
-    group.add_argument("--stem", choices=("imagenet", "small"), help="small: 3x3 stride 1, no pool")
+    group.add_argument("--stem", choices=tuple(backbones.STEMS),
+                       help="small: 3x3 stride 1, no pool; small-pad2: solo-learn's, padded by 2")
     group.add_argument("--in-chans", type=cli.count, help="channels of the images")
     group.add_argument("--image-size", type=cli.count, help="side in pixels, of a transformer's")
     group.add_argument("--patch-size", type=cli.count, help="side of a transformer's patches")
@@ -80,38 +81,45 @@ def advice(to: str, settings: dict) -> list[str]:
             *(["MODEL.RESNETS.RES2_OUT_CHANNELS 64"] if depth in ("18", "34") else []),
         ]
     lines = [f"images in [0, 1], minus {mean}, divided by {std}"]
-    if settings["arch"] in backbones.RESNETS and settings["stem"] == "small":
-        lines.append("conv1 is 3x3 with stride 1 and there is no max-pool: change the model's")
+    if settings["arch"] in backbones.RESNETS and settings["stem"] != "imagenet":
+        kernel, stride, padding = backbones.STEMS[settings["stem"]]
+        lines.append(f"conv1 is {kernel}x{kernel} with stride {stride} and padding {padding}, and "
+                     "there is no max-pool: change the model's")
     if settings["in_chans"] != 3:
         lines.append(f"the first layer takes {settings['in_chans']} channels: change the model's")
     return lines
 
 
 def main(args):
-    checkpoint = features.find_checkpoint(args.source)
-    if checkpoint.weights is None:
+    source = features.find_checkpoint(args.source)
+    if source.weights is None:
         raise dist.RunError(f"{args.source} has no weights to convert")
-    args.data = checkpoint.settings.get("data", "folder")  # what is not described is as for photos
-    settings = features.resolve(args, [checkpoint])
+    args.data = source.settings.get("data", "folder")  # what is not described is as for photos
+    settings = features.resolve(args, [source])
     arch = settings["arch"]
     if arch in backbones.VITS and args.to != "timm":
         raise dist.RunError(f"{arch} goes --to timm only: {args.to} has no transformer in this "
                             "layout")
     plain = re.fullmatch(r"resnet(18|34|50|101|152)", arch)
-    if args.to == "detectron2" and (not plain or settings["stem"] == "small"):
+    if args.to == "detectron2" and (not plain or settings["stem"] != "imagenet"):
         raise dist.RunError(f"{arch} with the {settings['stem']} stem does not go to detectron2: "
                             "resnet18 to resnet152 with the ImageNet stem do")
     if os.path.exists(args.out) and not args.overwrite:
         raise dist.RunError(f"{args.out} is there already; give another name or --overwrite")
 
-    image_size = checkpoint.settings.get("image_size", settings["image_size"])
+    image_size = source.settings.get("image_size", settings["image_size"])
     backbone = backbones.build_backbone(
         arch, in_chans=settings["in_chans"], stem=settings["stem"], zero_init_residual=False,
         image_size=image_size, patch_size=settings["patch_size"], positions="learned",
         drop_path=0.0,
     )
-    features.load_backbone(backbone, checkpoint.weights)
-    weights = {key: value.detach().clone() for key, value in backbone.state_dict().items()}
+    features.load_backbone(backbone, source.weights)
+    # What is assumed is no fact about the weights: the file does not say it.
+    known = {name: settings[name] for name in ("arch", "in_chans")}
+    if arch in backbones.VITS:
+        known["patch_size"] = settings["patch_size"]
+    known |= {name: value for name, value in vars(args).items() if value is not None}
+    weights = checkpoint.described(backbone.state_dict(), known | source.settings)
 
     folder = os.path.dirname(args.out) or "."
     with dist.together(writing=folder):
@@ -123,7 +131,8 @@ def main(args):
             else:
                 torch.save(weights, file)
         os.replace(f"{args.out}.tmp", args.out)
-    dist.say("\n  ".join([f"{args.out}: {arch} for {args.to}", *advice(args.to, settings)]))
+    dist.say("\n  ".join([f"{args.out}: {arch} for {args.to}", *advice(args.to, settings),
+                         *filter(None, [features.assumed(source, settings)])]))
 
 
 if __name__ == "__main__":

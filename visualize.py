@@ -13,7 +13,6 @@ was trained on normalised patches, each patch gets its true mean and variance ba
 """
 
 import importlib
-import json
 import os
 import sys
 import tempfile
@@ -23,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common import augment, backbones, cli, data, dist, features
+from common import augment, backbones, checkpoint, cli, data, dist, features
 
 TILE = 96  # smallest side of an image in a picture, in pixels
 GAP = 4
@@ -39,7 +38,8 @@ def parse_args(argv=None):
     for name in ("attention", "reconstruction"):
         kind = kinds.add_parser(name, allow_abbrev=False, formatter_class=cli.HelpFormatter,
                                 help=f"{name} of a trained run")
-        kind.add_argument("--checkpoint", required=True, metavar="RUN", help="a run folder")
+        kind.add_argument("--checkpoint", required=True, metavar="RUN",
+                          help="a run folder; for attention its backbone.pth alone will do")
         kind.add_argument("--data", help="default: as the run")
         kind.add_argument("--data-root", default="data", metavar="FOLDER",
                           help="where torchvision's data sets are")
@@ -179,18 +179,22 @@ def some_images(args, settings: dict) -> Tensor:
 
 
 def settings_of(args, script: str) -> dict:
-    """The settings of a run of a certain script, from its run.json."""
-    path = os.path.join(args.checkpoint, "run.json")
+    """The settings of a run of a certain script, from its run.json or its backbone.pth."""
     try:
-        with open(path) as file:
-            settings = json.load(file)["settings"]
-    except (OSError, ValueError, KeyError):
+        settings = dict(features.find_checkpoint(args.checkpoint).settings)
+    except dist.RunError:
+        settings = {}
+    if "arch" not in settings:
         raise dist.RunError(f"--checkpoint {args.checkpoint}: no run.json that can be read there; "
-                            f"give the folder of a run of {script}") from None
+                            f"give the folder of a run of {script}")
     if settings.get("arch") not in backbones.VITS:
         raise dist.RunError(f"--checkpoint {args.checkpoint}: {settings.get('arch')} is no vision "
                             "transformer")
-    return settings
+    missing = {*checkpoint.DESCRIBED} - {"stem"} - settings.keys()
+    if missing:
+        raise dist.RunError(f"--checkpoint {args.checkpoint} does not say its {min(missing)}; give "
+                            f"the folder of a run of {script}")
+    return {"data": "digits", **settings}
 
 
 @torch.inference_mode()
@@ -202,7 +206,7 @@ def attention_picture(args) -> Image.Image:
         settings["arch"], in_chans=settings["in_chans"], image_size=settings["image_size"],
         patch_size=settings["patch_size"], positions="learned", drop_path=0.0,
     )
-    features.load_backbone(backbone, os.path.join(args.checkpoint, "backbone.pth"))
+    features.load_backbone(backbone, features.find_checkpoint(args.checkpoint).weights)
     images = some_images(args, settings)
     heads = backbone.eval().attention(images)[:, :, 1:]  # (n, heads, L)
     low, high = heads.amin(2, keepdim=True), heads.amax(2, keepdim=True)

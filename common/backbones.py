@@ -25,6 +25,9 @@ VIT_SIZES = {  # width, blocks, heads
     "vit_micro": (96, 4, 3), "vit_tiny": (192, 12, 3), "vit_small": (384, 12, 6),
     "vit_base": (768, 12, 12), "vit_large": (1024, 24, 16), "vit_huge": (1280, 32, 16),
 }
+STEMS = {  # kernel, stride and padding of a ResNet's first layer; a pool follows the large one
+    "imagenet": (7, 2, 3), "small": (3, 1, 1), "small-pad2": (3, 1, 2),
+}
 RESNETS = (*SMALL, *TORCHVISION)
 VITS = tuple(VIT_SIZES)
 NAMES = (*RESNETS, *VITS)
@@ -40,8 +43,9 @@ def build_backbone(
     Args:
         arch: one of `NAMES`.
         in_chans: channels of the images.
-        stem: of a ResNet: "imagenet" (7x7 stride 2, max-pool) or "small" (3x3 stride 1, no pool;
-            for images of 64 px and less).
+        stem: of a ResNet: "imagenet" (7x7 stride 2, max-pool), "small" (3x3 stride 1, no pool; for
+            images of 64 px and less), or "small-pad2" (the same with a padding of 2 instead of 1,
+            as solo-learn has it; for weights that were trained so).
         zero_init_residual: of a ResNet: start every residual block as the identity (last scale 0).
         image_size, patch_size, positions, drop_path: of a transformer, see `VisionTransformer`.
 
@@ -82,11 +86,9 @@ def build_resnet(arch: str, *, stem: str, in_chans: int, zero_init_residual: boo
         model.num_features = model.fc.in_features
         model.fc = nn.Identity()
     width = model.conv1.out_channels
-    if stem == "small":
-        model.conv1 = nn.Conv2d(in_chans, width, kernel_size=3, stride=1, padding=1, bias=False)
+    model.conv1 = nn.Conv2d(in_chans, width, *STEMS[stem], bias=False)
+    if stem != "imagenet":
         model.maxpool = nn.Identity()
-    else:
-        model.conv1 = nn.Conv2d(in_chans, width, kernel_size=7, stride=2, padding=3, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     return model
 

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import OrderedDict
 
 import numpy as np
 import PIL
@@ -26,6 +27,7 @@ from common import dist
 from common.dist import RunError, World
 
 RECORD = {"step", "settings", "identity", "processes", "state"}  # what a checkpoint holds
+DESCRIBED = ("arch", "stem", "patch_size", "image_size", "in_chans", "mean", "std")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -271,7 +273,7 @@ class Run:
             "state": kept,
         }
         with replacing(self.path(self.product)) as file:
-            torch.save({k: v.cpu().contiguous() for k, v in backbone.state_dict().items()}, file)
+            torch.save(described(backbone.state_dict(), self.settings), file)
         # What is moved behind the new checkpoint is this run's, and whole.
         newest, previous = self.path("checkpoint.pt"), self.path("checkpoint.prev.pt")
         with replacing(newest, previous if self.keeps_previous else None) as file:
@@ -292,6 +294,18 @@ class Run:
         if self.saved_step is None:
             return "there is no checkpoint yet"
         return f"the checkpoint of step {self.saved_step} is untouched"
+
+
+def described(weights: OrderedDict, settings: dict) -> OrderedDict:
+    """A state dict that says how to build and feed its model, wherever its file is moved to.
+
+    The settings of `DESCRIBED` stand in `_metadata`, where torch keeps the versions of the modules:
+    `torch.load` brings that back, and nothing that loads the weights takes it for a tensor.
+    """
+    found = OrderedDict((name, value.cpu().contiguous()) for name, value in weights.items())
+    said = {name: settings[name] for name in DESCRIBED if name in settings}
+    found._metadata = OrderedDict(getattr(weights, "_metadata", {}), settings=said)
+    return found
 
 
 def hold(path: str):

@@ -179,7 +179,8 @@ def evaluation_parser(
                        help="take N evenly spaced images of each split")
     group = made.add_argument_group("backbone (default: as above)")
     group.add_argument("--arch", choices=archs, help="backbone")
-    group.add_argument("--stem", choices=("imagenet", "small"), help="small: 3x3 stride 1, no pool")
+    group.add_argument("--stem", choices=("imagenet", "small", "small-pad2"),
+                       help="small: 3x3 stride 1, no pool; small-pad2: solo-learn's, padded by 2")
     group.add_argument("--patch-size", type=count, help="side of a transformer's patches")
     group = made.add_argument_group("run")
     group.add_argument("--batch-size", type=count, default=256, help="images in one pass")

@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 import os
+import pickle
 import re
 import statistics
 import zipfile
@@ -41,11 +42,13 @@ class Checkpoint:
 
     name: str
     weights: str | None  # a file, or None for `random` and `pixels`
-    settings: dict  # of the run that made it; empty if nothing says
+    settings: dict  # what the file and the run that made it say; empty if nothing does
 
 
 def find_checkpoint(name: str) -> Checkpoint:
     """Look up `random`, `pixels`, a run folder, or a file (with run.json beside it, or not).
+
+    What a file says of itself (`checkpoint.described`) counts more than the run.json beside it.
 
     Raises:
         RunError: nothing of that name, or a run folder without a backbone.
@@ -63,6 +66,10 @@ def find_checkpoint(name: str) -> Checkpoint:
     if os.path.isfile(described):
         with open(described) as file, contextlib.suppress(ValueError, KeyError, TypeError):
             settings = json.load(file)["settings"]
+    with contextlib.suppress(RunError):  # a file that does not load: whoever loads it says why
+        own = getattr(load_tensors(weights), "_metadata", {}).get("settings")
+        if isinstance(own, dict):  # or it is the version of a foreign model's part of that name
+            settings = settings | {name: own[name] for name in FOLDER if name in own}
     return Checkpoint(name, weights, settings)
 
 
@@ -70,6 +77,10 @@ def resolve(args, checkpoints: list[Checkpoint], data: str | None = None) -> dic
     """What to evaluate on and with: flags first, then the first described run, then assumptions.
 
     `data`, if given, is what the images are whatever the checkpoints say.
+
+    Raises:
+        RunError: a flag is not what weights were trained with, and they cannot be without; or
+            settings do not go together.
     """
     described = next((c.settings for c in checkpoints if c.settings), {})
     source = data or args.data or described.get("data") or "digits"
@@ -77,6 +88,13 @@ def resolve(args, checkpoints: list[Checkpoint], data: str | None = None) -> dic
     given = {name: getattr(args, name) for name in DIGITS if getattr(args, name) is not None}
     settings = {name: {**assumed, **described, **given}[name] for name in DIGITS}
     settings["data"] = source
+    for checkpoint in checkpoints:
+        for name in ("arch", "in_chans", of_this_kind(settings)):
+            said = checkpoint.settings.get(name, settings[name])
+            if name in given and said != settings[name]:
+                flag = f"--{name.replace('_', '-')}"
+                raise RunError(f"{flag} {settings[name]}, and {checkpoint.name} is of {flag} "
+                               f"{said}; is {flag} right?")
     for name in ("mean", "std"):
         values = settings[name]
         if len(values) in (1, settings["in_chans"]):
@@ -89,6 +107,30 @@ def resolve(args, checkpoints: list[Checkpoint], data: str | None = None) -> dic
     if settings["arch"].startswith("vit") and size % patch:
         raise RunError(f"--image-size {size} is no multiple of --patch-size {patch}")
     return settings
+
+
+def of_this_kind(settings: dict) -> str:
+    """The setting that only this kind of backbone has."""
+    return "patch_size" if settings["arch"].startswith("vit") else "stem"
+
+
+def as_flag(name: str, settings: dict) -> str:
+    value = settings[name]
+    values = value if isinstance(value, list | tuple) else [value]
+    return f"--{name.replace('_', '-')} {' '.join(map(str, values))}"
+
+
+def assumed(checkpoint: Checkpoint, settings: dict) -> str:
+    """One line of what is taken for granted of weights that do not say it; "" where they do."""
+    names = ["arch", of_this_kind(settings), "image_size", "in_chans", "mean", "std"]
+    names = [name for name in names if name not in checkpoint.settings]
+    if not names:
+        return ""
+    line = (f"{checkpoint.name} does not say how it was trained; taken: "
+            f"{' '.join(as_flag(name, settings) for name in names)}")
+    if "stem" in names and settings["stem"] == "small":
+        line += " (of padding 1; where it is solo-learn's, of padding 2: --stem small-pad2)"
+    return line
 
 
 def resize_of(settings: dict, resize: int | None) -> int:
@@ -221,6 +263,14 @@ def models(checkpoint: Checkpoint, settings: dict, build, seed: int, world: Worl
             torch.manual_seed(seed + number)
             yield freeze(build(settings), None, world)
     else:
+        line = assumed(checkpoint, settings)
+        if line:
+            dist.say(line)
+        for name in ("mean", "std"):
+            said, now = checkpoint.settings.get(name, settings[name]), settings[name]
+            if list(said) != list(now) and len({*said, *now}) > 1:
+                dist.say(f"warning: {as_flag(name, settings)}, and {checkpoint.name} was trained "
+                         f"with {as_flag(name, checkpoint.settings)}")
         yield freeze(build(settings), checkpoint.weights, world)
 
 
@@ -236,26 +286,30 @@ def freeze(backbone: nn.Module, weights: str | None, world: World) -> nn.Module:
 
 # What is known of the files that others release: words for it; the keys to go down to the state
 # dict; what stands before the names of the backbone's tensors; what else stands there (heads). The
-# first layout that fits counts, so a teacher comes before its student.
+# first layout that fits counts, so a teacher comes before its student. What stands in WRAPPERS is
+# left out of the names before, wherever it stands.
+WRAPPERS = re.compile(r"(^|(?<=\.))((module|_orig_mod|_fsdp_wrapped_module|"
+                      r"_checkpoint_wrapped_module)\.)+")
 LAYOUTS = (
     ("VISSL, teacher of DINO", "loss",
-     r"momentum_teacher\.(module\.)?(trunk\.)?(_feature_blocks\.)?", r"heads\."),
+     r"momentum_teacher\.(trunk\.)?(_feature_blocks\.)?", r"heads\."),
     ("VISSL, teacher of DINO", "classy_state_dict.loss",
-     r"momentum_teacher\.(module\.)?(trunk\.)?(_feature_blocks\.)?", r"heads\."),
-    ("VISSL, teacher of DINO", "loss.teacher",
-     r"(module\.)?(trunk\.)?(_feature_blocks\.)?", r"heads\."),
+     r"momentum_teacher\.(trunk\.)?(_feature_blocks\.)?", r"heads\."),
+    ("VISSL, teacher of DINO", "loss.teacher", r"(trunk\.)?(_feature_blocks\.)?", r"heads\."),
     ("VISSL", "classy_state_dict.base_model.model.trunk", r"(_feature_blocks\.)?", None),
     ("VISSL, converted", "model_state_dict", r"(trunk\.)?(_feature_blocks\.)?", r"heads\.|fc\."),
-    ("DINO, teacher", "teacher", r"(module\.)?backbone\.", None),
-    ("MoCo", "state_dict", r"(module\.)?encoder_q\.", r"fc\."),
-    ("MoCo v3", "state_dict", r"(module\.)?base_encoder\.", r"(fc|head)\."),
-    ("MMSelfSup, lightly or solo-learn", "state_dict", r"(model\.)?backbone\.", r"(fc|head)\."),
-    ("SimSiam or an older solo-learn", "state_dict", r"(module\.)?encoder\.", r"fc\."),
-    ("Barlow Twins", "model", r"(module\.)?backbone\.", r"fc\."),
-    ("MAE", "model", r"(module\.)?", r"decoder_|mask_token$|head\."),
-    ("state_dict with a head, as SwAV's or lemniscate's", "state_dict", r"(module\.)?",
+    ("DINO, teacher", "teacher", r"backbone\.", None),
+    ("MoCo", "state_dict", r"encoder_q\.", r"fc\."),
+    ("MoCo v3", "state_dict", r"base_encoder\.", r"(fc|head)\."),
+    ("lightly, teacher", "state_dict", r"teacher_backbone\.(vit\.)?", r"(fc|head)\.|mask_token$"),
+    ("MMSelfSup, lightly or solo-learn", "state_dict", r"(model\.)?backbone\.(vit\.)?",
+     r"(fc|head)\.|mask_token$"),
+    ("SimSiam or an older solo-learn", "state_dict", r"encoder\.", r"fc\."),
+    ("Barlow Twins", "model", r"backbone\.", r"fc\."),
+    ("MAE", "model", "", r"decoder_|mask_token$|head\."),
+    ("state_dict with a head, as SwAV's or lemniscate's", "state_dict", "",
      r"projection_head\.|prototypes|(fc|head)\."),
-    ("plain state dict", "", r"(module\.)?", r"projection_head\.|prototypes|(fc|head)\."),
+    ("plain state dict", "", "", r"projection_head\.|prototypes|(fc|head)\."),
 )
 # Other names of the same tensors: a Sequential of torchvision's ResNet (lightly), OpenMMLab's
 # transformer, and the last norm of a transformer that was fine-tuned with pooled patches.
@@ -276,7 +330,8 @@ def load_backbone(backbone: nn.Module, path: str) -> None:
     Every tensor of the backbone must be there, in its shape.
 
     Raises:
-        RunError: the file does not load, or a tensor is missing, unknown or of another shape.
+        RunError: the file does not load, or a tensor is missing, unknown, of another shape or not
+            finite.
     """
     loaded = load_tensors(path)
     if loaded.keys() >= {"step", "settings", "state"}:
@@ -297,6 +352,10 @@ def load_backbone(backbone: nn.Module, path: str) -> None:
             got = tuple(getattr(found[key], "shape", ())) or type(found[key]).__name__
             raise RunError(f"{path} ({layout}): {key} is {got}, not {tuple(wanted[key].shape)}; "
                            "are --arch, --stem, --in-chans, --image-size and --patch-size right?")
+        wrong = (~found[key].isfinite()).sum().item()
+        if wrong:
+            raise RunError(f"{path} ({layout}): {key} is not finite ({wrong} of "
+                           f"{found[key].numel()} values); take a checkpoint from before that")
     backbone.load_state_dict(found)
     dist.say(f"{path}: {layout}, {len(wanted)} of {len(wanted)} tensors of the backbone loaded"
              f"{', left out: ' if ignored else ''}{' '.join(ignored)}")
@@ -314,25 +373,124 @@ def fit_positions(backbone: nn.Module, table) -> None:
 
 
 def load_tensors(path: str) -> dict:
-    """Read what `torch.save` wrote: tensors, plain values, argparse's namespaces, NumPy's scalars.
+    """Read what `torch.save` wrote, or a safetensors file.
+
+    Tensors, plain values, argparse's namespaces and NumPy's scalars are read.
 
     Raises:
         RunError: the file does not load, asks for anything else, or holds no dictionary.
     """
-    scalar = np.float64(0).__reduce__()[0]  # NumPy's, under the names that it had and has
-    allowed = [argparse.Namespace, np.dtype, (scalar, "numpy.core.multiarray.scalar"),
-               (scalar, "numpy._core.multiarray.scalar"),
-               *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"}]
     try:
-        with torch.serialization.safe_globals(allowed):
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            start = file.read(64)
+        loaded = read_safetensors(path) if start[8:9] == b"{" else read_pickled(path)
     except Exception as error:  # a foreign file raises many things
         code = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it asks to run {code[1]}, which is refused" if code else type(error).__name__
+        if code:
+            reason = f"it asks to run {code[1]}, which is refused"
+        elif isinstance(error, OSError):
+            reason = error.strerror or type(error).__name__
+        else:
+            reason = what_it_is(path, start) or type(error).__name__
         raise RunError(f"{path} does not load: {reason}") from error
     if not isinstance(loaded, dict):
         raise RunError(f"{path} is no state dict: it holds a {type(loaded).__name__}")
     return loaded
+
+
+class Inert:
+    """Takes the place of an object that is not needed, and forgets all that it is given."""
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, _):
+        pass
+
+
+# The log in a checkpoint of OpenMMLab's engine, by what is refused first, and what else it asks
+# for. None of it is imported or run: `Inert` stands for each.
+LOGGED = "mmengine.logging.history_buffer.HistoryBuffer"
+IN_A_LOG = (LOGGED, "builtins.getattr", "numpy.ndarray", "numpy.core.multiarray._reconstruct",
+            "numpy._core.multiarray._reconstruct")
+
+
+def read_pickled(path: str):
+    """Read a file of `torch.save` without running anything that stands in it."""
+    scalar = np.float64(0).__reduce__()[0]  # NumPy's, under the names that it had and has
+    allowed = [argparse.Namespace, np.dtype, (scalar, "numpy.core.multiarray.scalar"),
+               (scalar, "numpy._core.multiarray.scalar"),
+               *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"}]
+    mapped = zipfile.is_zipfile(path)  # then only the tensors that are used are read
+
+    def read(*more):
+        with torch.serialization.safe_globals([*allowed, *more]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+
+    try:
+        return read()
+    except pickle.UnpicklingError as error:
+        if f"GLOBAL {LOGGED} " not in str(error):
+            raise
+    return read(*((Inert, name) for name in IN_A_LOG))
+
+
+SAFETENSORS = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}
+
+
+def read_safetensors(path: str) -> dict[str, Tensor]:
+    """Read a safetensors file: length of the header (8 bytes), JSON header, tensors one by one.
+
+    Reference: https://github.com/huggingface/safetensors, section Format.
+    """
+    data = np.memmap(path, dtype=np.uint8, mode="r")
+    size = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    header, data, found = json.loads(data[8:size].tobytes()), data[size:], {}
+    header.pop("__metadata__", None)
+    for name, part in header.items():
+        first, last = part["data_offsets"]
+        own, dtype = torch.from_numpy(data[first:last].copy()), SAFETENSORS[part["dtype"]]
+        found[name] = (own.view(dtype) if len(own) else own.to(dtype)).reshape(part["shape"])
+    return found
+
+
+NOT_WEIGHTS = (  # how files begin that are often given for weights, and what to say of them
+    (rb"\Z", "it is empty"),
+    (rb"version https://git-lfs", "it is a pointer of Git LFS, not the file itself, which "
+     "`git lfs pull` fetches"),
+    (rb"(\xef\xbb\xbf)?\s*<", "it is a web page, not the file that was to be downloaded"),
+    (rb"[\s\x20-\x7e]+\Z", "it is text, not weights"),
+    (rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|\x28\xb5\x2f\xfd", "it is compressed; unpack it"),
+    (rb"\x89HDF", "it is HDF5, as Keras writes it, not a file of torch.save"),
+    (rb"\x93NUMPY", "it is a NumPy array, not a state dict"),
+)
+
+
+def what_it_is(path: str, start: bytes) -> str | None:
+    """Words for a file that does not load, from how it begins; None if nothing is known."""
+    for beginning, words in NOT_WEIGHTS:
+        if re.match(beginning, start):
+            return words
+    cut = "it breaks off before its end; copy or download it again"
+    if start[8:9] == b"{":
+        return cut
+    if not start.startswith(b"PK"):
+        return None
+    try:
+        with zipfile.ZipFile(path) as file:
+            names = file.namelist()
+    except (zipfile.BadZipFile, OSError):
+        return cut
+    if any(name.endswith("/constants.pkl") for name in names):
+        return ("it is TorchScript; torch.jit.load reads it, and what torch.save writes of the "
+                "state_dict() is weights")
+    if not any(name.endswith("data.pkl") for name in names):
+        return f"it is an archive of {' '.join(names[:3])}, not a file of torch.save"
+    return None
 
 
 def recognise(loaded: dict, wanted: dict, path: str) -> tuple[str, dict, list[str]]:
@@ -352,8 +510,9 @@ def recognise(loaded: dict, wanted: dict, path: str) -> tuple[str, dict, list[st
         else:
             found, ignored = {}, []
             for key, value in inner.items():
-                start = re.match(prefix, str(key))
-                name = our_name(key[start.end() :], wanted) if start and key == str(key) else None
+                plain = WRAPPERS.sub("", str(key))
+                start = re.match(prefix, plain)
+                name = our_name(plain[start.end() :], wanted) if start and key == str(key) else None
                 if name is None or (name not in wanted and heads and re.match(heads, name)):
                     ignored.append(str(key))
                 elif name in found:
@@ -371,7 +530,7 @@ def recognise(loaded: dict, wanted: dict, path: str) -> tuple[str, dict, list[st
         keys = [str(key) for key in loaded]
         if isinstance(loaded.get("state_dict"), dict):
             keys = [f"state_dict.{key}" for key in loaded["state_dict"]]
-        if any(re.match(r"(state_dict\.)?(module\.)?features\.", key) for key in keys):
+        if any(re.match(r"(state_dict\.)?features\.", WRAPPERS.sub("", key)) for key in keys):
             raise RunError(f"{path} is an AlexNet or a VGG, as DeepCluster's are, which is not "
                            "among the backbones")
         raise RunError(f"{path} is in no known layout, or of another --arch: it holds "
@@ -394,7 +553,10 @@ def in_groups(keys: list[str]) -> list[str]:
     """Name keys, or where more than four begin alike, their beginning and number."""
     groups = {}
     for key in keys:
-        groups.setdefault(re.match(r"(module\.)?[^.]*", key)[0], []).append(key)
+        wrappers = WRAPPERS.match(key)
+        start = wrappers[0] if wrappers else ""
+        start += key[len(start) :].partition(".")[0]
+        groups.setdefault(start, []).append(key)
     return [text for start, own in groups.items()
             for text in (own if len(own) <= 4 else [f"{start}.* ({len(own)})"])]
 
@@ -444,7 +606,7 @@ def extract(
         By name, float32 rows (len(images), D) on the CPU in data-set order, equal on every process.
 
     Raises:
-        RunError: an image cannot be read.
+        RunError: an image cannot be read, or a feature is not finite.
     """
     n = len(images)
     num_chunks = -(-n // batch_size)
@@ -464,7 +626,9 @@ def extract(
             for name, rows in function(view.finish(*loaded, world.device)).items():
                 if name not in found:
                     found[name] = torch.empty(n, rows.shape[1])
-                found[name][chunk * batch_size :][: len(rows)] = rows
+                kept = found[name][chunk * batch_size :][: len(rows)]
+                kept.copy_(rows)
+                check_finite(kept, f"of {name}", chunk * batch_size)
     widths = {name: rows.shape[1] for name, rows in found.items()}
     widths = next(w for w in dist.all_gather_objects(widths) if w)  # some process may have no image
     bounds = [min(part * batch_size, n) for part in parts]
@@ -472,6 +636,14 @@ def extract(
         found.setdefault(name, torch.empty(n, width))
         dist.share_rows(found[name], bounds)
     return {name: found[name] for name in widths}
+
+
+def check_finite(rows: Tensor, words: str, first: int = 0) -> None:
+    """Stop at features (N, D) that are not finite; the rows begin with that of image `first`."""
+    wrong = (~rows.isfinite()).any(1).nonzero()
+    if len(wrong):
+        raise RunError(f"the features {words} are not finite, first of image "
+                       f"{first + wrong[0].item()}; no number can be made of them")
 
 
 # -------------------------------------------------------------------------------------------- files
@@ -528,7 +700,7 @@ def read(path: str, layers: list[str] | None = None) -> Features:
     """Read a file of `write`: all of its layers, or some.
 
     Raises:
-        RunError: there is no such file or layer, or it is no such file.
+        RunError: there is no such file or layer, it is no such file, or not finite.
     """
     if not os.path.isfile(path):
         raise RunError(f"--features {path}: no such file; --save-features makes one")
@@ -547,6 +719,8 @@ def read(path: str, layers: list[str] | None = None) -> Features:
                 if {len(labels), len(index)} != {len(r) for r in rows.values()}:
                     raise ValueError("parts of different lengths")
                 splits.append(Split(rows, labels, index))
+                for name, part in rows.items():
+                    check_finite(part, f"{split}/{name} of {path}")
             return Features(str(file["checkpoint"]), str(file["protocol"]), *splits)
     except (ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         raise RunError(f"--features {path}: not a file made by --save-features") from error

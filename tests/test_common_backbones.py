@@ -65,6 +65,17 @@ def test_a_resnet50_loads_into_torchvision_which_misses_its_classifier_alone():
         assert torch.equal(ours(images), theirs(images))
 
 
+def test_the_stem_of_padding_2_has_a_border_of_one_place_more():
+    theirs = torchvision.models.resnet18()
+    theirs.conv1 = torch.nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=2, bias=False)
+    theirs.maxpool = theirs.fc = torch.nn.Identity()
+    ours, images = build("resnet18", "small-pad2"), torch.rand(2, 3, 32, 32)
+    ours.load_state_dict(theirs.state_dict())
+    with torch.no_grad():
+        assert torch.equal(ours.eval()(images), theirs.eval()(images))
+        assert backbones.layers(ours, images, ["conv1"])["conv1"].shape == (2, 64, 34, 34)
+
+
 @pytest.mark.parametrize("stem, side", [("imagenet", 16), ("small", 64)])
 @pytest.mark.parametrize("arch", ["resnet_tiny", "resnet18", "resnet50"])
 def test_the_small_stem_keeps_the_resolution(arch, stem, side):

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from common import checkpoint, dist
@@ -387,6 +388,22 @@ def test_every_file_loads_with_weights_only(tmp_path):
         assert record["state"].keys() == {"model", "optimizer", "queue"}
     backbone = torch.load(tmp_path / "backbone.pth", weights_only=True)
     assert same(backbone, dict(training.net.state_dict()))
+
+
+def test_the_product_says_how_it_is_built_and_fed_and_still_is_a_state_dict(tmp_path):
+    model, settings = torchvision.models.resnet18(), dict(
+        arch="resnet18", stem="imagenet", image_size=64, in_chans=3, mean=[0.1, 0.2, 0.3],
+        std=[0.5])
+    fresh, model.fc = torchvision.models.resnet18(), nn.Identity()
+    with opened(tmp_path, **settings) as run:
+        run.start({"model": model})
+        run.save(1, {"model": model}, model)
+    found = torch.load(tmp_path / "backbone.pth", weights_only=True)
+    assert found._metadata["settings"] == settings  # no more, the name of the data for one
+    assert same(found, dict(model.state_dict())) and found._metadata["bn1"]["version"] == 2
+    answer = fresh.load_state_dict(found, strict=False)
+    assert sorted(answer.missing_keys) == ["fc.bias", "fc.weight"] and not answer.unexpected_keys
+    model.load_state_dict(found)  # strictly
 
 
 def test_saving_changes_nothing(tmp_path):

@@ -3,7 +3,11 @@ import io
 import json
 import os
 import pickle
-from types import SimpleNamespace
+import struct
+import sys
+import zipfile
+from collections import OrderedDict
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +15,11 @@ import torch
 import torchvision
 from PIL import Image
 
-from common import augment, backbones, dist, features
+from common import augment, backbones, checkpoint, dist, features
 from common.data import ArrayImages, FileImages
 from common.dist import RunError, World
+
+WORLD = World(0, 1, torch.device("cpu"))
 
 # ---------------------------------------------------------------------------------- find_checkpoint
 
@@ -39,6 +45,25 @@ def test_a_file_that_no_run_describes_has_no_settings(tmp_path):
     (tmp_path / "resnet50.pth").touch()
     found = features.find_checkpoint(str(tmp_path / "resnet50.pth"))
     assert (found.weights, found.settings) == (str(tmp_path / "resnet50.pth"), {})
+
+
+def test_a_file_that_was_moved_says_how_it_was_trained(tmp_path):
+    settings = dict(SETTINGS, arch="resnet_tiny", in_chans=3)
+    torch.save(checkpoint.described(tiny().state_dict(), settings), tmp_path / "moved.pth")
+    alone = features.find_checkpoint(str(tmp_path / "moved.pth")).settings
+    assert alone == {name: settings[name] for name in checkpoint.DESCRIBED}
+    other = {"settings": dict(settings, mean=[0.9], arch="resnet50", lr=2.0)}
+    (tmp_path / "run.json").write_text(json.dumps(other))  # of another run
+    assert features.find_checkpoint(str(tmp_path / "moved.pth")).settings == {
+        **other["settings"], **alone}
+
+
+@pytest.mark.parametrize("said", [None, "words", {}, {"version": 1}])
+def test_what_a_foreign_file_calls_its_settings_is_no_error(said, tmp_path):
+    weights = OrderedDict(tiny().state_dict())
+    weights._metadata = OrderedDict(settings=said)
+    torch.save(weights, tmp_path / "other.pth")
+    assert features.find_checkpoint(str(tmp_path / "other.pth")).settings == {}
 
 
 @pytest.mark.parametrize("there", [[], ["run.json"]])
@@ -76,6 +101,51 @@ def test_without_a_run_the_data_says_what_is_assumed():
     folder = resolved({}, data="/images")
     assert (folder["data"], folder["arch"], folder["image_size"]) == ("/images", "resnet50", 224)
     assert (folder["mean"], folder["std"]) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+
+@pytest.mark.parametrize("flag, value, said", [
+    ("arch", "resnet50", "resnet18_quarter"), ("stem", "small-pad2", "small"), ("in_chans", 3, 1),
+])
+def test_a_flag_that_cannot_be_right_is_an_error_of_both_values(flag, value, said):
+    name = f"--{flag.replace('_', '-')}"
+    with pytest.raises(RunError, match=f"{name} {value}, and some is of {name} {said}; is {name}"):
+        resolved(SETTINGS, **{flag: value})
+    assert resolved(SETTINGS, patch_size=8)["patch_size"] == 8  # a ResNet has none
+    with pytest.raises(RunError, match="--patch-size 4, and some is of --patch-size 5"):
+        resolved(dict(SETTINGS, arch="vit_tiny"), patch_size=4)
+
+
+def loaded(settings, tmp_path, **flags):
+    """A file that says of itself `settings`, as an evaluation with these flags loads it."""
+    weights = checkpoint.described(tiny().state_dict(), settings)
+    torch.save(weights, tmp_path / "tiny.pth")
+    flags = {"arch": "resnet_tiny", "stem": "small", **flags}
+    args = SimpleNamespace(**{**dict.fromkeys(features.DIGITS), **flags})
+    found = features.find_checkpoint(str(tmp_path / "tiny.pth"))
+    wanted = dict(features.resolve(args, [found]), trained_size=16)
+    return next(features.models(found, wanted, backbones.build_frozen, 0, WORLD))
+
+
+def test_what_is_assumed_of_a_file_is_printed(tmp_path, capsys):
+    whole = dict(SETTINGS, arch="resnet_tiny", in_chans=3)
+    loaded(whole, tmp_path)
+    assert "taken" not in capsys.readouterr().out
+    loaded({}, tmp_path, data="/images", mean=[0.25])
+    printed = capsys.readouterr().out
+    assert f"{tmp_path}/tiny.pth does not say how it was trained; taken: " in printed
+    assert ("--arch resnet_tiny --stem small --image-size 224 --in-chans 3 --mean 0.25 "
+            "--std 0.229 0.224 0.225 (of padding 1; ") in printed
+    assert "of padding 2: --stem small-pad2)\n" in printed
+    del whole["std"]
+    loaded(whole, tmp_path, data="/images")
+    assert "taken: --std 0.229 0.224 0.225\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mean, warned", [([0.4], True), ([0.3], False), ([0.3] * 3, False)])
+def test_another_mean_than_in_training_is_a_warning(mean, warned, tmp_path, capsys):
+    loaded(dict(SETTINGS, arch="resnet_tiny", in_chans=3), tmp_path, mean=mean)
+    printed = capsys.readouterr().out
+    assert ("warning: --mean 0.4, and" in printed) == warned == ("with --mean 0.3" in printed)
 
 
 def test_resolving_changes_no_assumption():
@@ -131,6 +201,14 @@ def not_a_tensor(weights):
     weights["bn1.bias"] = 3
 
 
+def not_a_number(weights):
+    weights["layer4.0.bn2.running_var"][3] = float("nan")
+
+
+def infinite(weights):
+    weights["bn1.weight"] = torch.full_like(weights["bn1.weight"], -float("inf"))
+
+
 @pytest.mark.parametrize(
     "spoil, named",
     [
@@ -139,6 +217,8 @@ def not_a_tensor(weights):
         (unknown, "projector.weight"),
         (reshaped, "layer4.0.conv2.weight"),
         (not_a_tensor, "bn1.bias"),
+        (not_a_number, "layer4.0.bn2.running_var is not finite (1 of 128 values)"),
+        (infinite, "bn1.weight is not finite (16 of 16 values)"),
     ],
 )
 def test_a_tensor_that_does_not_match_is_named_and_nothing_is_loaded(spoil, named, tmp_path):
@@ -172,6 +252,74 @@ def test_a_file_that_is_no_state_dict_is_one_line_with_its_name(content, tmp_pat
     with pytest.raises(RunError) as error:
         features.load_backbone(tiny(), str(path))
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def zipped(**files):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return file.getvalue()
+
+
+def scripted():
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("content, named", [
+    (b"", "it is empty"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
+    (b"\n<!DOCTYPE html><html lang=en>" + 80 * b" " + b"</html>", "web page"),
+    (b'{"error": "Entry not found"}', "it is text"),
+    (b"Access denied. Please log in to see this file, which is not for everybody.", "it is text"),
+    (b"\x1f\x8b\x08\x00rest", "unpack it"),
+    (b"\x89HDF\r\n\x1a\nrest", "Keras"),
+    (zipped(**{"weights.npy": b"1", "b": b"2"}), "an archive of weights.npy b"),
+    (saved({"a": torch.zeros(99)})[:-50], "breaks off before its end"),
+    (struct.pack("<Q", 80) + b'{"a": {"dtype": "F32"', "breaks off before its end"),
+    (struct.pack("<Q", 57) + b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}   ' + b"1234",
+     "breaks off before its end"),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_a_file_that_is_no_weights_is_named_as_what_it_is(content, named, tmp_path):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(content)
+    with pytest.raises(RunError, match=f"{path} does not load: .*{named}") as error:
+        features.load_backbone(tiny(), str(path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torchscript_is_named_as_what_it_is(tmp_path):
+    (tmp_path / "model.pt").write_bytes(scripted())
+    with pytest.raises(RunError, match="it is TorchScript; torch.jit.load"):
+        features.load_backbone(tiny(), str(tmp_path / "model.pt"))
+
+
+def as_safetensors(weights):
+    """The bytes of a safetensors file, tensors one behind the other."""
+    names = {torch.float32: "F32", torch.int64: "I64", torch.float16: "F16", torch.bfloat16: "BF16",
+             torch.bool: "BOOL"}
+    header, data = {"__metadata__": {"format": "pt"}}, b""
+    for name, value in weights.items():
+        own = value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        header[name] = {"dtype": names[value.dtype], "shape": list(value.shape),
+                        "data_offsets": [len(data), len(data) + len(own)]}
+        data += own
+    header = json.dumps(header).encode()
+    return struct.pack("<Q", len(header)) + header + data
+
+
+def test_safetensors_are_read(tmp_path):
+    path, backbone = tmp_path / "model.safetensors", tiny(2)
+    path.write_bytes(as_safetensors({**tiny(1).state_dict(), "fc.bias": torch.zeros(3)}))
+    features.load_backbone(backbone, str(path))
+    assert same(backbone.state_dict(), tiny(1).state_dict())
+    odd = {"flag": torch.tensor([True, False, True]), "half": torch.rand(2, 3).half(),
+           "brain": torch.rand(1).bfloat16(), "none": torch.zeros(0, 4), "one": torch.tensor(7)}
+    path.write_bytes(as_safetensors(odd))  # beginning at odd places
+    assert same(features.load_tensors(str(path)), odd)
 
 
 class Payload:
@@ -302,6 +450,9 @@ RESNET_FILES = {  # words printed, and the file with a ResNet's weights in it
     "MMSelfSup, lightly or solo-learn": lambda w: {"meta": {"epoch": 1}, "state_dict": {
         **under("backbone.", w), **under("backbone_momentum.", zeros(w)),
         **head("neck.fc0.weight", "head.fc_cls.weight", "projection_head.layers.0.weight")}},
+    "lightly, teacher": lambda w: {"state_dict": {
+        **under("student_backbone.", zeros(w)), **under("teacher_backbone.", as_children(w)),
+        **head("student_head.layers.0.weight", "teacher_head.layers.0.weight")}},
     "lightly's Sequential": lambda w: {"state_dict": {
         **under("backbone.", as_children(w)), **head("projection_head.layers.0.weight")}},
     "plain state dict, torchvision": lambda w: {**w, **head("fc.weight", "fc.bias")},
@@ -318,6 +469,9 @@ VIT_FILES = {
                                          **head("module.base_encoder.head.0.weight")}},
     "MMSelfSup, lightly or solo-learn": lambda w: {"state_dict": {
         **under("backbone.", as_openmmlab(w)), **head("neck.mask_token", "head.weight")}},
+    "lightly, teacher": lambda w: {"state_dict": {
+        **under("student_backbone.vit.", zeros(w)), **under("teacher_backbone.vit.", w),
+        **head("teacher_backbone.mask_token", "teacher_backbone.vit.head.weight")}},
     "VISSL, teacher of DINO": lambda w: {"loss": {
         "teacher": {**under("trunk.", w), **head("heads.0.mlp.0.weight")}}},
     "plain state dict, timm": lambda w: {**w, **head("head.weight", "head.bias")},
@@ -381,6 +535,33 @@ def test_one_renamed_tensor_stops_the_run_and_is_named(build, name, wrap, tmp_pa
     assert same(backbone.state_dict(), build(2).state_dict())
 
 
+@pytest.mark.parametrize("wrap", [
+    lambda key: f"_orig_mod.{key}",
+    lambda key: f"module._orig_mod.{key}",
+    lambda key: f"_orig_mod.module.{key}",
+    lambda key: key.replace("layer1.0.", "layer1._orig_mod.0.module."),
+    lambda key: f"_fsdp_wrapped_module.{key}".replace(".conv", "._checkpoint_wrapped_module.conv"),
+])
+@pytest.mark.parametrize("name", ["plain state dict", "MoCo", "DINO, teacher"])
+def test_wrappers_in_names_are_left_out_wherever_they_stand(name, wrap, tmp_path, capsys):
+    weights, backbone = tiny(1).state_dict(), tiny(2)
+    content = RESNET_FILES[name](weights)
+    for tensors in list(innermost(content)):
+        for key in list(tensors):
+            tensors[wrap(key)] = tensors.pop(key)
+    torch.save(content, tmp_path / "compiled.pth")
+    features.load_backbone(backbone, str(tmp_path / "compiled.pth"))
+    assert same(backbone.state_dict(), weights)
+    assert len(capsys.readouterr().out.partition("left out: ")[2].split()) < 12
+
+
+def test_a_tensor_that_is_there_with_and_without_a_wrapper_is_refused(tmp_path):
+    weights = tiny(1).state_dict()
+    torch.save({**weights, "_orig_mod.bn1.bias": weights["bn1.bias"] + 1}, tmp_path / "two.pth")
+    with pytest.raises(RunError, match="two tensors bn1.bias"):
+        features.load_backbone(tiny(), str(tmp_path / "two.pth"))
+
+
 def test_heads_and_other_networks_are_listed_as_left_out(tmp_path, capsys):
     torch.save(RESNET_FILES["MoCo"](tiny(1).state_dict()), tmp_path / "moco.pth")
     features.load_backbone(tiny(), str(tmp_path / "moco.pth"))
@@ -440,9 +621,54 @@ def test_other_objects_are_refused_by_name(value, tmp_path):
     assert argparse.Namespace not in torch.serialization.get_safe_globals()  # beyond the call
 
 
+@pytest.fixture
+def history_buffer():
+    """The log of OpenMMLab's engine, as far as a pickle of it goes."""
+
+    class HistoryBuffer:
+        def __init__(self):
+            self._log_history = np.arange(3.0)
+            self.methods = {"min": Attribute("min")}
+
+    class Attribute:
+        def __init__(self, name):
+            self.name = name
+
+        def __reduce__(self):
+            return getattr, (HistoryBuffer, self.name)
+
+    names = ("mmengine", "mmengine.logging", "mmengine.logging.history_buffer")
+    HistoryBuffer.__module__, HistoryBuffer.__qualname__ = names[-1], "HistoryBuffer"
+    sys.modules.update({name: ModuleType(name) for name in names})
+    sys.modules[names[-1]].HistoryBuffer = HistoryBuffer
+    yield HistoryBuffer
+    for name in names:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_the_log_of_openmmlabs_engine_is_passed_over(history_buffer, as_zip, tmp_path, capsys,
+                                                      monkeypatch):
+    content = {"meta": {"epoch": 1}, "message_hub": {"log_scalars": {"loss": history_buffer()}},
+               "state_dict": under("backbone.", tiny(1).state_dict())}
+    torch.save(content, tmp_path / "mm.pth", _use_new_zipfile_serialization=as_zip)
+    monkeypatch.setattr(history_buffer, "__setstate__", lambda *_: 1 / 0, raising=False)
+    backbone = tiny(2)
+    features.load_backbone(backbone, str(tmp_path / "mm.pth"))
+    assert same(backbone.state_dict(), tiny(1).state_dict())
+    assert "left out: message_hub meta" in capsys.readouterr().out
+
+
+def test_code_beside_such_a_log_is_refused(history_buffer, tmp_path):
+    torch.save({"message_hub": history_buffer(), "state_dict": tiny(1).state_dict(),
+                "other": Payload(tmp_path / "ran")}, tmp_path / "mm.pth")
+    with pytest.raises(RunError, match="asks to run [a-z]+.mkdir, which is refused"):
+        features.load_backbone(tiny(), str(tmp_path / "mm.pth"))
+    assert not (tmp_path / "ran").exists()
+
+
 # ------------------------------------------------------------------------------------------ extract
 
-WORLD = World(0, 1, torch.device("cpu"))
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
 
@@ -569,6 +795,28 @@ def test_a_file_that_cannot_be_read_stops_every_process(broken_file, pool):
     assert len(set(messages)) == 1 and f"{broken_file} cannot be read" in messages[0]
 
 
+def message_of_features_without_number(value, size):
+    def spoiled(images):
+        rows = images.flatten(1)
+        rows[rows[:, 0] == images[:, 0, 0, 0].max(), 2] = value
+        return {"res4": rows}
+
+    pixels = np.zeros((size, 4, 4, 3), dtype=np.uint8)
+    pixels[-2] = 255
+    with pytest.raises(RunError) as error:
+        features.extract(spoiled, ArrayImages(pixels, None, 3), centre_view(4), dist.setup("cpu"),
+                         batch_size=size, workers=0)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_feature_that_is_not_finite_is_named_with_its_image(value, pool):
+    wanted = "the features of res4 are not finite, first of image 5"
+    assert wanted in message_of_features_without_number(value, 7)
+    for message in pool.run(2, message_of_features_without_number, value, 7):
+        assert wanted in message
+
+
 def test_files_without_batch_counters_load(tmp_path):
     model = tiny()
     kept = {k: v for k, v in model.state_dict().items() if "num_batches_tracked" not in k}
@@ -642,6 +890,16 @@ def test_what_is_no_feature_file_is_one_line_with_its_name(content, tmp_path):
     with pytest.raises(RunError) as error:
         features.read(str(path))
     assert f"--features {path}" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
+def test_features_in_a_file_that_are_not_finite_are_named(value, tmp_path):
+    written = some_features()
+    written.test.layers["res4"][3, 1] = value
+    features.write(written, str(tmp_path / "file.npz"), WORLD)
+    with pytest.raises(RunError, match=f"test/res4 of {tmp_path}/file.npz are not finite.*image 3"):
+        features.read(str(tmp_path / "file.npz"))
+    assert features.read(str(tmp_path / "file.npz"), ["avgpool"])
 
 
 def test_a_layer_that_is_not_in_a_feature_file_is_named_with_those_that_are(tmp_path):

@@ -66,7 +66,8 @@ def test_a_run_goes_to_torchvision_and_back(to, tmp_path, capsys):
     features.load_backbone(backbone, str(out))
     with torch.no_grad():
         assert torch.equal(model.eval()(images), backbone.eval()(images))
-    again = converted(out, to, tmp_path / "again.pth", "--arch", "resnet18")
+    again = converted(out, to, tmp_path / "again.pth")  # it says its settings itself
+    assert "taken" not in capsys.readouterr().out
     assert same(torch.load(again, weights_only=True), weights)
 
 
@@ -78,6 +79,17 @@ def test_a_released_checkpoint_is_taken_apart(tmp_path):
     out = converted(tmp_path / "moco.pth.tar", "torchvision", tmp_path / "out.pth", "--arch",
                     "resnet18")
     assert same(torch.load(out, weights_only=True), weights)
+
+
+def test_what_was_assumed_is_said_and_does_not_become_a_fact(tmp_path, capsys):
+    torch.save(shuffled(build("resnet18", "small")), tmp_path / "foreign.pth")
+    flags = ("--arch", "resnet18", "--stem", "small-pad2")
+    out = converted(tmp_path / "foreign.pth", "torchvision", tmp_path / "out.pth", *flags)
+    printed = capsys.readouterr().out
+    assert "taken: --arch resnet18 --stem small-pad2 --image-size 224" in printed
+    assert "conv1 is 3x3 with stride 1 and padding 2" in printed
+    said = torch.load(out, weights_only=True)._metadata["settings"]
+    assert said == dict(arch="resnet18", stem="small-pad2", in_chans=3)
 
 
 def test_a_transformer_goes_to_timm_alone(tmp_path):
@@ -94,7 +106,7 @@ def test_what_a_model_has_to_change_is_said(tmp_path, capsys):
     folder, _ = run_folder(tmp_path, stem="small", in_chans=4, mean=[0.5], std=[0.5])
     converted(folder, "torchvision", tmp_path / "out.pth")
     printed = capsys.readouterr().out
-    assert "conv1 is 3x3" in printed and "4 channels" in printed
+    assert "conv1 is 3x3 with stride 1 and padding 1" in printed and "4 channels" in printed
 
 
 # --------------------------------------------------------------------------------------- detectron2

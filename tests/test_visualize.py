@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -64,6 +66,21 @@ def test_pictures_of_a_run(mae_run, tmp_path, kind, columns):
     run(kind, "--checkpoint", mae_run, "--image", tmp_path / "out.png", "--rows", 4)
     picture = Image.open(tmp_path / "out.png")
     assert [round(side / visualize.TILE) for side in picture.size] == [columns, 4]
+
+
+def test_attention_of_a_backbone_that_was_moved(mae_run, tmp_path):
+    shutil.copy(mae_run / "backbone.pth", tmp_path / "moved.pth")
+    for source, name in ((mae_run, "run.png"), (tmp_path / "moved.pth", "moved.png")):
+        run("attention", "--checkpoint", source, "--image", tmp_path / name, "--rows", 2)
+    assert (tmp_path / "run.png").read_bytes() == (tmp_path / "moved.png").read_bytes()
+
+
+def test_attention_of_weights_that_do_not_say_what_they_are_is_refused(mae_run, tmp_path):
+    found = torch.load(mae_run / "backbone.pth", weights_only=True)
+    del found._metadata["settings"]["mean"]
+    torch.save(found, tmp_path / "some.pth")
+    with pytest.raises(dist.RunError, match="some.pth does not say its mean"):
+        run("attention", "--checkpoint", tmp_path / "some.pth", "--image", tmp_path / "out.png")
 
 
 def test_what_was_not_removed_is_shown_as_it_is(mae_run, tmp_path):
