@@ -24,101 +24,69 @@ import math
 import sys
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from common import augment, backbones, cli, data, dist, optim
-from common.checkpoint import Run
-from common.log import Log
+from common.training import Training
 
+IMAGENET = dict(  # paper, section 2.2; weight decay and rate of biases and norms: see above
+    arch="resnet50", stem="imagenet", image_size=224, in_chans=3,
+    mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225],
+    views="photo", crop_scale=[0.08, 1.0], blur=True,
+    projector_dim=8192, embedding_dim=8192, lambda_=0.0051, lr_biases=0.0003,
+    epochs=1000, batch_size=2048, lr=0.2, weight_decay=1.6e-5, warmup_epochs=10, sync_bn=True,
+)
 RECIPES = {
-    # Paper, section 2.2; weight decay and rate of biases and norms: see above.
-    "imagenet": dict(
-        arch="resnet50", stem="imagenet", image_size=224, in_chans=3, mean=[0.485, 0.456, 0.406],
-        std=[0.229, 0.224, 0.225], views="photo", crop_scale=[0.08, 1.0], blur=True,
-        projector_dim=8192, embedding_dim=8192, lambda_=0.0051, epochs=1000, batch_size=2048,
-        lr=0.2, lr_biases=0.0003, weight_decay=1.6e-5, warmup_epochs=10, sync_bn=True,
-    ),
+    "imagenet": IMAGENET,
     # Sizes, batch, rates and decay of solo-learn's CIFAR-10 run, with this script's optimiser. Its
     # loss is a tenth of this one: decay 1e-4 there is 1e-3 here, and .3 of biases is .03.
-    "cifar10": dict(
-        arch="resnet18", stem="small", image_size=32, in_chans=3, mean=[0.4914, 0.4822, 0.4465],
-        std=[0.247, 0.2435, 0.2616], views="photo", crop_scale=[0.08, 1.0], blur=False,
-        projector_dim=2048, embedding_dim=2048, lambda_=0.0051, epochs=1000, batch_size=256,
-        lr=0.3, lr_biases=0.03, weight_decay=1e-3, warmup_epochs=10, sync_bn=True,
+    "cifar10": IMAGENET | dict(
+        arch="resnet18", stem="small", image_size=32,
+        mean=[0.4914, 0.4822, 0.4465], std=[0.247, 0.2435, 0.2616], blur=False,
+        projector_dim=2048, embedding_dim=2048, lr_biases=0.03,
+        batch_size=256, lr=0.3, weight_decay=1e-3,
     ),
     # Ours, chosen on the built-in digits: about a minute on two cores.
-    "digits": dict(
-        arch="resnet_tiny", stem="small", image_size=16, in_chans=3, mean=[0.5, 0.5, 0.5],
-        std=[0.5, 0.5, 0.5], views="digits", crop_scale=[0.6, 1.0], blur=False,
-        projector_dim=256, embedding_dim=256, lambda_=0.0051, epochs=60, batch_size=256,
-        lr=1.0, lr_biases=0.0048, weight_decay=1e-6, warmup_epochs=5, sync_bn=True,
+    "digits": IMAGENET | dict(
+        arch="resnet_tiny", stem="small", image_size=16, mean=[0.5], std=[0.5],
+        views="digits", crop_scale=[0.6, 1.0], blur=False,
+        projector_dim=256, embedding_dim=256, lr_biases=0.0048,
+        epochs=60, batch_size=256, lr=1.0, weight_decay=1e-6, warmup_epochs=5,
     ),
 }
 
 
 def parse_args(argv=None):
-    parser = cli.parser(__file__, __doc__)
-    group = parser.add_argument_group("images")
-    group.add_argument("--image-size", type=cli.count, help="side of a view in pixels")
-    group.add_argument("--in-chans", type=cli.count, help="channels of the images")
-    group.add_argument("--mean", type=cli.number, nargs="+", help="subtracted from each channel")
-    group.add_argument("--std", type=cli.positive, nargs="+", help="each channel is divided by it")
-    group = parser.add_argument_group("method")
-    group.add_argument("--arch", choices=backbones.RESNETS, help="backbone")
-    group.add_argument("--stem", choices=("imagenet", "small"), help="small: 3x3 stride 1, no pool")
-    group.add_argument("--views", choices=("photo", "digits"), help="what views are made of")
-    group.add_argument("--crop-scale", type=cli.share, nargs=2, help="smallest, largest area share")
+    parser, group = cli.method_parser(__file__, __doc__, backbones.RESNETS, crops="one")
+    group.add_argument("--views", choices=("photo", "digits"), help="kind of augmentation")
     group.add_argument("--blur", action=cli.Switch, help="Gaussian blur of both kinds of view")
     group.add_argument("--projector-dim", type=cli.count, help="hidden width of the projector")
     group.add_argument("--embedding-dim", type=cli.count, help="D, size of an embedding")
     group.add_argument("--lambda", dest="lambda_", metavar="LAMBDA", type=cli.not_negative,
                        help="weight of the off-diagonal part")
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=cli.count, help="passes over the images")
-    group.add_argument("--batch-size", type=cli.count, help="images over all processes")
-    group.add_argument("--lr", type=cli.positive, help="learning rate per 256 images")
     group.add_argument("--lr-biases", type=cli.not_negative,
-                       help="the same of biases and norms, which LARS does not adapt")
-    group.add_argument("--weight-decay", type=cli.not_negative, help="of weights, not of norms")
-    group.add_argument("--warmup-epochs", type=cli.whole, help="linear from 0")
-    group.add_argument("--sync-bn", action=cli.Switch, help="batch norm over all processes")
-    group.add_argument("--seed", type=cli.whole, default=0, help="of every random choice")
+                       help="learning rate of biases and norms, per 256 images")
     return cli.parse(parser, RECIPES, argv)
 
 
 # -------------------------------------------------------------------------------------------- views
 
 
-def photo_views(image_size, channels, crop_scale, blur, mean, std):
+def photo_views(image_size, crop_scale, blur):
     """Two views of two kinds (paper, section 2.2 and appendix)."""
 
     def view(blur_p, solarize_p):
-        steps = [
+        return image_size, [
             augment.RandomResizedCrop(crop_scale, ratio=(3 / 4, 4 / 3), interpolation="bicubic"),
             augment.HorizontalFlip(p=0.5),
             augment.ColorJitter(0.4, 0.4, saturation=0.2, hue=0.1, p=0.8),
             augment.Grayscale(p=0.2),
             augment.GaussianBlur(sigma=(0.1, 2.0), p=blur_p if blur else 0.0),
             augment.Solarize(threshold=128 / 255, p=solarize_p),
-            augment.Normalize(mean, std),
         ]
-        return augment.View(image_size, steps, channels)
 
     return [view(blur_p=1.0, solarize_p=0.0), view(blur_p=0.1, solarize_p=0.2)]
-
-
-def digit_views(image_size, channels, crop_scale, blur, mean, std):
-    """Two views that leave a digit what it is: it is moved and shaded, never mirrored."""
-    steps = [
-        augment.RandomAffine(degrees=15, translate=0.1, scale=(0.8, 1.2), shear=10, fill=0,
-                             interpolation="bilinear"),
-        augment.RandomResizedCrop(crop_scale, ratio=(3 / 4, 4 / 3), interpolation="bilinear"),
-        augment.ColorJitter(0.5, 0.5, saturation=0.0, hue=0.0, p=0.8),
-        augment.GaussianBlur(sigma=(0.1, 1.0), p=0.5 if blur else 0.0),
-        augment.Normalize(mean, std),
-    ]
-    return [augment.View(image_size, steps, channels)] * 2
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -150,7 +118,7 @@ class BarlowTwins(nn.Module):
 
 def standardize(z: Tensor) -> Tensor:
     """Give each dimension of embeddings (N, D) mean 0 and variance 1 over all processes' rows."""
-    z = z if z.dtype == torch.float64 else z.float()
+    z = dist.upcast(z)
     count = len(z) * dist.size()
     z = z - dist.all_reduce_with_grad(z.sum(0)) / count
     variance = dist.all_reduce_with_grad(z.square().sum(0)) / count  # biased, as batch norm's
@@ -198,9 +166,9 @@ def chance_loss(count: int, embedding_dim: int, lambda_: float) -> float:
 
 @torch.no_grad()
 def indicators(z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
-    """What tells learning from collapse: the matrix over all processes, and the spread of z1."""
+    """Collapse indicators, logged: the matrix over all processes, and the spread of z1."""
     c = cross_correlation(z1, z2)
-    unit = nn.functional.normalize(z1.float(), dim=1)
+    unit = F.normalize(z1.float(), dim=1)
     return {
         "diagonal": c.diagonal().mean(),  # to 1
         "off_diagonal_rms": off_diagonal(c).square().mean().sqrt(),  # to 0
@@ -211,6 +179,14 @@ def indicators(z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
 # --------------------------------------------------------------------------------------------- main
 
 
+def build_views(args):
+    if args.views == "digits":
+        views = augment.digit_views([(2, args.image_size, args.crop_scale)], 0.5, args.blur)
+    else:
+        views = photo_views(args.image_size, args.crop_scale, args.blur)
+    return augment.normalized(views, args.in_chans, args.mean, args.std)
+
+
 def main(args):
     world = dist.setup(args.device, args.deterministic)
     torch.manual_seed(args.seed)
@@ -218,75 +194,44 @@ def main(args):
     # Data
     images = data.open_images(args.data, "pretrain", args.in_chans, root=args.data_root,
                               download=args.download, limit=args.limit)
-    make_views = {"photo": photo_views, "digits": digit_views}[args.views]
-    views = make_views(args.image_size, args.in_chans, args.crop_scale, args.blur, args.mean,
-                       args.std)
 
     # Model
     backbone = backbones.build_backbone(args.arch, stem=args.stem, in_chans=args.in_chans,
                                         zero_init_residual=True)
-    model = BarlowTwins(backbone, args.projector_dim, args.embedding_dim).to(world.device)
-    model = model.to(memory_format=torch.channels_last)
-    if args.sync_bn:
-        model = dist.convert_sync_batchnorm(model, world.device)
+    model = BarlowTwins(backbone, args.projector_dim, args.embedding_dim)
+    model = dist.prepare(model, world, args.sync_bn)
     if args.compile:
-        backbone.compile(dynamic=False)
+        backbones.compile(backbone)
 
     # Optimiser
-    lr, lr_biases = (rate * args.batch_size / 256 for rate in (args.lr, args.lr_biases))
+    lr = args.lr * args.batch_size / 256
     weights, others = optim.split_by_dimension(model)
-    groups = [
-        {"params": weights, "base_lr": lr},
-        {"params": others, "base_lr": lr_biases, "decay": False, "adapt": False},
-    ]
+    biases = {"params": others, "lr_scale": args.lr_biases / args.lr}
+    groups = [{"params": weights}, {**biases, "decay": False, "adapt": False}]
     optimizer = optim.LARS(groups, lr=lr, momentum=0.9, weight_decay=args.weight_decay,
                            trust_coefficient=0.001)
     autocast, scaler = optim.precision(args.amp, world.device)
-    dist.say(f"{len(images)} images; batch {args.batch_size} = {args.batch_size // world.size} on "
-             f"each of {world.size}; lr {args.lr:g} x {args.batch_size} / 256 = {lr:g}, of biases "
-             f"{lr_biases:g}")
 
-    with Run(args.output, cli.settings(args), images, world, resume=args.resume,
-             save_every_minutes=args.save_every_minutes) as run:
-        # Resume
-        state = {"model": model, "optimizer": optimizer, "scaler": scaler}
-        step = run.start(state)
-        loader = data.Loader(images, views, batch_size=args.batch_size, epochs=args.epochs,
-                             seed=args.seed, world=world, workers=args.workers, start_step=step)
-        lr_factor = optim.warmup_cosine(
-            start=0.0, base=1.0, final=0.001, warmup_endpoint=False,
-            warmup_steps=args.warmup_epochs * loader.steps_per_epoch,
-            total_steps=args.epochs * loader.steps_per_epoch,
-        )
-        log = Log(args.output, world, batch_size=args.batch_size, total_steps=len(lr_factor),
-                  first_step=step, every=args.log_every,
+    # Train
+    with Training(args, world, images, build_views(args),
                   chance_loss=chance_loss(args.batch_size, args.embedding_dim, args.lambda_),
-                  floors={"z_std": 0.1 / math.sqrt(args.embedding_dim)})
-        ddp_model = DistributedDataParallel(model) if world.size > 1 else model
-
-        # Train
-        for epoch in range(step // loader.steps_per_epoch, args.epochs):
-            for batch in loader.epoch(epoch):  # 1. two views
-                for group in optimizer.param_groups:
-                    group["lr"] = group["base_lr"] * lr_factor[step]
-                optimizer.zero_grad(set_to_none=True)
-                with autocast():
-                    z1, z2 = ddp_model(batch.views)  # 2. embeddings
-                loss = barlow_twins_loss(z1, z2, args.lambda_)  # 3. correlate, 4. to the identity
-                scaler.scale(loss).backward()
-                scaler.step(optimizer)
-                scaler.update()
-
-                step += 1
-                seen = indicators(z1, z2) if log.due(step) else {}
-                log.write(step, epoch=epoch, loss=loss, lr=lr * lr_factor[step - 1],
-                          waited=loader.waited, **seen)
-                save, stop = run.agree(step % loader.steps_per_epoch == 0)  # the same everywhere
-                if save:
-                    log.check()
-                    run.save(step, state, model.backbone)
-                if stop:
-                    return
+                  floors={"z_std": 0.1 / math.sqrt(args.embedding_dim)}) as run:
+        run.resume(model=model, optimizer=optimizer, scaler=scaler)
+        ddp_model = dist.data_parallel(model)
+        lr_of_step = optim.warmup_cosine(
+            start=0.0, base=lr, final=0.001 * lr,
+            warmup_steps=args.warmup_epochs * run.steps_per_epoch,
+            total_steps=run.total_steps, warmup_endpoint=False)
+        for step, batch in run.steps(export=model.backbone):  # 1. two views
+            optim.set_lr(optimizer, lr_of_step[step])
+            optimizer.zero_grad(set_to_none=True)
+            with autocast():
+                z1, z2 = ddp_model(batch.views)  # 2. embeddings
+            loss = barlow_twins_loss(z1, z2, args.lambda_)  # 3. correlate, 4. to the identity
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            run.log(loss, lr_of_step[step], indicators, z1, z2)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
 """DeepCluster v2: the appendix of SwAV's paper (2006.09882) on DeepCluster (1807.05520).
 
 1. Before each epoch, cluster the embeddings of all images from the epoch before (a memory bank, one
-   for each full crop) by spherical k-means, once for each head. The centroids are the head's
+   for each global crop) by spherical k-means, once for each head. The centroids are the head's
    prototypes for this epoch, and the clusters the labels of the images.
-2. Make two full crops and some small ones of every image, embed all of them, one pass per crop
+2. Make two global crops and some local ones of every image, embed all of them, one pass per crop
    size: backbone h, projector z on the unit sphere.
 3. Classify every crop into the cluster of its image: softmax over the cosines with the centroids.
-4. Put the embeddings of the full crops into the memory bank, in the rows of their images.
+4. Put the embeddings of the global crops into the memory bank, in the rows of their images.
 
-Letters: N images per process, W processes, M images in all, V crops of an image, A of them full, D
-embedding size, K clusters, H heads.
+Letters: N images per process, W processes, M images in all, V crops of an image, A of them global,
+D embedding size, K clusters, H heads.
 
 Differs from the official code (facebookresearch/swav): the memory bank is one tensor in the order
 of the data set, equal on every process; k-means starts from images of all processes, there of the
@@ -30,80 +30,56 @@ import sys
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from common import augment, backbones, cli, data, dist, optim
-from common.checkpoint import Run, replacing
-from common.log import Log
+from common.checkpoint import replacing
+from common.training import Training
 
+IMAGENET = dict(  # SwAV's paper, appendix: batch 4,096, rates .3 to 4.8 to .0048, per 256 images
+    arch="resnet50", stem="imagenet", in_chans=3,
+    mean=[0.485, 0.456, 0.406], std=[0.228, 0.224, 0.225],  # .228 as in the released runs
+    views="photo", num_crops=[2, 6], crop_sizes=[224, 96], crop_scales=[0.14, 1.0, 0.05, 0.14],
+    jitter_strength=1.0, blur=True,
+    projector_dim=2048, embedding_dim=128, num_clusters=[3000, 3000, 3000], temperature=0.1,
+    kmeans_iterations=10,
+    epochs=800, batch_size=4096, lr=0.3, start_lr=0.3 / 16, final_lr=0.0048 / 16,
+    weight_decay=1e-6, warmup_epochs=10, sync_bn=True,
+)
 RECIPES = {
-    # SwAV's paper, appendix: batch 4,096, rates .3 to 4.8 to .0048, here per 256 images.
-    "imagenet": dict(
-        arch="resnet50", stem="imagenet", in_chans=3, mean=[0.485, 0.456, 0.406],
-        std=[0.228, 0.224, 0.225],  # .228 as in the released runs
-        views="photo", num_crops=[2, 6], crop_sizes=[224, 96], crop_scales=[0.14, 1.0, 0.05, 0.14],
-        jitter_strength=1.0, blur=True, projector_dim=2048, embedding_dim=128,
-        num_clusters=[3000, 3000, 3000], kmeans_iterations=10, temperature=0.1, epochs=800,
-        batch_size=4096, lr=0.3, start_lr=0.3 / 16, final_lr=0.0048 / 16, weight_decay=1e-6,
-        warmup_epochs=10, sync_bn=True,
-    ),
+    "imagenet": IMAGENET,
     # Sizes, batch and epochs of solo-learn's CIFAR-10 run, with this script's optimiser.
-    "cifar10": dict(
-        arch="resnet18", stem="small", in_chans=3, mean=[0.4914, 0.4822, 0.4465],
-        std=[0.247, 0.2435, 0.2616], views="photo", num_crops=[2], crop_sizes=[32],
-        crop_scales=[0.08, 1.0], jitter_strength=1.0, blur=False, projector_dim=2048,
-        embedding_dim=128, num_clusters=[3000, 3000, 3000], kmeans_iterations=10, temperature=0.1,
-        epochs=1000, batch_size=256, lr=0.6, start_lr=0.0, final_lr=0.0006, weight_decay=1e-6,
-        warmup_epochs=11, sync_bn=True,
+    "cifar10": IMAGENET | dict(
+        arch="resnet18", stem="small",
+        mean=[0.4914, 0.4822, 0.4465], std=[0.247, 0.2435, 0.2616],
+        num_crops=[2], crop_sizes=[32], crop_scales=[0.08, 1.0], blur=False,
+        epochs=1000, batch_size=256, lr=0.6, start_lr=0.0, final_lr=0.0006, warmup_epochs=11,
     ),
     # Ours, chosen on the built-in digits: about a minute on two cores.
-    "digits": dict(
-        arch="resnet_tiny", stem="small", in_chans=3, mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5],
+    "digits": IMAGENET | dict(
+        arch="resnet_tiny", stem="small", mean=[0.5], std=[0.5],
         views="digits", num_crops=[2, 2], crop_sizes=[16, 8], crop_scales=[0.6, 1.0, 0.3, 0.6],
-        jitter_strength=0.5, blur=False, projector_dim=128, embedding_dim=64,
-        num_clusters=[60, 60, 60], kmeans_iterations=10, temperature=0.1, epochs=40,
-        batch_size=256, lr=4.0, start_lr=0.1, final_lr=0.004, weight_decay=1e-6, warmup_epochs=5,
-        sync_bn=True,
+        jitter_strength=0.5, blur=False,
+        projector_dim=128, embedding_dim=64, num_clusters=[60, 60, 60],
+        epochs=40, batch_size=256, lr=4.0, start_lr=0.1, final_lr=0.004, warmup_epochs=5,
     ),
 }
 
 
 def parse_args(argv=None):
-    parser = cli.parser(__file__, __doc__)
-    group = parser.add_argument_group("images")
-    group.add_argument("--image-size", type=cli.count,
-                       help="side of a full crop in pixels: the first of --crop-sizes")
-    group.add_argument("--in-chans", type=cli.count, help="channels of the images")
-    group.add_argument("--mean", type=cli.number, nargs="+", help="subtracted from each channel")
-    group.add_argument("--std", type=cli.positive, nargs="+", help="each channel is divided by it")
-    group = parser.add_argument_group("method")
-    group.add_argument("--arch", choices=backbones.RESNETS, help="backbone")
-    group.add_argument("--stem", choices=("imagenet", "small"), help="small: 3x3 stride 1, no pool")
-    group.add_argument("--views", choices=("photo", "digits"), help="what views are made of")
-    group.add_argument("--num-crops", type=cli.count, nargs="+",
-                       help="crops of each size, the full ones (which are clustered) first")
-    group.add_argument("--crop-sizes", type=cli.count, nargs="+", help="their sides in pixels")
-    group.add_argument("--crop-scales", type=cli.share, nargs="+",
-                       help="smallest, largest area share for each size")
-    group.add_argument("--jitter-strength", type=cli.not_negative, help="of the colour changes")
-    group.add_argument("--blur", action=cli.Switch, help="Gaussian blur of half of the crops")
+    parser, group = cli.method_parser(__file__, __doc__, backbones.RESNETS, crops="multi")
+    group.add_argument("--views", choices=("photo", "digits"), help="kind of augmentation")
+    group.add_argument("--jitter-strength", type=cli.not_negative, help="strength of colour jitter")
+    group.add_argument("--blur", action=cli.Switch, help="Gaussian blur of half of the views")
     group.add_argument("--projector-dim", type=cli.count, help="hidden width of the projector")
     group.add_argument("--embedding-dim", type=cli.count, help="D, size of an embedding")
     group.add_argument("--num-clusters", type=cli.count, nargs="+",
-                       help="K of each head; head h labels by full crop h mod A")
-    group.add_argument("--kmeans-iterations", type=cli.count, help="before each epoch")
+                       help="K of each head; head h labels by global crop h mod A")
     group.add_argument("--temperature", type=cli.positive, help="divides the cosines")
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=cli.count, help="passes over the images")
-    group.add_argument("--batch-size", type=cli.count, help="images over all processes")
-    group.add_argument("--lr", type=cli.positive, help="learning rate per 256 images")
+    group.add_argument("--kmeans-iterations", type=cli.count, help="before each epoch")
     group.add_argument("--start-lr", type=cli.not_negative, help="per 256, where warm-up starts")
     group.add_argument("--final-lr", type=cli.not_negative, help="per 256, where the cosine ends")
-    group.add_argument("--weight-decay", type=cli.not_negative, help="of every parameter")
-    group.add_argument("--warmup-epochs", type=cli.whole, help="linear from --start-lr")
-    group.add_argument("--sync-bn", action=cli.Switch, help="batch norm over all processes")
-    group.add_argument("--seed", type=cli.whole, default=0, help="of every random choice")
     args = cli.parse(parser, RECIPES, argv)
     cli.check_crops(parser, args)
     return args
@@ -112,35 +88,18 @@ def parse_args(argv=None):
 # -------------------------------------------------------------------------------------------- views
 
 
-def photo_views(num_crops, crop_sizes, crop_scales, channels, jitter_strength, blur, mean, std):
-    """Crops of some sizes, all of the same kind otherwise (paper, section 3.2)."""
-    s, views = jitter_strength, []
-    for count, size, scale in zip(num_crops, crop_sizes, crop_scales, strict=True):
+def photo_views(crops, jitter, blur):
+    """Crops of the same kind but for their size (paper, section 3.2)."""
+    views = []
+    for count, size, scale in crops:
         steps = [
             augment.RandomResizedCrop(scale, ratio=(3 / 4, 4 / 3), interpolation="bilinear"),
             augment.HorizontalFlip(p=0.5),
-            augment.ColorJitter(0.8 * s, 0.8 * s, saturation=0.8 * s, hue=0.2 * s, p=0.8),
+            augment.ColorJitter(0.8 * jitter, 0.8 * jitter, 0.8 * jitter, 0.2 * jitter, p=0.8),
             augment.Grayscale(p=0.2),
             augment.GaussianBlur(sigma=(0.1, 2.0), p=0.5 if blur else 0.0),
-            augment.Normalize(mean, std),
         ]
-        views += [augment.View(size, steps, channels)] * count
-    return views
-
-
-def digit_views(num_crops, crop_sizes, crop_scales, channels, jitter_strength, blur, mean, std):
-    """Crops that leave a digit what it is: it is moved and shaded, never mirrored."""
-    s, views = jitter_strength, []
-    for count, size, scale in zip(num_crops, crop_sizes, crop_scales, strict=True):
-        steps = [
-            augment.RandomAffine(degrees=15, translate=0.1, scale=(0.8, 1.2), shear=10, fill=0,
-                                 interpolation="bilinear"),
-            augment.RandomResizedCrop(scale, ratio=(3 / 4, 4 / 3), interpolation="bilinear"),
-            augment.ColorJitter(brightness=s, contrast=s, saturation=0.0, hue=0.0, p=0.8),
-            augment.GaussianBlur(sigma=(0.1, 1.0), p=0.5 if blur else 0.0),
-            augment.Normalize(mean, std),
-        ]
-        views += [augment.View(size, steps, channels)] * count
+        views += [(size, steps)] * count
     return views
 
 
@@ -165,7 +124,7 @@ class DeepCluster(nn.Module):
         sizes = itertools.groupby(views, key=lambda view: view.shape[-2:])
         h = torch.cat([self.backbone(torch.cat(list(same))) for _, same in sizes])
         z = self.projector(h)
-        z = nn.functional.normalize(z if z.dtype == torch.float64 else z.float(), dim=1)
+        z = F.normalize(dist.upcast(z), dim=1)
         return z.view(len(views), -1, z.shape[1])
 
 
@@ -187,9 +146,9 @@ def cluster_loss(scores: Tensor, assignment: Tensor, temperature: float) -> Tens
 
     Reference: 2006.09882, appendix on DeepCluster v2.
     """
-    scores = scores if scores.dtype == torch.float64 else scores.float()
+    scores = dist.upcast(scores)
     labels = assignment.repeat(len(scores))  # (V*N,)
-    total = nn.functional.cross_entropy(scores.flatten(0, 1) / temperature, labels,
+    total = F.cross_entropy(scores.flatten(0, 1) / temperature, labels,
                                         ignore_index=-100, reduction="sum")
     labelled = dist.sum_over_processes((labels != -100).sum()).clamp(min=1)
     return total * dist.size() / labelled
@@ -236,7 +195,7 @@ def spherical_kmeans(x: Tensor, num_clusters: int, iterations: int, generator: t
     Reference: Dhillon and Modha, "Concept decompositions for large sparse text data using
     clustering", 2001; 2006.09882, appendix.
     """
-    x = x if x.dtype == torch.float64 else x.float()
+    x = dist.upcast(x)
     if init is None:
         counts = dist.all_gather_no_grad(torch.tensor([len(x)], device=x.device)).tolist()
         if sum(counts) < num_clusters:
@@ -295,7 +254,7 @@ def update_memory(memory: Tensor, index: Tensor, z: Tensor) -> None:
 
 @torch.no_grad()
 def indicators(z: Tensor, scores: Tensor, labels: Tensor, assignment: Tensor) -> dict[str, Tensor]:
-    """What tells learning from collapse, on the first crop's z (N, D) and scores (N, K).
+    """Collapse indicators, logged: on the first crop's z (N, D) and scores (N, K).
 
     Labels (N,) are those of the images here, the assignment (M,) that of all images.
     """
@@ -313,6 +272,20 @@ def indicators(z: Tensor, scores: Tensor, labels: Tensor, assignment: Tensor) ->
 # --------------------------------------------------------------------------------------------- main
 
 
+def write_assignments(folder: str, assignments: Tensor, world: dist.World) -> None:
+    """Write the cluster of every image, (H, M), to assignments.npy."""
+    with dist.together(writing=folder):
+        if world.is_main:
+            with replacing(os.path.join(folder, "assignments.npy")) as file:
+                np.save(file, assignments.cpu().numpy())
+
+
+def build_views(args):
+    make = {"photo": photo_views, "digits": augment.digit_views}[args.views]
+    views = make(cli.crops(args), args.jitter_strength, args.blur)
+    return augment.normalized(views, args.in_chans, args.mean, args.std)
+
+
 def main(args):
     world = dist.setup(args.device, args.deterministic)
     torch.manual_seed(args.seed)
@@ -324,112 +297,74 @@ def main(args):
     if args.batch_size <= len(images) and max(args.num_clusters) > seen_images:
         raise dist.RunError(f"--num-clusters {max(args.num_clusters)} is more than the "
                             f"{seen_images} images of an epoch; at most that many")
-    scales = list(zip(args.crop_scales[::2], args.crop_scales[1::2], strict=True))
-    make_views = {"photo": photo_views, "digits": digit_views}[args.views]
-    views = make_views(args.num_crops, args.crop_sizes, scales, args.in_chans,
-                       args.jitter_strength, args.blur, args.mean, args.std)
 
     # Model
     backbone = backbones.build_backbone(args.arch, stem=args.stem, in_chans=args.in_chans,
                                         zero_init_residual=False)
     model = DeepCluster(backbone, args.projector_dim, args.embedding_dim)
-    model = model.to(world.device, memory_format=torch.channels_last)
-    if args.sync_bn:
-        model = dist.convert_sync_batchnorm(model, world.device)
+    model = dist.prepare(model, world, args.sync_bn)
     if args.compile:
-        backbone.compile(dynamic=False)
-    full = args.num_crops[0]
-    memory = torch.zeros(full, len(images), args.embedding_dim, device=world.device)
+        backbones.compile(backbone)
+    num_global = args.num_crops[0]
+    memory = torch.zeros(num_global, len(images), args.embedding_dim, device=world.device)
     assignments = torch.full((len(args.num_clusters), len(images)), -100, device=world.device)
     centroids = [torch.zeros(k, args.embedding_dim, device=world.device) for k in args.num_clusters]
 
     # Optimiser
-    lr = args.lr * args.batch_size / 256
+    lr, start_lr, final_lr = (rate * args.batch_size / 256
+                              for rate in (args.lr, args.start_lr, args.final_lr))
     optimizer = optim.LARC(model.parameters(), lr=lr, momentum=0.9, weight_decay=args.weight_decay,
                            trust_coefficient=0.001)
     autocast, scaler = optim.precision(args.amp, world.device)
-    dist.say(f"{len(images)} images; batch {args.batch_size} = {args.batch_size // world.size} on "
-             f"each of {world.size}; lr {args.lr:g} x {args.batch_size} / 256 = {lr:g}")
 
-    with Run(args.output, cli.settings(args), images, world, resume=args.resume,
-             save_every_minutes=args.save_every_minutes) as run:
-        # Resume
-        state = {"model": model, "memory": memory, "assignments": assignments,
-                 **{f"centroids{h}": c for h, c in enumerate(centroids)},
-                 "optimizer": optimizer, "scaler": scaler}
-        step = run.start(state)
-        if step == 0:  # the first bank: one pass without a gradient; batch statistics move
+    # Train
+    views = build_views(args)
+    with Training(args, world, images, views,
+                  chance_loss=sum(map(math.log, args.num_clusters)) / len(args.num_clusters),
+                  floors={"z_std": 0.1 / math.sqrt(args.embedding_dim),
+                          "cluster_entropy": math.log(args.num_clusters[0]) / 2}) as run:
+        run.resume(model=model, memory=memory, assignments=assignments,
+                   **{f"centroids{h}": c for h, c in enumerate(centroids)},
+                   optimizer=optimizer, scaler=scaler)
+        if run.step == 0:  # the first bank: one pass without a gradient; batch statistics move
             dist.say("filling the memory bank")
-            first = data.Loader(images, views[:full], batch_size=args.batch_size,
-                                epochs=args.epochs + 1, seed=args.seed, world=world,
-                                workers=args.workers,
-                                start_step=args.epochs * (len(images) // args.batch_size),
-                                order_epoch=0)
-            for batch in first.epoch(args.epochs):
+            for batch in run.first_epoch(views[:num_global]):
                 with torch.no_grad(), autocast():
                     z = torch.cat([model([view]) for view in batch.views])
                 update_memory(memory, batch.index.to(world.device), z)
-                if run.agree(False)[1]:
-                    return
-            del first  # and its loader processes
-        loader = data.Loader(images, views, batch_size=args.batch_size, epochs=args.epochs,
-                             seed=args.seed, world=world, workers=args.workers, start_step=step)
+        ddp_model = dist.data_parallel(model)
         lr_of_step = optim.warmup_cosine(
-            start=args.start_lr * args.batch_size / 256, base=lr,
-            final=args.final_lr * args.batch_size / 256,
-            warmup_steps=args.warmup_epochs * loader.steps_per_epoch,
-            total_steps=args.epochs * loader.steps_per_epoch, warmup_endpoint=True,
-        )
-        chance = sum(map(math.log, args.num_clusters)) / len(args.num_clusters)
-        log = Log(args.output, world, batch_size=args.batch_size, total_steps=len(lr_of_step),
-                  first_step=step, every=args.log_every, chance_loss=chance,
-                  floors={"z_std": 0.1 / math.sqrt(args.embedding_dim),
-                          "cluster_entropy": math.log(args.num_clusters[0]) / 2})
-        ddp_model = DistributedDataParallel(model) if world.size > 1 else model
-
-        # Train
-        for epoch in range(step // loader.steps_per_epoch, args.epochs):
-            if step % loader.steps_per_epoch == 0:  # 1. clusters of the epoch before
+            start=start_lr, base=lr, final=final_lr,
+            warmup_steps=args.warmup_epochs * run.steps_per_epoch,
+            total_steps=run.total_steps, warmup_endpoint=True)
+        for step, batch in run.steps(export=model.backbone):
+            epoch, step_in_epoch = divmod(step, run.steps_per_epoch)
+            if step_in_epoch == 0:  # 1. clusters of the epoch before
                 draw = data.philox(args.seed, data.CLUSTERS, epoch)
                 for h, k in enumerate(args.num_clusters):
                     generator = torch.Generator().manual_seed(int(draw.integers(2**63)))
-                    found = cluster_memory(memory[h % full], k, args.kmeans_iterations, generator)
+                    found = cluster_memory(memory[h % num_global], k, args.kmeans_iterations,
+                                           generator)
                     centroids[h].copy_(found[0])
                     assignments[h].copy_(found[1])
                 memory.zero_()
-                with dist.together(writing=args.output):
-                    if world.is_main:
-                        with replacing(os.path.join(args.output, "assignments.npy")) as file:
-                            np.save(file, assignments.cpu().numpy())  # (H, M)
-            for batch in loader.epoch(epoch):
-                for group in optimizer.param_groups:
-                    group["lr"] = lr_of_step[step]
-                optimizer.zero_grad(set_to_none=True)
-                index = batch.index.to(world.device, non_blocking=True)
-                with autocast():
-                    z = ddp_model(batch.views)  # 2. embeddings
-                labels = assignments[:, index]  # (H, N)
-                all_scores = [z @ c.T for c in centroids]
-                losses = [cluster_loss(scores, own, args.temperature)
-                          for scores, own in zip(all_scores, labels, strict=True)]
-                loss = torch.stack(losses).mean()  # 3. find the cluster
-                scaler.scale(loss).backward()
-                scaler.step(optimizer)
-                scaler.update()
-                update_memory(memory, index, z[:full])  # 4. for the next epoch's clusters
-
-                step += 1
-                seen = {}
-                if log.due(step):
-                    seen = indicators(z[0], all_scores[0][0], labels[0], assignments[0])
-                log.write(step, epoch=epoch, loss=loss, lr=lr_of_step[step - 1],
-                          waited=loader.waited, **seen)
-                save, stop = run.agree(step % loader.steps_per_epoch == 0)  # the same everywhere
-                if save:
-                    log.check()
-                    run.save(step, state, model.backbone)
-                if stop:
-                    return
+                write_assignments(args.output, assignments, world)
+            optim.set_lr(optimizer, lr_of_step[step])
+            optimizer.zero_grad(set_to_none=True)
+            index = batch.index.to(world.device, non_blocking=True)
+            with autocast():
+                z = ddp_model(batch.views)  # 2. embeddings
+            labels = assignments[:, index]  # (H, N)
+            all_scores = [z @ c.T for c in centroids]
+            losses = [cluster_loss(scores, own, args.temperature)
+                      for scores, own in zip(all_scores, labels, strict=True)]
+            loss = torch.stack(losses).mean()  # 3. classify
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            run.log(loss, lr_of_step[step], indicators, z[0], all_scores[0][0], labels[0],
+                    assignments[0])
+            update_memory(memory, index, z[:num_global])  # 4. for the next epoch's clusters
 
 
 if __name__ == "__main__":

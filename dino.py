@@ -5,7 +5,7 @@
    sharp targets; the centre keeps one class from winning all, the sharpness keeps the targets from
    being uniform. No gradient goes there.
 3. The student embeds all crops and predicts each target from every other crop of the image.
-4. Step; the gradient of each parameter is clipped on its own, the last layer waits at first.
+4. Step; the gradient of each parameter is clipped on its own, the last layer is frozen at first.
 5. Move the teacher a little towards the student (EMA), less and less over the run.
 6. Move the centre towards the mean of the teacher's logits over all processes.
 
@@ -28,144 +28,110 @@ import sys
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from common import augment, backbones, cli, data, dist, optim
-from common.checkpoint import Run
-from common.log import Log
+from common.training import Training
 
-IMAGENET = dict(
-    stem="imagenet", patch_size=16, in_chans=3, mean=[0.485, 0.456, 0.406],
-    std=[0.229, 0.224, 0.225], views="photo", num_crops=[2, 8], crop_sizes=[224, 96],
-    jitter_strength=0.5, blur=True, drop_path=0.1, hidden_dim=2048, bn_in_head=False,
-    bottleneck_dim=256, num_outputs=65536, student_temperature=0.1,
-    warmup_teacher_temperature=0.04, center_momentum=0.9, momentum=0.996, clip_per_parameter=3.0,
-    freeze_last_layer_epochs=1, warmup_epochs=10, sync_bn=True,
+IMAGENET = dict(  # paper, section 3.2 and appendix C, with the official README's 300 epochs; its
+    # first command is: --epochs 100 --batch-size 512 --teacher-temperature .04 --norm-last-layer
+    arch="vit_small", stem="imagenet", patch_size=16, drop_path=0.1, in_chans=3,
+    mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225],
+    views="photo", num_crops=[2, 8], crop_sizes=[224, 96], crop_scales=[0.4, 1.0, 0.05, 0.4],
+    jitter_strength=0.5, blur=True,
+    hidden_dim=2048, bn_in_head=False, bottleneck_dim=256, num_outputs=65536,
+    norm_last_layer=False, freeze_last_layer_epochs=1, student_temperature=0.1,
+    teacher_temperature=0.07, warmup_teacher_temperature=0.04,
+    warmup_teacher_temperature_epochs=30, center_momentum=0.9, momentum=0.996,
+    optimizer="adamw", epochs=300, batch_size=1024, lr=5e-4, final_lr=1e-6 / 4,
+    weight_decay=0.04, final_weight_decay=0.4, clip_per_parameter=3.0, warmup_epochs=10,
+    sync_bn=True,
 )
 RECIPES = {
-    # Paper, section 3.2 and appendix C, the 300 epochs of the official README, whose first command
-    # is: --epochs 100 --batch-size 512 --teacher-temperature .04 --norm-last-layer.
-    "imagenet": dict(
-        **IMAGENET, arch="vit_small", crop_scales=[0.4, 1.0, 0.05, 0.4], norm_last_layer=False,
-        teacher_temperature=0.07, warmup_teacher_temperature_epochs=30, optimizer="adamw",
-        epochs=300, batch_size=1024, lr=5e-4, final_lr=1e-6 / 4, weight_decay=0.04,
-        final_weight_decay=0.4,
-    ),
+    "imagenet": IMAGENET,
     # Official README.
-    "imagenet_resnet50": dict(
-        **IMAGENET, arch="resnet50", crop_scales=[0.14, 1.0, 0.05, 0.14], norm_last_layer=True,
-        teacher_temperature=0.04, warmup_teacher_temperature_epochs=0, optimizer="sgd",
-        epochs=100, batch_size=512, lr=0.03, final_lr=1e-6 / 2, weight_decay=1e-4,
-        final_weight_decay=1e-4,
+    "imagenet_resnet50": IMAGENET | dict(
+        arch="resnet50", crop_scales=[0.14, 1.0, 0.05, 0.14],
+        norm_last_layer=True, teacher_temperature=0.04, warmup_teacher_temperature_epochs=0,
+        optimizer="sgd", epochs=100, batch_size=512, lr=0.03, final_lr=1e-6 / 2,
+        weight_decay=1e-4, final_weight_decay=1e-4,
     ),
     # The authors give none: backbone, crop sizes, head, rate, momentum, batch and epochs of
     # lightly's benchmark.
-    "cifar10": dict(
-        arch="resnet18", stem="small", patch_size=4, in_chans=3,
-        mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225], views="photo", num_crops=[2],
-        crop_sizes=[32], crop_scales=[0.4, 1.0], jitter_strength=0.5, blur=False, drop_path=0.0,
-        hidden_dim=512, bn_in_head=True, bottleneck_dim=64, num_outputs=2048, norm_last_layer=True,
-        student_temperature=0.1, teacher_temperature=0.04,
-        warmup_teacher_temperature=0.04, warmup_teacher_temperature_epochs=0, center_momentum=0.9,
-        momentum=0.99, clip_per_parameter=3.0, freeze_last_layer_epochs=1, optimizer="sgd",
-        epochs=800, batch_size=512, lr=0.12, final_lr=0.0, weight_decay=5e-4,
-        final_weight_decay=5e-4, warmup_epochs=10, sync_bn=True,
+    "cifar10": IMAGENET | dict(
+        arch="resnet18", stem="small", patch_size=4, drop_path=0.0,
+        num_crops=[2], crop_sizes=[32], crop_scales=[0.4, 1.0], blur=False,
+        hidden_dim=512, bn_in_head=True, bottleneck_dim=64, num_outputs=2048,
+        norm_last_layer=True, teacher_temperature=0.04, warmup_teacher_temperature_epochs=0,
+        momentum=0.99, optimizer="sgd", epochs=800, batch_size=512, lr=0.12, final_lr=0.0,
+        weight_decay=5e-4, final_weight_decay=5e-4,
     ),
     # Ours, chosen on the built-in digits: about a minute on two cores. A ResNet: in so few steps a
     # transformer hardly learns (--arch vit_micro: k-NN .496 where .477 is untrained).
-    "digits": dict(
-        arch="resnet_tiny", stem="small", patch_size=4, in_chans=3, mean=[0.5, 0.5, 0.5],
-        std=[0.5, 0.5, 0.5], views="digits", num_crops=[2], crop_sizes=[16], crop_scales=[0.6, 1.0],
-        jitter_strength=0.5, blur=False, drop_path=0.0, hidden_dim=256, bn_in_head=True,
-        bottleneck_dim=64, num_outputs=512, norm_last_layer=True, student_temperature=0.1,
-        teacher_temperature=0.03, warmup_teacher_temperature=0.03,
-        warmup_teacher_temperature_epochs=0, center_momentum=0.9, momentum=0.98,
-        clip_per_parameter=3.0, freeze_last_layer_epochs=1, optimizer="adamw", epochs=40,
-        batch_size=128, lr=4e-3, final_lr=1e-5, weight_decay=0.04, final_weight_decay=0.1,
-        warmup_epochs=3, sync_bn=True,
+    "digits": IMAGENET | dict(
+        arch="resnet_tiny", stem="small", patch_size=4, drop_path=0.0, mean=[0.5], std=[0.5],
+        views="digits", num_crops=[2], crop_sizes=[16], crop_scales=[0.6, 1.0], blur=False,
+        hidden_dim=256, bn_in_head=True, bottleneck_dim=64, num_outputs=512,
+        norm_last_layer=True, teacher_temperature=0.03, warmup_teacher_temperature=0.03,
+        warmup_teacher_temperature_epochs=0, momentum=0.98,
+        epochs=40, batch_size=128, lr=4e-3, final_lr=1e-5, final_weight_decay=0.1,
+        warmup_epochs=3,
     ),
 }
 
 
 def parse_args(argv=None):
-    parser = cli.parser(__file__, __doc__)
-    group = parser.add_argument_group("images")
-    group.add_argument("--image-size", type=cli.count,
-                       help="side of a global crop in pixels: the first of --crop-sizes")
-    group.add_argument("--in-chans", type=cli.count, help="channels of the images")
-    group.add_argument("--mean", type=cli.number, nargs="+", help="subtracted from each channel")
-    group.add_argument("--std", type=cli.positive, nargs="+", help="each channel is divided by it")
-    group = parser.add_argument_group("method")
-    group.add_argument("--arch", choices=backbones.NAMES, help="backbone")
-    group.add_argument("--stem", choices=("imagenet", "small"),
-                       help="of a ResNet; small: 3x3 stride 1, no pool")
+    parser, group = cli.method_parser(__file__, __doc__, backbones.NAMES, crops="multi")
     group.add_argument("--patch-size", type=cli.count,
-                       help="of a transformer: side of a patch in pixels; smaller is better, and "
-                       "slower")
+                       help="transformer: side of a patch in pixels; smaller is better, and slower")
     group.add_argument("--drop-path", type=cli.share,
-                       help="of a transformer: stochastic depth of the student's last block")
-    group.add_argument("--views", choices=("photo", "digits"), help="what views are made of")
-    group.add_argument("--num-crops", type=cli.count, nargs="+",
-                       help="crops of each size, the global ones (which the teacher sees) first")
-    group.add_argument("--crop-sizes", type=cli.count, nargs="+", help="their sides in pixels")
-    group.add_argument("--crop-scales", type=cli.share, nargs="+",
-                       help="smallest, largest area share for each size; without local crops, or "
-                       "few, start the global ones at .14")
-    group.add_argument("--jitter-strength", type=cli.not_negative, help="of the colour changes")
+                       help="transformer: stochastic depth of the student's last block")
+    group.add_argument("--grad-checkpoint", action=cli.Switch, default=False,
+                       help="transformer: recompute its blocks in the backward; less memory, the "
+                       "same gradient")
+    group.add_argument("--views", choices=("photo", "digits"), help="kind of augmentation")
+    group.add_argument("--jitter-strength", type=cli.not_negative, help="strength of colour jitter")
     group.add_argument("--blur", action=cli.Switch, help="Gaussian blur, of each crop its own rate")
     group.add_argument("--hidden-dim", type=cli.count, help="width of the head's hidden layers")
     group.add_argument("--bn-in-head", action=cli.Switch,
-                       help="batch norm in the hidden layers: short runs get going, which without "
-                       "it first give every image the same embedding")
+                       help="batch norm in the hidden layers: without it short runs give every "
+                       "image the same embedding first")
     group.add_argument("--bottleneck-dim", type=cli.count, help="D, before the last layer")
     group.add_argument("--num-outputs", type=cli.count,
                        help="K; more is better on large data, a few hundred do for small")
     group.add_argument("--norm-last-layer", action=cli.Switch,
                        help="keep the last layer's rows at norm 1: steadier; without it a small "
                        "transformer may do better, a large one diverges")
-    group.add_argument("--student-temperature", type=cli.positive, help="of the predictions")
+    group.add_argument("--freeze-last-layer-epochs", type=cli.whole, help="epochs during which the "
+                       "last layer is frozen; more, if the loss does not fall")
+    group.add_argument("--student-temperature", type=cli.positive,
+                       help="temperature of the predictions")
     group.add_argument("--teacher-temperature", type=cli.positive,
-                       help="of the targets, after its warm-up; lower is sharper: lower it if the "
-                       "teacher's entropy stays at ln K; above .07 training is seldom stable")
+                       help="temperature of the targets, after its warm-up; lower is sharper: "
+                       "lower it if the teacher's entropy stays at ln K; above .07 is seldom "
+                       "stable")
     group.add_argument("--warmup-teacher-temperature", type=cli.positive,
-                       help="of the targets in the first epoch; lower it if the loss does not fall")
+                       help="the same in the first epoch; lower it if the loss does not fall")
     group.add_argument("--warmup-teacher-temperature-epochs", type=cli.whole,
-                       help="from the first to the last teacher temperature, in equal steps")
+                       help="epochs from the first to the last teacher temperature")
     group.add_argument("--center-momentum", type=cli.share,
-                       help="what the centre keeps of itself; lower it if one output wins all")
+                       help="EMA momentum of the centre; lower it if one output wins all")
     group.add_argument("--momentum", type=cli.share,
-                       help="what the teacher keeps of itself in the first step; a cosine takes it "
-                       "to 1; higher for small batches (.9995 with 256 images of ImageNet)")
-    group.add_argument("--clip-per-parameter", type=cli.not_negative,
-                       help="largest gradient norm of each parameter by itself, not of all "
-                       "together; 0: none; lower it if the loss jumps")
-    group.add_argument("--freeze-last-layer-epochs", type=cli.whole,
-                       help="until when the last layer waits; longer, if the loss does not fall")
-    group = parser.add_argument_group("optimisation")
+                       help="EMA momentum of the teacher in the first step, a cosine takes it to "
+                       "1; higher for small batches (.9995 with 256 images of ImageNet)")
     group.add_argument("--optimizer", choices=("adamw", "sgd"),
                        help="adamw for transformers; sgd (momentum .9) for ResNets")
-    group.add_argument("--epochs", type=cli.count, help="passes over the images")
-    group.add_argument("--batch-size", type=cli.count, help="images over all processes")
-    group.add_argument("--grad-checkpoint", action=cli.Switch, default=False,
-                       help="of a transformer: compute its blocks twice instead of keeping what is "
-                       "in them: less memory, the same gradient")
-    group.add_argument("--lr", type=cli.positive,
-                       help="learning rate per 256 images; lower it if the loss jumps")
     group.add_argument("--final-lr", type=cli.not_negative, help="per 256, where the cosine ends")
-    group.add_argument("--weight-decay", type=cli.not_negative,
-                       help="of weights, not of norms and biases, in the first step")
     group.add_argument("--final-weight-decay", type=cli.not_negative,
                        help="where a cosine takes it; a low start lets the loss fall early")
-    group.add_argument("--warmup-epochs", type=cli.whole,
-                       help="linear from 0; longer, if the loss jumps early")
-    group.add_argument("--sync-bn", action=cli.Switch,
-                       help="batch norm, where there is any, over all processes")
-    group.add_argument("--seed", type=cli.whole, default=0, help="of every random choice")
+    group.add_argument("--clip-per-parameter", type=cli.not_negative,
+                       help="largest gradient norm of each parameter by itself; 0: none; lower it "
+                       "if the loss jumps")
     args = cli.parse(parser, RECIPES, argv)
     cli.check_crops(parser, args)
     if args.arch not in backbones.VITS and cli.peek(argv, "--drop-path", float):
-        parser.error(f"--drop-path is of transformers, and --arch is {args.arch}")
+        parser.error(f"--drop-path is for transformers, and --arch is {args.arch}")
     if args.arch in backbones.VITS and any(size % args.patch_size for size in args.crop_sizes):
         sizes = " ".join(map(str, args.crop_sizes))
         parser.error(f"--crop-sizes {sizes} are not all multiples of --patch-size "
@@ -179,44 +145,24 @@ def parse_args(argv=None):
 # -------------------------------------------------------------------------------------------- views
 
 
-def photo_views(num_crops, crop_sizes, crop_scales, channels, jitter_strength, blur, mean, std):
+def photo_views(crops, jitter, blur):
     """Crops that differ in size, in how often they are blurred, and in solarisation.
 
     As in BYOL: the first global crop is always blurred, the others seldom, and sometimes
     solarised; local crops are blurred half of the time.
     """
-    s, views = jitter_strength, []
-    for group, (count, size, scale) in enumerate(
-        zip(num_crops, crop_sizes, crop_scales, strict=True)
-    ):
+    views = []
+    for group, (count, size, scale) in enumerate(crops):
         for number in range(count):
             blur_p, solarize_p = (0.5, 0.0) if group else (0.1, 0.2) if number else (1.0, 0.0)
-            steps = [
+            views.append((size, [
                 augment.RandomResizedCrop(scale, ratio=(3 / 4, 4 / 3), interpolation="bicubic"),
                 augment.HorizontalFlip(p=0.5),
-                augment.ColorJitter(0.8 * s, 0.8 * s, saturation=0.4 * s, hue=0.2 * s, p=0.8),
+                augment.ColorJitter(0.8 * jitter, 0.8 * jitter, 0.4 * jitter, 0.2 * jitter, p=0.8),
                 augment.Grayscale(p=0.2),
                 augment.GaussianBlur(sigma=(0.1, 2.0), p=blur_p if blur else 0.0),
                 augment.Solarize(threshold=128 / 255, p=solarize_p),
-                augment.Normalize(mean, std),
-            ]
-            views.append(augment.View(size, steps, channels))
-    return views
-
-
-def digit_views(num_crops, crop_sizes, crop_scales, channels, jitter_strength, blur, mean, std):
-    """Crops that leave a digit what it is: it is moved and shaded, never mirrored."""
-    s, views = jitter_strength, []
-    for count, size, scale in zip(num_crops, crop_sizes, crop_scales, strict=True):
-        steps = [
-            augment.RandomAffine(degrees=15, translate=0.1, scale=(0.8, 1.2), shear=10, fill=0,
-                                 interpolation="bilinear"),
-            augment.RandomResizedCrop(scale, ratio=(3 / 4, 4 / 3), interpolation="bilinear"),
-            augment.ColorJitter(brightness=s, contrast=s, saturation=0.0, hue=0.0, p=0.8),
-            augment.GaussianBlur(sigma=(0.1, 1.0), p=0.5 if blur else 0.0),
-            augment.Normalize(mean, std),
-        ]
-        views += [augment.View(size, steps, channels)] * count
+            ]))
     return views
 
 
@@ -263,9 +209,9 @@ class DINO(nn.Module):
         h = torch.cat([self.backbone(torch.cat(list(same))) for _, same in sizes])
         z = self.projector(h)
         with torch.autocast(z.device.type, enabled=False):  # a low temperature needs the digits
-            z = nn.functional.normalize(z if z.dtype == torch.float64 else z.float(), dim=1)
+            z = F.normalize(dist.upcast(z), dim=1)
             z = z.view(len(views), -1, z.shape[1])
-            rows = nn.functional.normalize(self.last_layer.directions, dim=1)
+            rows = F.normalize(self.last_layer.directions, dim=1)
             return z, z @ (rows * self.last_layer.scales).T
 
 
@@ -296,7 +242,7 @@ def dino_loss(student: Tensor, teacher: Tensor, center: Tensor, student_temperat
 
     Reference: section 3.1, equations 1 to 3, and algorithm 1.
     """
-    student, teacher = (x if x.dtype == torch.float64 else x.float() for x in (student, teacher))
+    student, teacher = (dist.upcast(x) for x in (student, teacher))
     targets = ((teacher.detach() - center.detach()) / teacher_temperature).softmax(2)
     log_p = (student / student_temperature).log_softmax(2)
     pairs = torch.einsum("gnk,vnk->ngv", targets.to(log_p.dtype), log_p).sum(0)
@@ -348,7 +294,7 @@ def temperature_schedule(first: float, last: float, warmup_epochs: int, epochs: 
 @torch.no_grad()
 def indicators(z: Tensor, teacher: Tensor, center: Tensor, teacher_temperature: float,
                loss: Tensor) -> dict[str, Tensor]:
-    """What tells learning from collapse; z (N, D) are the student's embeddings of one crop."""
+    """Collapse indicators, logged; z (N, D) are the student's embeddings of one crop."""
     targets = ((teacher - center) / teacher_temperature).softmax(2)
     entropy = torch.special.entr(targets).sum(2).mean()
     return {
@@ -361,6 +307,12 @@ def indicators(z: Tensor, teacher: Tensor, center: Tensor, teacher_temperature: 
 # --------------------------------------------------------------------------------------------- main
 
 
+def build_views(args):
+    make = {"photo": photo_views, "digits": augment.digit_views}[args.views]
+    views = make(cli.crops(args), args.jitter_strength, args.blur)
+    return augment.normalized(views, args.in_chans, args.mean, args.std)
+
+
 def main(args):
     world = dist.setup(args.device, args.deterministic)
     torch.manual_seed(args.seed)
@@ -368,35 +320,23 @@ def main(args):
     # Data
     images = data.open_images(args.data, "pretrain", args.in_chans, root=args.data_root,
                               download=args.download, limit=args.limit)
-    scales = list(zip(args.crop_scales[::2], args.crop_scales[1::2], strict=True))
-    make_views = {"photo": photo_views, "digits": digit_views}[args.views]
-    views = make_views(args.num_crops, args.crop_sizes, scales, args.in_chans,
-                       args.jitter_strength, args.blur, args.mean, args.std)
-    num_global = args.num_crops[0]
 
     # Model
     backbone = backbones.build_backbone(
         args.arch, in_chans=args.in_chans, stem=args.stem, zero_init_residual=False,
         image_size=args.image_size, patch_size=args.patch_size, positions="learned",
-        drop_path=args.drop_path,
-    )
+        drop_path=args.drop_path)
     model = DINO(backbone, args.hidden_dim, args.bottleneck_dim, args.num_outputs,
                  args.norm_last_layer, args.bn_in_head)
-    model = model.to(world.device, memory_format=torch.channels_last)
-    if args.sync_bn:
-        model = dist.convert_sync_batchnorm(model, world.device)
+    model = dist.prepare(model, world, args.sync_bn)
     teacher = make_teacher(model)
     if args.compile:
-        from torch._inductor import config
-
-        config.fallback_random = True  # stochastic depth draws as without --compile
-        model.backbone.compile(dynamic=False)
-        teacher.backbone.compile(dynamic=False)
+        backbones.compile(model.backbone, teacher.backbone)
     backbone.recompute = args.grad_checkpoint
     center = torch.zeros(args.num_outputs, device=world.device)
 
     # Optimiser
-    lr = args.lr * args.batch_size / 256
+    lr, final_lr = args.lr * args.batch_size / 256, args.final_lr * args.batch_size / 256
     weights, others = optim.split_by_dimension(model)  # tokens and the last layer decay, officially
     groups = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
     if args.optimizer == "adamw":
@@ -404,79 +344,49 @@ def main(args):
     else:
         optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9)  # fused, no layer could wait
     autocast, scaler = optim.precision(args.amp, world.device)
-    dist.say(f"{len(images)} images; batch {args.batch_size} = {args.batch_size // world.size} on "
-             f"each of {world.size}; lr {args.lr:g} x {args.batch_size} / 256 = {lr:g}")
 
-    with Run(args.output, cli.settings(args), images, world, resume=args.resume,
-             save_every_minutes=args.save_every_minutes) as run:
-        # Resume
-        state = {"model": model, "teacher": teacher, "center": center, "optimizer": optimizer,
-                 "scaler": scaler}
-        step = run.start(state)
-        loader = data.Loader(images, views, batch_size=args.batch_size, epochs=args.epochs,
-                             seed=args.seed, world=world, workers=args.workers, start_step=step)
-        total_steps = args.epochs * loader.steps_per_epoch
+    # Train
+    num_global, max_entropy = args.num_crops[0], math.log(args.num_outputs)
+    with Training(args, world, images, build_views(args), chance_loss=max_entropy,
+                  floors={"teacher_entropy": 0.01 * max_entropy,
+                          "z_std": 0.1 / math.sqrt(args.bottleneck_dim)},
+                  ceilings={"teacher_entropy": 0.99 * max_entropy}) as run:
+        run.resume(model=model, teacher=teacher, center=center, optimizer=optimizer, scaler=scaler)
+        ddp_model = dist.data_parallel(model)
         lr_of_step = optim.warmup_cosine(
-            start=0.0, base=lr, final=args.final_lr * args.batch_size / 256,
-            warmup_steps=args.warmup_epochs * loader.steps_per_epoch, total_steps=total_steps,
-            warmup_endpoint=True,
-        )
-        decay_of_step, momentum_of_step = (
-            optim.warmup_cosine(start=first, base=first, final=last, warmup_steps=0,
-                                total_steps=total_steps, warmup_endpoint=True)
-            for first, last in ((args.weight_decay, args.final_weight_decay), (args.momentum, 1.0))
-        )
+            start=0.0, base=lr, final=final_lr,
+            warmup_steps=args.warmup_epochs * run.steps_per_epoch,
+            total_steps=run.total_steps, warmup_endpoint=True)
+        decay_of_step = optim.cosine(args.weight_decay, args.final_weight_decay, run.total_steps)
+        momentum_of_step = optim.cosine(args.momentum, 1.0, run.total_steps)
         temperature_of_epoch = temperature_schedule(
             args.warmup_teacher_temperature, args.teacher_temperature,
-            args.warmup_teacher_temperature_epochs, args.epochs,
-        )
-        most = math.log(args.num_outputs)
-        log = Log(args.output, world, batch_size=args.batch_size, total_steps=total_steps,
-                  first_step=step, every=args.log_every, chance_loss=most,
-                  floors={"teacher_entropy": 0.01 * most,
-                          "z_std": 0.1 / math.sqrt(args.bottleneck_dim)},
-                  ceilings={"teacher_entropy": 0.99 * most})
-        ddp_model = DistributedDataParallel(model) if world.size > 1 else model
-
-        # Train
-        for epoch in range(step // loader.steps_per_epoch, args.epochs):
-            teacher_temperature = temperature_of_epoch[epoch]
-            for batch in loader.epoch(epoch):  # 1. global and local crops
-                for group in optimizer.param_groups:
-                    group["lr"] = lr_of_step[step]
-                optimizer.param_groups[0]["weight_decay"] = decay_of_step[step]
-                optimizer.zero_grad(set_to_none=True)
-                draws = data.philox(args.seed, data.DEPTH, step, world.rank)
-                torch.manual_seed(int(draws.integers(2**63)))  # of stochastic depth
-                with autocast():
-                    with torch.no_grad():
-                        _, targets = teacher(batch.views[:num_global])  # 2. targets
-                    z, logits = ddp_model(batch.views)
-                loss = dino_loss(logits, targets, center, args.student_temperature,
-                                 teacher_temperature)  # 3. predict
-                scaler.scale(loss).backward()
-                scaler.unscale_(optimizer)
-                if args.clip_per_parameter > 0:
-                    clip_per_parameter(model, args.clip_per_parameter)
-                if epoch < args.freeze_last_layer_epochs:
-                    model.last_layer.zero_grad(set_to_none=True)
-                scaler.step(optimizer)  # 4. step
-                scaler.update()
-                update_ema(teacher, model, momentum_of_step[step])  # 5. teacher
-
-                step += 1
-                seen = {}
-                if log.due(step):
-                    seen = indicators(z[0], targets, center, teacher_temperature, loss)
-                update_center(center, targets, args.center_momentum)  # 6. centre
-                log.write(step, epoch=epoch, loss=loss, lr=lr_of_step[step - 1],
-                          waited=loader.waited, **seen)
-                save, stop = run.agree(step % loader.steps_per_epoch == 0)  # the same everywhere
-                if save:
-                    log.check()
-                    run.save(step, state, teacher.backbone)
-                if stop:
-                    return
+            args.warmup_teacher_temperature_epochs, args.epochs)
+        for step, batch in run.steps(export=teacher.backbone):  # 1. global and local crops
+            epoch = step // run.steps_per_epoch
+            optim.set_lr(optimizer, lr_of_step[step])
+            optimizer.param_groups[0]["weight_decay"] = decay_of_step[step]
+            optimizer.zero_grad(set_to_none=True)
+            draws = data.philox(args.seed, data.DEPTH, step, world.rank)
+            torch.manual_seed(int(draws.integers(2**63)))  # of stochastic depth
+            with autocast():
+                with torch.no_grad():
+                    _, targets = teacher(batch.views[:num_global])  # 2. targets
+                z, logits = ddp_model(batch.views)
+            loss = dino_loss(logits, targets, center, args.student_temperature,
+                             temperature_of_epoch[epoch])  # 3. predict
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            if args.clip_per_parameter > 0:
+                clip_per_parameter(model, args.clip_per_parameter)
+            if epoch < args.freeze_last_layer_epochs:
+                model.last_layer.zero_grad(set_to_none=True)
+            scaler.step(optimizer)  # 4. step
+            scaler.update()
+            update_ema(teacher, model, momentum_of_step[step])  # 5. teacher
+            run.log(loss, lr_of_step[step], indicators, z[0], targets, center,
+                    temperature_of_epoch[epoch], loss)
+            update_center(center, targets, args.center_momentum)  # 6. centre
 
 
 if __name__ == "__main__":

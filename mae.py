@@ -21,80 +21,64 @@ import sys
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from common import augment, backbones, cli, data, dist, optim
-from common.checkpoint import Run
-from common.log import Log
+from common.training import Training
 
+IMAGENET = dict(  # paper, appendix A.1: its rate and its 800 epochs
+    # ViT-L: --arch vit_large; ViT-H: --arch vit_huge --patch-size 14.
+    arch="vit_base", patch_size=16, image_size=224, in_chans=3,
+    mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225],
+    views="photo", crop_scale=[0.2, 1.0],
+    mask_ratio=0.75, norm_pix=True, decoder_dim=512, decoder_depth=8, decoder_heads=16,
+    epochs=800, batch_size=4096, lr=1.5e-4, weight_decay=0.05, warmup_epochs=40,
+)
 RECIPES = {
-    # Paper, appendix A.1; the learning rate and 800 epochs are its defaults. ViT-L: --arch
-    # vit_large; ViT-H: --arch vit_huge --patch-size 14.
-    "imagenet": dict(
-        arch="vit_base", patch_size=16, image_size=224, in_chans=3, mean=[0.485, 0.456, 0.406],
-        std=[0.229, 0.224, 0.225], views="photo", crop_scale=[0.2, 1.0], mask_ratio=0.75,
-        norm_pix=True, decoder_dim=512, decoder_depth=8, decoder_heads=16, epochs=800,
-        batch_size=4096, lr=1.5e-4, weight_decay=0.05, warmup_epochs=40,
-    ),
+    "imagenet": IMAGENET,
     # The authors give none: backbone, patch, rate, batch and epochs of solo-learn's recipe.
-    "cifar10": dict(
-        arch="vit_small", patch_size=4, image_size=32, in_chans=3, mean=[0.4914, 0.4822, 0.4465],
-        std=[0.2470, 0.2435, 0.2616], views="photo", crop_scale=[0.2, 1.0], mask_ratio=0.75,
-        norm_pix=True, decoder_dim=512, decoder_depth=8, decoder_heads=16, epochs=1000,
-        batch_size=256, lr=2e-4, weight_decay=0.05, warmup_epochs=10,
+    "cifar10": IMAGENET | dict(
+        arch="vit_small", patch_size=4, image_size=32,
+        mean=[0.4914, 0.4822, 0.4465], std=[0.2470, 0.2435, 0.2616],
+        epochs=1000, batch_size=256, lr=2e-4, warmup_epochs=10,
     ),
     # Ours, chosen on the built-in digits.
-    "digits": dict(
-        arch="vit_micro", patch_size=4, image_size=16, in_chans=3, mean=[0.5, 0.5, 0.5],
-        std=[0.5, 0.5, 0.5], views="digits", crop_scale=[0.6, 1.0], mask_ratio=0.75,
-        norm_pix=True, decoder_dim=64, decoder_depth=2, decoder_heads=4, epochs=80,
-        batch_size=128, lr=4e-3, weight_decay=0.05, warmup_epochs=5,
+    "digits": IMAGENET | dict(
+        arch="vit_micro", patch_size=4, image_size=16, mean=[0.5], std=[0.5],
+        views="digits", crop_scale=[0.6, 1.0], decoder_dim=64, decoder_depth=2, decoder_heads=4,
+        epochs=80, batch_size=128, lr=4e-3, warmup_epochs=5,
     ),
 }
 
 
 def parse_args(argv=None):
-    parser = cli.parser(__file__, __doc__)
-    group = parser.add_argument_group("images")
-    group.add_argument("--image-size", type=cli.count, help="side of a view in pixels")
-    group.add_argument("--in-chans", type=cli.count, help="channels of the images")
-    group.add_argument("--mean", type=cli.number, nargs="+", help="subtracted from each channel")
-    group.add_argument("--std", type=cli.positive, nargs="+", help="each channel is divided by it")
-    group = parser.add_argument_group("method")
-    group.add_argument("--arch", choices=backbones.VITS, help="backbone")
+    parser, group = cli.method_parser(__file__, __doc__, backbones.VITS, crops="one",
+                                      batch_norm=False)
     group.add_argument("--patch-size", type=cli.count, help="P, side of a patch in pixels")
-    group.add_argument("--views", choices=("photo", "digits"), help="what views are made of")
-    group.add_argument("--crop-scale", type=cli.share, nargs=2, help="smallest, largest area share")
-    group.add_argument("--mask-ratio", type=cli.share, help="share of the patches that is removed")
+    group.add_argument("--views", choices=("photo", "digits"), help="kind of augmentation")
+    group.add_argument("--mask-ratio", type=cli.share, help="fraction of the patches removed")
     group.add_argument("--norm-pix", action=cli.Switch, help="normalise every patch of the target")
     group.add_argument("--decoder-dim", type=cli.count, help="E, width of the decoder's tokens")
     group.add_argument("--decoder-depth", type=cli.count, help="blocks of the decoder")
     group.add_argument("--decoder-heads", type=cli.count, help="attention heads of the decoder")
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=cli.count, help="passes over the images")
-    group.add_argument("--batch-size", type=cli.count, help="images over all processes")
-    group.add_argument("--accum-steps", type=cli.count, default=1, help="parts that a batch goes "
-                       "through the model in, one after the other: less memory, the same gradient")
-    group.add_argument("--lr", type=cli.positive, help="learning rate per 256 images")
-    group.add_argument("--weight-decay", type=cli.not_negative, help="of weights, not of norms")
-    group.add_argument("--warmup-epochs", type=cli.whole, help="linear from 0")
-    group.add_argument("--seed", type=cli.whole, default=0, help="of every random choice")
+    group.add_argument("--accum-steps", type=cli.count, default=1, help="parts in which a batch "
+                       "goes through the model one by one: less memory, the same gradient")
     args = cli.parse(parser, RECIPES, argv)
     if args.image_size % args.patch_size:
-        parser.error(f"--image-size {args.image_size} is no multiple of --patch-size "
+        parser.error(f"--image-size {args.image_size} is not a multiple of --patch-size "
                      f"{args.patch_size}")
     num_patches = (args.image_size // args.patch_size) ** 2
-    if not 1 <= num_kept(num_patches, args.mask_ratio) < num_patches:
-        parser.error(f"--mask-ratio {args.mask_ratio} keeps "
-                     f"{num_kept(num_patches, args.mask_ratio)} of {num_patches} patches; some "
+    kept = num_kept(num_patches, args.mask_ratio)
+    if not 1 <= kept < num_patches:
+        parser.error(f"--mask-ratio {args.mask_ratio} keeps {kept} of {num_patches} patches; some "
                      "have to be kept and some removed")
     if args.decoder_dim % 4 or args.decoder_dim % args.decoder_heads:
-        parser.error(f"--decoder-dim {args.decoder_dim} is no multiple of 4 and of "
+        parser.error(f"--decoder-dim {args.decoder_dim} is not a multiple of 4 and of "
                      f"--decoder-heads {args.decoder_heads}")
-    share = args.batch_size // cli.processes()
-    if share % args.accum_steps:
-        parser.error(f"--accum-steps {args.accum_steps} does not divide the {share} images of a "
+    images = args.batch_size // cli.processes()
+    if images % args.accum_steps:
+        parser.error(f"--accum-steps {args.accum_steps} does not divide the {images} images of a "
                      "process")
     return args
 
@@ -102,25 +86,21 @@ def parse_args(argv=None):
 # -------------------------------------------------------------------------------------------- views
 
 
-def photo_views(image_size, channels, crop_scale, mean, std):
+def photo_views(image_size, crop_scale):
     """One view, without changes of colour (paper, appendix A.1)."""
-    steps = [
-        augment.RandomResizedCrop(scale=crop_scale, ratio=(3 / 4, 4 / 3), interpolation="bicubic"),
+    return [(image_size, [
+        augment.RandomResizedCrop(crop_scale, ratio=(3 / 4, 4 / 3), interpolation="bicubic"),
         augment.HorizontalFlip(p=0.5),
-        augment.Normalize(mean, std),
-    ]
-    return [augment.View(image_size, steps, channels)]
+    ])]
 
 
-def digit_views(image_size, channels, crop_scale, mean, std):
+def digit_views(image_size, crop_scale):
     """One view that leaves a digit what it is: it is moved, never mirrored."""
-    steps = [
+    return [(image_size, [
         augment.RandomAffine(degrees=15, translate=0.1, scale=(0.8, 1.2), shear=10, fill=0,
                              interpolation="bilinear"),
-        augment.RandomResizedCrop(scale=crop_scale, ratio=(3 / 4, 4 / 3), interpolation="bilinear"),
-        augment.Normalize(mean, std),
-    ]
-    return [augment.View(image_size, steps, channels)]
+        augment.RandomResizedCrop(crop_scale, ratio=(3 / 4, 4 / 3), interpolation="bilinear"),
+    ])]
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -138,7 +118,7 @@ class MAE(nn.Module):
         self.narrow = nn.Linear(backbone.num_features, decoder_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_dim))
         positions = backbones.sincos_positions(decoder_dim, *backbone.grid)
-        positions = nn.functional.pad(positions, (0, 0, 1, 0))  # the class token's is 0
+        positions = F.pad(positions, (0, 0, 1, 0))  # the class token's is 0
         self.positions = nn.Parameter(positions[None], requires_grad=False)
         self.blocks = nn.ModuleList(
             backbones.Block(decoder_dim, decoder_heads, drop_path=0.0) for _ in range(decoder_depth)
@@ -260,7 +240,7 @@ def reconstruction_loss(
 
     Reference: section 3, "reconstruction target".
     """
-    pred, images = (x if x.dtype == torch.float64 else x.float() for x in (pred, images))
+    pred, images = (dist.upcast(x) for x in (pred, images))
     target = patchify(images, patch_size)
     if norm_pix:
         variance, mean = torch.var_mean(target, dim=2, keepdim=True)
@@ -270,7 +250,20 @@ def reconstruction_loss(
     return (errors * mask).sum() / mask.sum()
 
 
+@torch.no_grad()
+def indicators(images: Tensor, mask: Tensor, patch_size: int, norm_pix: bool) -> dict[str, Tensor]:
+    """Logged beside the loss: what a prediction of nothing scores on the same mask."""
+    zeros = torch.zeros_like(patchify(images, patch_size))
+    return {"zero_loss": reconstruction_loss(zeros, images, mask, patch_size, norm_pix)}
+
+
 # --------------------------------------------------------------------------------------------- main
+
+
+def build_views(args):
+    make = {"photo": photo_views, "digits": digit_views}[args.views]
+    views = make(args.image_size, args.crop_scale)
+    return augment.normalized(views, args.in_chans, args.mean, args.std)
 
 
 def main(args):
@@ -280,19 +273,16 @@ def main(args):
     # Data
     images = data.open_images(args.data, "pretrain", args.in_chans, root=args.data_root,
                               download=args.download, limit=args.limit)
-    make_views = {"photo": photo_views, "digits": digit_views}[args.views]
-    views = make_views(args.image_size, args.in_chans, args.crop_scale, args.mean, args.std)
 
     # Model
     backbone = backbones.build_backbone(args.arch, in_chans=args.in_chans, drop_path=0.0,
                                         image_size=args.image_size, patch_size=args.patch_size,
                                         positions="sincos")
-    num_patches = backbone.grid[0] * backbone.grid[1]
     model = MAE(backbone, args.mask_ratio, args.in_chans, args.decoder_dim, args.decoder_depth,
-                args.decoder_heads).to(world.device)
-    model = model.to(memory_format=torch.channels_last)
+                args.decoder_heads)
+    model = dist.prepare(model, world, sync_bn=False)
     if args.compile:
-        model.compile(dynamic=False)
+        backbones.compile(model)
 
     # Optimiser
     lr = args.lr * args.batch_size / 256
@@ -301,62 +291,36 @@ def main(args):
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), weight_decay=args.weight_decay,
                                   fused=True)
     autocast, scaler = optim.precision(args.amp, world.device)
-    dist.say(f"{len(images)} images; batch {args.batch_size} = {args.batch_size // world.size} on "
-             f"each of {world.size}; lr {args.lr:g} x {args.batch_size} / 256 = {lr:g}; "
-             f"{num_kept(num_patches, args.mask_ratio)} of {num_patches} patches are encoded")
 
-    with Run(args.output, cli.settings(args), images, world, resume=args.resume,
-             save_every_minutes=args.save_every_minutes) as run:
-        # Resume
-        state = {"model": model, "optimizer": optimizer, "scaler": scaler}
-        step = run.start(state)
-        loader = data.Loader(images, views, batch_size=args.batch_size, epochs=args.epochs,
-                             seed=args.seed, world=world, workers=args.workers, start_step=step)
+    # Train
+    with Training(args, world, images, build_views(args),
+                  chance_loss=1.0 if args.norm_pix else None) as run:
+        run.resume(model=model, optimizer=optimizer, scaler=scaler)
+        ddp_model = dist.data_parallel(model)
+        num_patches = backbone.grid[0] * backbone.grid[1]
         lr_of_step = optim.warmup_cosine(
-            start=0.0, base=lr, final=0.0, warmup_steps=args.warmup_epochs * loader.steps_per_epoch,
-            total_steps=args.epochs * loader.steps_per_epoch, warmup_endpoint=False,
-        )
-        log = Log(args.output, world, batch_size=args.batch_size, total_steps=len(lr_of_step),
-                  first_step=step, every=args.log_every,
-                  chance_loss=1.0 if args.norm_pix else None, floors={})
-        ddp_model = DistributedDataParallel(model) if world.size > 1 else model
-
-        # Train
-        for epoch in range(step // loader.steps_per_epoch, args.epochs):
-            for batch in loader.epoch(epoch):  # 1. one view
-                for group in optimizer.param_groups:
-                    group["lr"] = lr_of_step[step]
-                noise = mask_noise(batch.index, num_patches, args.seed, epoch)
-                noise = noise.to(world.device, non_blocking=True)
-                parts = [x.chunk(args.accum_steps) for x in (batch.views[0], noise)]
-                optimizer.zero_grad(set_to_none=True)
-                loss = 0.0
-                for number, (view, noise) in enumerate(zip(*parts, strict=True), start=1):
-                    # Processes add up their gradients once, after the last part.
-                    adds_up = number == args.accum_steps or world.size == 1
-                    with contextlib.nullcontext() if adds_up else ddp_model.no_sync():
-                        with autocast():
-                            pred, mask = ddp_model(view, noise)  # 2. encode, 3. decode
-                        part = reconstruction_loss(pred, view, mask, args.patch_size,
-                                                   args.norm_pix) / args.accum_steps  # 4. compare
-                        scaler.scale(part).backward()
-                    loss = loss + part.detach()
-                scaler.step(optimizer)
-                scaler.update()
-
-                step += 1
-                seen = {}
-                if log.due(step):  # what a prediction of nothing scores, on the last part
-                    seen["zero_loss"] = reconstruction_loss(torch.zeros_like(pred), view, mask,
-                                                            args.patch_size, args.norm_pix)
-                log.write(step, epoch=epoch, loss=loss, lr=lr_of_step[step - 1],
-                          waited=loader.waited, **seen)
-                save, stop = run.agree(step % loader.steps_per_epoch == 0)  # the same everywhere
-                if save:
-                    log.check()
-                    run.save(step, state, model.backbone)
-                if stop:
-                    return
+            start=0.0, base=lr, final=0.0, warmup_steps=args.warmup_epochs * run.steps_per_epoch,
+            total_steps=run.total_steps, warmup_endpoint=False)
+        for step, batch in run.steps(export=model.backbone):  # 1. one view
+            optim.set_lr(optimizer, lr_of_step[step])
+            noise = mask_noise(batch.index, num_patches, args.seed, step // run.steps_per_epoch)
+            noise = noise.to(world.device, non_blocking=True)
+            parts = [x.chunk(args.accum_steps) for x in (batch.views[0], noise)]
+            optimizer.zero_grad(set_to_none=True)
+            loss = 0.0
+            for number, (view, noise) in enumerate(zip(*parts, strict=True), start=1):
+                # Processes add up their gradients once, after the last part.
+                is_last = number == args.accum_steps or world.size == 1
+                with contextlib.nullcontext() if is_last else ddp_model.no_sync():
+                    with autocast():
+                        pred, mask = ddp_model(view, noise)  # 2. encode, 3. decode
+                    part = reconstruction_loss(pred, view, mask, args.patch_size,
+                                               args.norm_pix) / args.accum_steps  # 4. compare
+                    scaler.scale(part).backward()
+                loss = loss + part.detach()
+            scaler.step(optimizer)
+            scaler.update()
+            run.log(loss, lr_of_step[step], indicators, view, mask, args.patch_size, args.norm_pix)
 
 
 if __name__ == "__main__":

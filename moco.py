@@ -9,9 +9,9 @@
 
 Letters: N images per process, W processes, D embedding size, K queue length.
 
-Batch norm could give the positive away, for query and key stand in the same batch. So both are
-normalised in groups (`--bn-groups`, over all processes), and the keys' groups are drawn anew each
-step (shuffle-BN). One GPU computes what as many as there are groups would.
+Batch-norm statistics would leak which key belongs to a query, because both are normalised in the
+same batch. So both are normalised in groups (`--bn-groups`, over all processes), and the keys'
+groups are drawn anew each step (shuffle-BN). One GPU reproduces the statistics of `--bn-groups`.
 
 Differs from the official code (facebookresearch/moco): the queue is (K, D), and its length need not
 be a multiple of the batch; the permutation comes from (seed, step), not from process 0; with
@@ -28,80 +28,59 @@ import math
 import sys
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from common import augment, backbones, cli, data, dist, optim
-from common.checkpoint import Run
-from common.log import Log
+from common.training import Training
 
-VERSIONS = {  # what v2 changed; `--version`
-    1: dict(views="v1", blur=False, mlp_head=False, temperature=0.07, schedule="step"),
-    2: dict(views="v2", mlp_head=True, temperature=0.2, schedule="cosine"),
-}
+V1 = dict(views="v1", mlp_head=False, temperature=0.07, schedule="step", blur=False)
+V2 = dict(views="v2", mlp_head=True, temperature=0.2, schedule="cosine")
+IMAGENET = V2 | dict(  # the papers, v2 unless `--version 1`
+    arch="resnet50", stem="imagenet", image_size=224, in_chans=3,
+    mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225], crop_scale=[0.2, 1.0], blur=True,
+    embedding_dim=128, queue_length=65536, momentum=0.999, symmetric=False, bn_groups=8,
+    epochs=200, batch_size=256, lr=0.03, weight_decay=1e-4, warmup_epochs=0, sync_bn=False,
+)
 RECIPES = {
-    # Papers, v2 unless `--version 1`.
-    "imagenet": dict(
-        arch="resnet50", stem="imagenet", image_size=224, in_chans=3, mean=[0.485, 0.456, 0.406],
-        std=[0.229, 0.224, 0.225], crop_scale=[0.2, 1.0], blur=True, embedding_dim=128,
-        queue_length=65536, momentum=0.999, symmetric=False, bn_groups=8, epochs=200,
-        batch_size=256, lr=0.03, weight_decay=1e-4, warmup_epochs=0, sync_bn=False, **VERSIONS[2],
-    ),
+    "imagenet": IMAGENET,
     # The authors' notebook: linear head, v2's colours without blur; symmetric: --symmetric.
-    "cifar10": dict(
-        arch="resnet18", stem="small", image_size=32, in_chans=3, mean=[0.4914, 0.4822, 0.4465],
-        std=[0.2023, 0.1994, 0.2010], crop_scale=[0.08, 1.0], blur=False, embedding_dim=128,
-        queue_length=4096, momentum=0.99, symmetric=False, bn_groups=8, epochs=200,
-        batch_size=512, lr=0.03, weight_decay=5e-4, warmup_epochs=0, sync_bn=False, views="v2",
-        mlp_head=False, temperature=0.1, schedule="cosine",
+    "cifar10": IMAGENET | dict(
+        arch="resnet18", stem="small", image_size=32,
+        mean=[0.4914, 0.4822, 0.4465], std=[0.2023, 0.1994, 0.2010],
+        crop_scale=[0.08, 1.0], blur=False,
+        mlp_head=False, temperature=0.1, queue_length=4096, momentum=0.99,
+        batch_size=512, weight_decay=5e-4,
     ),
     # Ours, chosen on the built-in digits: about a minute on two cores. The warm-up lets the queue,
     # which starts as noise, fill with keys first: without it so short a run collapses.
-    "digits": dict(
-        arch="resnet_tiny", stem="small", image_size=16, in_chans=3, mean=[0.5, 0.5, 0.5],
-        std=[0.5, 0.5, 0.5], crop_scale=[0.6, 1.0], blur=False, embedding_dim=64,
-        queue_length=1024, momentum=0.99, symmetric=True, bn_groups=4, epochs=60,
-        batch_size=256, lr=0.12, weight_decay=1e-4, warmup_epochs=5, sync_bn=False,
-        views="digits", mlp_head=True, temperature=0.2, schedule="cosine",
+    "digits": IMAGENET | dict(
+        arch="resnet_tiny", stem="small", image_size=16, mean=[0.5], std=[0.5],
+        views="digits", crop_scale=[0.6, 1.0], blur=False,
+        embedding_dim=64, queue_length=1024, momentum=0.99, symmetric=True, bn_groups=4,
+        epochs=60, batch_size=256, lr=0.12, warmup_epochs=5,
     ),
 }
 
 
 def parse_args(argv=None):
-    version = cli.peek(argv, "--version")
-    recipes = {name: {**recipe, **VERSIONS.get(version, {})} for name, recipe in RECIPES.items()}
-    parser = cli.parser(__file__, __doc__)
-    group = parser.add_argument_group("images")
-    group.add_argument("--image-size", type=cli.count, help="side of a view in pixels")
-    group.add_argument("--in-chans", type=cli.count, help="channels of the images")
-    group.add_argument("--mean", type=cli.number, nargs="+", help="subtracted from each channel")
-    group.add_argument("--std", type=cli.positive, nargs="+", help="each channel is divided by it")
-    group = parser.add_argument_group("method")
-    group.add_argument("--arch", choices=backbones.RESNETS, help="backbone")
-    group.add_argument("--stem", choices=("imagenet", "small"), help="small: 3x3 stride 1, no pool")
+    version = {1: V1, 2: V2}.get(cli.peek(argv, "--version"), {})
+    recipes = {name: recipe | version for name, recipe in RECIPES.items()}
+    parser, group = cli.method_parser(__file__, __doc__, backbones.RESNETS, crops="one")
     group.add_argument("--version", type=int, choices=(1, 2),
                        help="sets views, head, temperature and schedule as in that paper")
-    group.add_argument("--views", choices=("v1", "v2", "digits"), help="what views are made of")
-    group.add_argument("--crop-scale", type=cli.share, nargs=2, help="smallest, largest area share")
+    group.add_argument("--views", choices=("v1", "v2", "digits"), help="kind of augmentation")
     group.add_argument("--blur", action=cli.Switch, help="Gaussian blur of half of the views")
     group.add_argument("--mlp-head", action=cli.Switch, help="a hidden layer in the head")
     group.add_argument("--embedding-dim", type=cli.count, help="D, size of an embedding")
     group.add_argument("--temperature", type=cli.positive, help="lower: hard negatives count more")
     group.add_argument("--queue-length", type=cli.count, help="K, keys kept as negatives")
-    group.add_argument("--momentum", type=cli.share, help="what the key encoder keeps of itself")
+    group.add_argument("--momentum", type=cli.share, help="EMA momentum of the key encoder")
     group.add_argument("--symmetric", action=cli.Switch, help="use each view as query and as key")
     group.add_argument("--bn-groups", type=cli.count, help="batch-norm groups of the whole batch; "
                        "as many as the paper had GPUs")
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=cli.count, help="passes over the images")
-    group.add_argument("--batch-size", type=cli.count, help="images over all processes")
-    group.add_argument("--lr", type=cli.positive, help="learning rate per 256 images")
-    group.add_argument("--weight-decay", type=cli.not_negative, help="of every parameter")
-    group.add_argument("--warmup-epochs", type=cli.whole, help="linear from 0")
     group.add_argument("--schedule", choices=("cosine", "step"),
                        help="once an epoch: a cosine to 0, or a tenth at 60 %% and at 80 %%")
-    group.add_argument("--sync-bn", action=cli.Switch, help="batch norm over all processes")
-    group.add_argument("--seed", type=cli.whole, default=0, help="of every random choice")
     args = cli.parse(parser, recipes, argv)
     keys = args.batch_size * (2 if args.symmetric else 1)
     if keys > args.queue_length:
@@ -109,7 +88,7 @@ def parse_args(argv=None):
     if args.sync_bn and args.bn_groups > 1:
         parser.error(f"--sync-bn and --bn-groups {args.bn_groups} exclude each other")
     if not args.sync_bn and (args.bn_groups % cli.processes() or args.batch_size % args.bn_groups):
-        parser.error(f"--bn-groups {args.bn_groups} is no multiple of the {cli.processes()} "
+        parser.error(f"--bn-groups {args.bn_groups} is not a multiple of the {cli.processes()} "
                      f"processes that divides --batch-size {args.batch_size}")
     return args
 
@@ -117,49 +96,27 @@ def parse_args(argv=None):
 # -------------------------------------------------------------------------------------------- views
 
 
-def v1_views(image_size, channels, crop_scale, blur, mean, std):
-    """Two views of the same kind (v1, section 3.3): colours change in every image."""
+def photo_views(image_size, crop_scale, blur, version):
+    """Two views of the same kind (v1, section 3.3: gray before a jitter of every image; v2,
+    section 3).
+    """
+    colors = {
+        "v1": [augment.Grayscale(p=0.2), augment.ColorJitter(0.4, 0.4, 0.4, 0.4, p=1.0)],
+        "v2": [augment.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), augment.Grayscale(p=0.2)],
+    }
     steps = [
         augment.RandomResizedCrop(crop_scale, ratio=(3 / 4, 4 / 3), interpolation="bilinear"),
         augment.HorizontalFlip(p=0.5),
-        augment.Grayscale(p=0.2),
-        augment.ColorJitter(0.4, 0.4, saturation=0.4, hue=0.4, p=1.0),
+        *colors[version],
         augment.GaussianBlur(sigma=(0.1, 2.0), p=0.5 if blur else 0.0),
-        augment.Normalize(mean, std),
     ]
-    return [augment.View(image_size, steps, channels)] * 2
-
-
-def v2_views(image_size, channels, crop_scale, blur, mean, std):
-    """Two views of the same kind (v2, section 3)."""
-    steps = [
-        augment.RandomResizedCrop(crop_scale, ratio=(3 / 4, 4 / 3), interpolation="bilinear"),
-        augment.HorizontalFlip(p=0.5),
-        augment.ColorJitter(0.4, 0.4, saturation=0.4, hue=0.1, p=0.8),
-        augment.Grayscale(p=0.2),
-        augment.GaussianBlur(sigma=(0.1, 2.0), p=0.5 if blur else 0.0),
-        augment.Normalize(mean, std),
-    ]
-    return [augment.View(image_size, steps, channels)] * 2
-
-
-def digit_views(image_size, channels, crop_scale, blur, mean, std):
-    """Two views that leave a digit what it is: it is moved and shaded, never mirrored."""
-    steps = [
-        augment.RandomAffine(degrees=15, translate=0.1, scale=(0.8, 1.2), shear=10, fill=0,
-                             interpolation="bilinear"),
-        augment.RandomResizedCrop(crop_scale, ratio=(3 / 4, 4 / 3), interpolation="bilinear"),
-        augment.ColorJitter(0.5, 0.5, saturation=0.0, hue=0.0, p=0.8),
-        augment.GaussianBlur(sigma=(0.1, 1.0), p=0.5 if blur else 0.0),
-        augment.Normalize(mean, std),
-    ]
-    return [augment.View(image_size, steps, channels)] * 2
+    return [(image_size, steps)] * 2
 
 
 # -------------------------------------------------------------------------------------------- model
 
 
-class Encoder(nn.Module):
+class MoCo(nn.Module):
     """Backbone and head: one linear layer H -> D, or H -> H -> D (v2); no batch norm in it."""
 
     def __init__(self, backbone: nn.Module, mlp_head: bool, embedding_dim: int):
@@ -189,7 +146,7 @@ class GroupedBatchNorm(nn.BatchNorm2d):
         means = x.new_zeros(self.groups, x.shape[1], dtype=self.running_mean.dtype)
         variances, parts = torch.zeros_like(means), []
         for part, mean, var in zip(x.chunk(self.groups), means, variances, strict=True):
-            parts.append(nn.functional.batch_norm(part, mean, var, self.weight, self.bias,
+            parts.append(F.batch_norm(part, mean, var, self.weight, self.bias,
                                                   training=True, momentum=1.0, eps=self.eps))
         self.num_batches_tracked += 1
         self.running_mean.lerp_(means.mean(0), self.momentum)
@@ -209,7 +166,7 @@ def group_batchnorm(module: nn.Module, groups: int) -> nn.Module:
 
 
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
-    """Compute the cross-entropy of finding the own key among the queue.
+    """Compute the cross-entropy of identifying the positive key among the queue.
 
     Args:
         q: embeddings (N, D) of the queries; normalised here.
@@ -222,13 +179,12 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
 
     Reference: equation 1 and algorithm 1.
     """
-    q, k = (nn.functional.normalize(x if x.dtype == torch.float64 else x.float(), dim=1)
-            for x in (q, k.detach()))
+    q, k = F.normalize(dist.upcast(q), dim=1), F.normalize(dist.upcast(k.detach()), dim=1)
     positive = (q * k).sum(1, keepdim=True)  # (N, 1)
     negative = q @ queue.detach().to(q.dtype).T  # (N, K)
     logits = torch.cat([positive, negative], dim=1) / temperature
     first = torch.zeros(len(q), dtype=torch.long, device=q.device)
-    return nn.functional.cross_entropy(logits, first)
+    return F.cross_entropy(logits, first)
 
 
 @torch.no_grad()
@@ -280,28 +236,13 @@ def encode_keys(encoder: nn.Module, images: list[Tensor], order: Tensor) -> list
     shuffled = [dist.all_gather_no_grad(view)[order[own]] for view in images]
     back = order.argsort()[own]
     keys = [dist.all_gather_no_grad(key)[back] for key in encoder(shuffled)]
-    keys = [key if key.dtype == torch.float64 else key.float() for key in keys]
-    return [nn.functional.normalize(key, dim=1) for key in keys]
-
-
-def lr_schedule(lr, schedule, epochs, warmup_epochs, steps_per_epoch) -> list[float]:
-    """The learning rate of every step; it changes once an epoch, but for the warm-up."""
-    rates = []
-    for step in range(epochs * steps_per_epoch):
-        epoch = step // steps_per_epoch
-        if step < warmup_epochs * steps_per_epoch:
-            rates.append(lr * step / (warmup_epochs * steps_per_epoch))
-        elif schedule == "cosine":
-            rates.append(lr * (1 + math.cos(math.pi * epoch / epochs)) / 2)
-        else:
-            rates.append(lr * 0.1 ** ((epoch >= 0.6 * epochs) + (epoch >= 0.8 * epochs)))
-    return rates
+    return [F.normalize(dist.upcast(key), dim=1) for key in keys]
 
 
 @torch.no_grad()
 def indicators(q: Tensor, k: Tensor, queue: Tensor) -> dict[str, Tensor]:
-    """What tells learning from collapse, on this process's queries and keys (N, D)."""
-    q = nn.functional.normalize(q.to(k.dtype), dim=1)
+    """Collapse indicators, logged: on this process's queries and keys (N, D)."""
+    q = F.normalize(q.to(k.dtype), dim=1)
     positive = (q * k).sum(1)
     return {
         "contrast_accuracy": (positive > (q @ queue.T).amax(1)).float().mean(),
@@ -313,6 +254,14 @@ def indicators(q: Tensor, k: Tensor, queue: Tensor) -> dict[str, Tensor]:
 # --------------------------------------------------------------------------------------------- main
 
 
+def build_views(args):
+    if args.views == "digits":
+        views = augment.digit_views([(2, args.image_size, args.crop_scale)], 0.5, args.blur)
+    else:
+        views = photo_views(args.image_size, args.crop_scale, args.blur, args.views)
+    return augment.normalized(views, args.in_chans, args.mean, args.std)
+
+
 def main(args):
     world = dist.setup(args.device, args.deterministic)
     torch.manual_seed(args.seed)
@@ -320,87 +269,57 @@ def main(args):
     # Data
     images = data.open_images(args.data, "pretrain", args.in_chans, root=args.data_root,
                               download=args.download, limit=args.limit)
-    make_views = {"v1": v1_views, "v2": v2_views, "digits": digit_views}[args.views]
-    views = make_views(args.image_size, args.in_chans, args.crop_scale, args.blur, args.mean,
-                       args.std)
 
     # Model
     backbone = backbones.build_backbone(args.arch, stem=args.stem, in_chans=args.in_chans,
                                         zero_init_residual=False)
-    model = Encoder(backbone, args.mlp_head, args.embedding_dim).to(world.device)
-    model = model.to(memory_format=torch.channels_last)
-    if args.sync_bn:
-        model = dist.convert_sync_batchnorm(model, world.device)
-    else:
+    model = MoCo(backbone, args.mlp_head, args.embedding_dim)
+    model = dist.prepare(model, world, args.sync_bn)
+    if not args.sync_bn:
         model = group_batchnorm(model, args.bn_groups // world.size)
     key_encoder = copy.deepcopy(model).requires_grad_(False)
     if args.compile:
-        model.backbone.compile(dynamic=False)
-        key_encoder.backbone.compile(dynamic=False)
-    queue = torch.randn(args.queue_length, args.embedding_dim).to(world.device)
-    queue = nn.functional.normalize(queue, dim=1)
+        backbones.compile(model.backbone, key_encoder.backbone)
+    queue = F.normalize(torch.randn(args.queue_length, args.embedding_dim).to(world.device), dim=1)
 
     # Optimiser
     lr = args.lr * args.batch_size / 256
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9,
                                 weight_decay=args.weight_decay, fused=True)
     autocast, scaler = optim.precision(args.amp, world.device)
-    dist.say(f"{len(images)} images; batch {args.batch_size} = {args.batch_size // world.size} on "
-             f"each of {world.size}; lr {args.lr:g} x {args.batch_size} / 256 = {lr:g}")
 
-    with Run(args.output, cli.settings(args), images, world, resume=args.resume,
-             save_every_minutes=args.save_every_minutes) as run:
-        # Resume
-        state = {"model": model, "key_encoder": key_encoder, "queue": queue,
-                 "optimizer": optimizer, "scaler": scaler}
-        step = run.start(state)
-        loader = data.Loader(images, views, batch_size=args.batch_size, epochs=args.epochs,
-                             seed=args.seed, world=world, workers=args.workers, start_step=step)
-        pointer = step * args.batch_size * (2 if args.symmetric else 1) % args.queue_length
-        lr_of_step = lr_schedule(lr, args.schedule, args.epochs, args.warmup_epochs,
-                                 loader.steps_per_epoch)
-        log = Log(args.output, world, batch_size=args.batch_size, total_steps=len(lr_of_step),
-                  first_step=step, every=args.log_every,
-                  chance_loss=math.log(1 + args.queue_length) * (2 if args.symmetric else 1),
-                  floors={"z_std": 0.1 / math.sqrt(args.embedding_dim)})
-        ddp_model = DistributedDataParallel(model) if world.size > 1 else model
-
-        # Train
-        for epoch in range(step // loader.steps_per_epoch, args.epochs):
-            for batch in loader.epoch(epoch):  # 1. two views
-                for group in optimizer.param_groups:
-                    group["lr"] = lr_of_step[step]
-                optimizer.zero_grad(set_to_none=True)
-                queries, keys = batch.views[:1], batch.views[1:]
-                if args.symmetric:
-                    queries, keys = batch.views, batch.views[::-1]
-                with autocast():
-                    q = ddp_model(queries)  # 2. queries
-                    update_ema(key_encoder, model, args.momentum)  # 3. keys
-                    shuffle = data.philox(args.seed, data.SHUFFLE, step)
-                    order = torch.from_numpy(shuffle.permutation(args.batch_size))
-                    order = order.to(world.device, non_blocking=True)
-                    k = encode_keys(key_encoder, keys, order)
-                # 4. find the key; of two directions the sum, as in the authors' notebook
-                losses = [info_nce(*pair, queue, args.temperature)
-                          for pair in zip(q, k, strict=True)]
-                loss = torch.stack(losses).sum()
-                scaler.scale(loss).backward()
-                scaler.step(optimizer)
-                scaler.update()
-
-                step += 1
-                seen = indicators(q[0], k[0], queue) if log.due(step) else {}
-                for new_keys in k:
-                    pointer = update_queue(queue, pointer, new_keys)  # 5. newest for oldest
-                log.write(step, epoch=epoch, loss=loss, lr=lr_of_step[step - 1],
-                          waited=loader.waited, **seen)
-                save, stop = run.agree(step % loader.steps_per_epoch == 0)  # the same everywhere
-                if save:
-                    log.check()
-                    run.save(step, state, model.backbone)
-                if stop:
-                    return
+    # Train
+    directions = 2 if args.symmetric else 1
+    with Training(args, world, images, build_views(args),
+                  chance_loss=math.log(1 + args.queue_length) * directions,
+                  floors={"z_std": 0.1 / math.sqrt(args.embedding_dim)}) as run:
+        run.resume(model=model, key_encoder=key_encoder, queue=queue, optimizer=optimizer,
+                   scaler=scaler)
+        ddp_model = dist.data_parallel(model)
+        pointer = run.step * args.batch_size * directions % args.queue_length
+        lr_of_step = optim.lr_by_epoch(lr, args.schedule, args.epochs, args.warmup_epochs,
+                                       run.steps_per_epoch)
+        for step, batch in run.steps(export=model.backbone):  # 1. two views
+            optim.set_lr(optimizer, lr_of_step[step])
+            optimizer.zero_grad(set_to_none=True)
+            queries, keys = batch.views[:1], batch.views[1:]
+            if args.symmetric:
+                queries, keys = batch.views, batch.views[::-1]
+            with autocast():
+                q = ddp_model(queries)  # 2. queries
+                update_ema(key_encoder, model, args.momentum)  # 3. keys
+                shuffle = data.philox(args.seed, data.SHUFFLE, step)
+                order = torch.from_numpy(shuffle.permutation(args.batch_size))
+                k = encode_keys(key_encoder, keys, order.to(world.device, non_blocking=True))
+            # 4. identify the key; of two directions the sum, as in the authors' notebook
+            losses = [info_nce(*pair, queue, args.temperature) for pair in zip(q, k, strict=True)]
+            loss = torch.stack(losses).sum()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            run.log(loss, lr_of_step[step], indicators, q[0], k[0], queue)
+            for new_keys in k:
+                pointer = update_queue(queue, pointer, new_keys)  # 5. newest for oldest
 
 
 if __name__ == "__main__":

@@ -4,10 +4,10 @@
 2. Embed it: backbone h, head, unit length. PIRL joins the embeddings of the nine patches.
 3. The memory bank keeps one unit row for every image of the data set. The image's own row is the
    positive, the rows of K images drawn at random are the negatives.
-4. Tell the own row from the others: NCE, or the softmax over these 1 + K (`--loss cross_entropy`),
+4. Identify the image's row: NCE, or the softmax over these 1 + K (`--loss cross_entropy`),
    or over the whole bank (`--num-negatives 0`). PIRL's two embeddings face the same rows, with
    weights of one half.
-5. Move the own row towards the image's embedding.
+5. Move the image's row towards its embedding.
 
 Letters: N images per process, W processes, V views (NPID 1, PIRL 2), D embedding size, K negatives,
 n rows of the bank, T temperature.
@@ -36,114 +36,91 @@ import sys
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from common import augment, backbones, cli, data, dist, optim
-from common.checkpoint import Run
-from common.log import Log
+from common.training import Training
 
+IMAGENET = dict(  # NPID: paper, section 4, and its code
+    arch="resnet50", stem="imagenet", image_size=224, in_chans=3,
+    mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225],
+    views="npid", crop_scale=[0.2, 1.0], flip=True, blur=False,
+    mlp_head=False, embedding_dim=128, loss="nce", num_negatives=4096, temperature=0.07,
+    memory_momentum=0.5, schedule="step",
+    epochs=200, batch_size=256, lr=0.03, weight_decay=1e-4, decay_norms=True, warmup_epochs=0,
+    sync_bn=False,
+)
 RECIPES = {
-    # NPID: paper, section 4, and its code.
-    "imagenet": dict(
-        arch="resnet50", stem="imagenet", image_size=224, in_chans=3, mean=[0.485, 0.456, 0.406],
-        std=[0.229, 0.224, 0.225], views="npid", crop_scale=[0.2, 1.0], flip=True, blur=False,
-        mlp_head=False, embedding_dim=128, loss="nce", num_negatives=4096, temperature=0.07,
-        memory_momentum=0.5, epochs=200, batch_size=256, lr=0.03, weight_decay=1e-4,
-        decay_norms=True, warmup_epochs=0, schedule="step", sync_bn=False,
-    ),
+    "imagenet": IMAGENET,
     # NPID++, appendix of the PIRL paper.
-    "imagenet_plus": dict(
-        arch="resnet50", stem="imagenet", image_size=224, in_chans=3, mean=[0.485, 0.456, 0.406],
-        std=[0.229, 0.224, 0.225], views="npid_plus", crop_scale=[0.08, 1.0], flip=True, blur=False,
-        mlp_head=False, embedding_dim=128, loss="nce", num_negatives=32000, temperature=0.07,
-        memory_momentum=0.5, epochs=800, batch_size=1024, lr=0.03, weight_decay=1e-4,
-        decay_norms=False, warmup_epochs=0, schedule="cosine", sync_bn=False,
+    "imagenet_plus": IMAGENET | dict(
+        views="npid_plus", crop_scale=[0.08, 1.0], num_negatives=32000, schedule="cosine",
+        epochs=800, batch_size=1024, decay_norms=False,
     ),
     # NPID's code for CIFAR-10: the full softmax; rate .03 for 128 images.
-    "cifar10": dict(
-        arch="resnet18", stem="small", image_size=32, in_chans=3, mean=[0.4914, 0.4822, 0.4465],
-        std=[0.2023, 0.1994, 0.2010], views="npid", crop_scale=[0.2, 1.0], flip=False, blur=False,
-        mlp_head=False, embedding_dim=128, loss="cross_entropy", num_negatives=0, temperature=0.1,
-        memory_momentum=0.5, epochs=200, batch_size=128, lr=0.06, weight_decay=5e-4,
-        decay_norms=True, warmup_epochs=0, schedule="step", sync_bn=False,
+    "cifar10": IMAGENET | dict(
+        arch="resnet18", stem="small", image_size=32,
+        mean=[0.4914, 0.4822, 0.4465], std=[0.2023, 0.1994, 0.2010], flip=False,
+        loss="cross_entropy", num_negatives=0, temperature=0.1,
+        batch_size=128, lr=0.06, weight_decay=5e-4,
     ),
     # Ours, chosen on the built-in digits: under a minute on two cores. Not NCE: at this rate it
     # collapsed, with K 16 as with 512. An epoch of 11 steps fills the bank with rows of an
     # untrained network, far more alike than those that Z was estimated on.
-    "digits": dict(
-        arch="resnet_tiny", stem="small", image_size=16, in_chans=3, mean=[0.5, 0.5, 0.5],
-        std=[0.5, 0.5, 0.5], views="digits", crop_scale=[0.6, 1.0], flip=False, blur=False,
-        mlp_head=False, embedding_dim=64, loss="cross_entropy", num_negatives=512,
-        temperature=0.1, memory_momentum=0.5, epochs=60, batch_size=128, lr=0.12,
-        weight_decay=1e-4, decay_norms=True, warmup_epochs=5, schedule="cosine", sync_bn=False,
+    "digits": IMAGENET | dict(
+        arch="resnet_tiny", stem="small", image_size=16, mean=[0.5], std=[0.5],
+        views="digits", crop_scale=[0.6, 1.0], flip=False,
+        embedding_dim=64, loss="cross_entropy", num_negatives=512, temperature=0.1,
+        schedule="cosine", epochs=60, batch_size=128, lr=0.12, warmup_epochs=5,
     ),
 }
+JIGSAW = dict(views="pirl", jigsaw_size=255, jigsaw_crop_scale=[0.6, 1.0], jigsaw_patch_size=64)
 PIRL = {  # what `--method pirl` changes
     # Paper, section 3, and its code.
-    "imagenet": dict(
-        views="pirl", crop_scale=[0.08, 1.0], jigsaw_size=255, jigsaw_crop_scale=[0.6, 1.0],
-        jigsaw_patch_size=64, num_negatives=32000, epochs=800, batch_size=1024, decay_norms=False,
-        schedule="cosine",
+    "imagenet": JIGSAW | dict(
+        crop_scale=[0.08, 1.0], num_negatives=32000, schedule="cosine",
+        epochs=800, batch_size=1024, decay_norms=False,
     ),
     # The code's later setting: MLP heads, strong colours and blur, InfoNCE.
-    "imagenet_plus": dict(
-        views="pirl", crop_scale=[0.08, 1.0], jigsaw_size=255, jigsaw_crop_scale=[0.6, 1.0],
-        jigsaw_patch_size=64, blur=True, mlp_head=True, loss="cross_entropy", temperature=0.1,
+    "imagenet_plus": JIGSAW | dict(
+        blur=True, mlp_head=True, loss="cross_entropy", temperature=0.1,
     ),
     # Ours, on NPID's settings.
-    "cifar10": dict(views="pirl", flip=True, jigsaw_size=48, jigsaw_crop_scale=[0.6, 1.0],
-                    jigsaw_patch_size=12),
-    "digits": dict(jigsaw_size=24, jigsaw_crop_scale=[0.6, 1.0], jigsaw_patch_size=7, epochs=40),
+    "cifar10": JIGSAW | dict(flip=True, jigsaw_size=48, jigsaw_patch_size=12),
+    "digits": JIGSAW | dict(views="digits", jigsaw_size=24, jigsaw_patch_size=7, epochs=40),
 }
 
 
 def parse_args(argv=None):
     recipes = RECIPES
     if cli.peek(argv, "--method", str) == "pirl":
-        recipes = {name: {**recipe, **PIRL[name]} for name, recipe in RECIPES.items()}
-    parser = cli.parser(__file__, __doc__)
-    group = parser.add_argument_group("images")
-    group.add_argument("--image-size", type=cli.count, help="side of a view in pixels")
-    group.add_argument("--in-chans", type=cli.count, help="channels of the images")
-    group.add_argument("--mean", type=cli.number, nargs="+", help="subtracted from each channel")
-    group.add_argument("--std", type=cli.positive, nargs="+", help="each channel is divided by it")
-    group = parser.add_argument_group("method")
+        recipes = {name: recipe | PIRL[name] for name, recipe in RECIPES.items()}
+    parser, group = cli.method_parser(__file__, __doc__, backbones.RESNETS, crops="one")
     group.add_argument("--method", choices=("npid", "pirl"), default="npid",
                        help="pirl adds the jigsaw, and sets what its paper sets")
-    group.add_argument("--arch", choices=backbones.RESNETS, help="backbone")
-    group.add_argument("--stem", choices=("imagenet", "small"), help="small: 3x3 stride 1, no pool")
     group.add_argument("--views", choices=("npid", "npid_plus", "pirl", "digits"),
-                       help="what views are made of")
-    group.add_argument("--crop-scale", type=cli.share, nargs=2, help="smallest, largest area share")
+                       help="kind of augmentation")
     group.add_argument("--flip", action=cli.Switch, help="mirror half of the views and patches")
     group.add_argument("--blur", action=cli.Switch,
                        help="Gaussian blur of half of the views; stronger colours in pirl's")
     group.add_argument("--jigsaw-size", type=cli.count, metavar="PX",
                        help="pirl: side of the crop that is cut into 3 x 3 cells")
     group.add_argument("--jigsaw-crop-scale", type=cli.share, nargs=2,
-                       help="pirl: smallest, largest area share of that crop")
+                       help="pirl: smallest, largest area fraction of that crop")
     group.add_argument("--jigsaw-patch-size", type=cli.count, metavar="PX",
                        help="pirl: side of a patch, which lies anywhere in its cell")
     group.add_argument("--mlp-head", action=cli.Switch, help="a hidden layer in the heads")
     group.add_argument("--embedding-dim", type=cli.count, help="D, size of an embedding")
-    group.add_argument("--loss", choices=("nce", "cross_entropy"), help="how to find the own row")
+    group.add_argument("--loss", choices=("nce", "cross_entropy"),
+                       help="how the image's row is told from the negatives")
     group.add_argument("--num-negatives", type=cli.whole, metavar="K",
                        help="rows of other images; 0: the softmax over the bank, whatever --loss")
     group.add_argument("--temperature", type=cli.positive, help="lower: hard negatives count more")
-    group.add_argument("--memory-momentum", type=cli.share, help="what a row keeps of itself")
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=cli.count, help="passes over the images")
-    group.add_argument("--batch-size", type=cli.count, help="images over all processes")
-    group.add_argument("--lr", type=cli.positive, help="learning rate per 256 images")
-    group.add_argument("--weight-decay", type=cli.not_negative, help="of weights; of the rest, see "
-                       "--decay-norms")
-    group.add_argument("--decay-norms", action=cli.Switch, help="decay biases and norms as well")
-    group.add_argument("--warmup-epochs", type=cli.whole, help="linear from 0")
+    group.add_argument("--memory-momentum", type=cli.share, help="EMA momentum of the bank's rows")
     group.add_argument("--schedule", choices=("cosine", "step"), help="once an epoch: a cosine to "
                        "a thousandth, or a tenth at 60 %% and at 80 %%")
-    group.add_argument("--sync-bn", action=cli.Switch, help="batch norm over all processes")
-    group.add_argument("--seed", type=cli.whole, default=0, help="of every random choice")
+    group.add_argument("--decay-norms", action=cli.Switch, help="decay biases and norms as well")
     args = cli.parse(parser, recipes, argv)
     if args.method == "pirl" and cli.peek(argv, "--output", str) is None:
         args.output += "-pirl"
@@ -164,19 +141,19 @@ def parse_args(argv=None):
 # -------------------------------------------------------------------------------------------- views
 
 
-def geometry(kind, crop_scale, flip):
+def crop_steps(views, crop_scale, flip):
     """Where a view is taken from: a random crop; digits are moved before."""
     steps = [
         augment.RandomResizedCrop(crop_scale, ratio=(3 / 4, 4 / 3), interpolation="bilinear"),
         augment.HorizontalFlip(p=0.5 if flip else 0.0),
     ]
-    if kind == "digits":
+    if views == "digits":
         steps.insert(0, augment.RandomAffine(degrees=15, translate=0.1, scale=(0.8, 1.2), shear=10,
                                              fill=0, interpolation="bilinear"))
     return steps
 
 
-def colours(kind, blur, mean, std):
+def color_steps(views, blur):
     """What is done to the colours of a view, or of one patch."""
     steps = {
         "npid": [  # as in lemniscate: gray first
@@ -190,10 +167,9 @@ def colours(kind, blur, mean, std):
             augment.Grayscale(p=0.2),
         ],
         "digits": [augment.ColorJitter(0.5, 0.5, saturation=0.0, hue=0.0, p=0.8)],
-    }[kind]
-    sigma = (0.1, 1.0 if kind == "digits" else 2.0)
-    blurred = augment.GaussianBlur(sigma, p=0.5 if blur else 0.0)
-    return [*steps, blurred, augment.Normalize(mean, std)]
+    }[views]
+    sigma = (0.1, 1.0 if views == "digits" else 2.0)
+    return [*steps, augment.GaussianBlur(sigma, p=0.5 if blur else 0.0)]
 
 
 class JigsawView:
@@ -248,7 +224,7 @@ class JigsawView:
 # -------------------------------------------------------------------------------------------- model
 
 
-class Encoder(nn.Module):
+class NPID(nn.Module):
     """Backbone and head H -> D, or H -> H -> D; for the jigsaw, a head H -> D for each patch, then
     9 D -> D. No batch norm in the heads.
     """
@@ -286,7 +262,7 @@ class Encoder(nn.Module):
 
 def unit_rows(x: Tensor) -> Tensor:
     """Give every row unit length, in float32 at least."""
-    return nn.functional.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
+    return F.normalize(dist.upcast(x), dim=-1)
 
 
 def draw_negatives(index: Tensor, num_images: int, num_negatives: int, seed: int, step: int):
@@ -343,7 +319,7 @@ def estimate_z(logits: Tensor, num_images: int) -> Tensor:
 
     Reference: NPID, section 3.2.
     """
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = dist.upcast(logits)
     return dist.mean_over_processes(logits.exp().mean()) * num_images
 
 
@@ -361,7 +337,7 @@ def nce_loss(logits: Tensor, num_images: int, z: Tensor | float) -> Tensor:
 
     Reference: NPID, section 3.2.
     """
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = dist.upcast(logits)
     probability = logits.exp() / z
     c, eps = (logits.shape[1] - 1) / num_images, 1e-7
     positive = torch.log1p((c + eps) / probability[:, 0])
@@ -384,7 +360,7 @@ def update_memory(memory: Tensor, index: Tensor, embedding: Tensor, momentum: fl
     images, rows = (torch.tensor(list(x)).to(memory.device, non_blocking=True)
                     for x in (last.keys(), last.values()))
     moved = momentum * memory[images] + (1 - momentum) * embedding[rows].to(memory.dtype)
-    memory[images] = nn.functional.normalize(moved, dim=1)
+    memory[images] = F.normalize(moved, dim=1)
 
 
 def chance_loss(loss: str, num_negatives: int, num_images: int) -> float:
@@ -395,24 +371,9 @@ def chance_loss(loss: str, num_negatives: int, num_images: int) -> float:
     return softmax + (num_negatives * math.log1p(1 / num_negatives) if loss == "nce" else 0)
 
 
-def lr_schedule(lr, schedule, epochs, warmup_epochs, steps_per_epoch) -> list[float]:
-    """The learning rate of every step; it changes once an epoch, but for the warm-up."""
-    rates = []
-    for step in range(epochs * steps_per_epoch):
-        epoch = step // steps_per_epoch
-        if step < warmup_epochs * steps_per_epoch:
-            rates.append(lr * step / (warmup_epochs * steps_per_epoch))
-        elif schedule == "cosine":
-            cosine = (1 + math.cos(math.pi * epoch / epochs)) / 2
-            rates.append(lr * (0.001 + 0.999 * cosine))
-        else:
-            rates.append(lr * 0.1 ** ((epoch >= 0.6 * epochs) + (epoch >= 0.8 * epochs)))
-    return rates
-
-
 @torch.no_grad()
 def indicators(z: Tensor, logits: Tensor, own: Tensor, temperature: float) -> dict[str, Tensor]:
-    """What tells learning from collapse, on this process's images.
+    """Collapse indicators, logged: on this process's images.
 
     Args:
         z: unit embeddings (N, D). logits: theirs. own: (N,) the column of the own row.
@@ -427,6 +388,16 @@ def indicators(z: Tensor, logits: Tensor, own: Tensor, temperature: float) -> di
 # --------------------------------------------------------------------------------------------- main
 
 
+def build_views(args):
+    colors = color_steps(args.views, args.blur)
+    specs = [(args.image_size, [*crop_steps(args.views, args.crop_scale, args.flip), *colors])]
+    if args.method == "pirl":  # patches are mirrored one by one
+        crop = crop_steps(args.views, args.jigsaw_crop_scale, flip=False)
+        specs += [(args.jigsaw_size, crop), (args.jigsaw_patch_size, colors)]
+    image, *jigsaw = augment.normalized(specs, args.in_chans, args.mean, args.std)
+    return [image, JigsawView(*jigsaw, args.flip)] if jigsaw else [image]
+
+
 def main(args):
     world = dist.setup(args.device, args.deterministic)
     torch.manual_seed(args.seed)
@@ -436,26 +407,16 @@ def main(args):
                               download=args.download, limit=args.limit)
     if len(images) < 2:
         raise dist.RunError("--data holds one image: there is nothing to tell it from")
-    colour = colours(args.views, args.blur, args.mean, args.std)
-    steps = [*geometry(args.views, args.crop_scale, args.flip), *colour]
-    views = [augment.View(args.image_size, steps, args.in_chans)]
-    if args.method == "pirl":
-        steps = geometry(args.views, args.jigsaw_crop_scale, flip=False)  # patches are, by one
-        crop = augment.View(args.jigsaw_size, steps, args.in_chans)
-        patch = augment.View(args.jigsaw_patch_size, colour, args.in_chans)
-        views.append(JigsawView(crop, patch, args.flip))
 
     # Model
     backbone = backbones.build_backbone(args.arch, stem=args.stem, in_chans=args.in_chans,
                                         zero_init_residual=False)
-    model = Encoder(backbone, args.method == "pirl", args.mlp_head, args.embedding_dim)
-    model = model.to(world.device, memory_format=torch.channels_last)
-    if args.sync_bn:
-        model = dist.convert_sync_batchnorm(model, world.device)
+    model = NPID(backbone, args.method == "pirl", args.mlp_head, args.embedding_dim)
+    model = dist.prepare(model, world, args.sync_bn)
     if args.compile:
-        backbone.compile(dynamic=False)
+        backbones.compile(backbone)
     memory = unit_rows(torch.randn(len(images), args.embedding_dim)).to(world.device)
-    constant_z = torch.zeros((), device=world.device)  # of NCE, estimated in the first step
+    nce_z = torch.zeros((), device=world.device)  # estimated in the first step
 
     # Optimiser
     lr = args.lr * args.batch_size / 256
@@ -465,66 +426,41 @@ def main(args):
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=args.weight_decay,
                                 fused=True)
     autocast, scaler = optim.precision(args.amp, world.device)
-    dist.say(f"{len(images)} images; batch {args.batch_size} = {args.batch_size // world.size} on "
-             f"each of {world.size}; lr {args.lr:g} x {args.batch_size} / 256 = {lr:g}")
 
-    with Run(args.output, cli.settings(args), images, world, resume=args.resume,
-             save_every_minutes=args.save_every_minutes) as run:
-        # Resume
-        state = {"model": model, "memory": memory, "constant_z": constant_z,
-                 "optimizer": optimizer, "scaler": scaler}
-        step = run.start(state)
-        loader = data.Loader(images, views, batch_size=args.batch_size, epochs=args.epochs,
-                             seed=args.seed, world=world, workers=args.workers, start_step=step)
-        lr_of_step = lr_schedule(lr, args.schedule, args.epochs, args.warmup_epochs,
-                                 loader.steps_per_epoch)
-        log = Log(args.output, world, batch_size=args.batch_size, total_steps=len(lr_of_step),
-                  first_step=step, every=args.log_every,
+    # Train
+    with Training(args, world, images, build_views(args),
                   chance_loss=chance_loss(args.loss, args.num_negatives, len(images)),
-                  floors={"z_std": 0.1 / math.sqrt(args.embedding_dim)})
-        ddp_model = DistributedDataParallel(model) if world.size > 1 else model
-
-        # Train
-        for epoch in range(step // loader.steps_per_epoch, args.epochs):
-            for batch in loader.epoch(epoch):  # 1. an image, a jigsaw
-                for group in optimizer.param_groups:
-                    group["lr"] = lr_of_step[step]
-                optimizer.zero_grad(set_to_none=True)
-                with autocast():
-                    z = ddp_model(batch.views)
-                z = unit_rows(z)  # 2. embeddings
-                index, negatives = batch.index.to(world.device, non_blocking=True), None
-                own = index  # the column of the own row
-                if args.num_negatives:
-                    negatives = draw_negatives(batch.index, len(images), args.num_negatives,
-                                               args.seed, step)
-                    negatives = negatives.to(world.device, non_blocking=True)
-                    own = torch.zeros_like(index)
-                logits = memory_logits(z, memory, index, negatives, args.temperature)  # 3. rows
-                # 4. find the own one
-                if args.loss == "nce" and args.num_negatives:
-                    if step == 0:
-                        constant_z.copy_(estimate_z(logits[-1], len(images)))
-                    losses = [nce_loss(each, len(images), constant_z) for each in logits]
-                else:
-                    losses = [nn.functional.cross_entropy(each, own) for each in logits]
-                loss = torch.stack(losses).mean()
-                scaler.scale(loss).backward()
-                scaler.step(optimizer)
-                scaler.update()
-
-                step += 1
-                seen = (indicators(z[0], logits[0], own, args.temperature) if log.due(step)
-                        else {})
-                update_memory(memory, batch.index, z[0], args.memory_momentum)  # 5. move the row
-                log.write(step, epoch=epoch, loss=loss, lr=lr_of_step[step - 1],
-                          waited=loader.waited, **seen)
-                save, stop = run.agree(step % loader.steps_per_epoch == 0)  # the same everywhere
-                if save:
-                    log.check()
-                    run.save(step, state, model.backbone)
-                if stop:
-                    return
+                  floors={"z_std": 0.1 / math.sqrt(args.embedding_dim)}) as run:
+        run.resume(model=model, memory=memory, constant_z=nce_z, optimizer=optimizer, scaler=scaler)
+        ddp_model = dist.data_parallel(model)
+        lr_of_step = optim.lr_by_epoch(lr, args.schedule, args.epochs, args.warmup_epochs,
+                                       run.steps_per_epoch, final=0.001)
+        for step, batch in run.steps(export=model.backbone):  # 1. an image, a jigsaw
+            optim.set_lr(optimizer, lr_of_step[step])
+            optimizer.zero_grad(set_to_none=True)
+            with autocast():
+                z = ddp_model(batch.views)
+            z = unit_rows(z)  # 2. embeddings
+            index, negatives = batch.index.to(world.device, non_blocking=True), None
+            column = index  # of the image's row
+            if args.num_negatives:
+                negatives = draw_negatives(batch.index, len(images), args.num_negatives, args.seed,
+                                           step).to(world.device, non_blocking=True)
+                column = torch.zeros_like(index)
+            logits = memory_logits(z, memory, index, negatives, args.temperature)  # 3. rows
+            # 4. identify the image's row
+            if args.loss == "nce" and args.num_negatives:
+                if step == 0:
+                    nce_z.copy_(estimate_z(logits[-1], len(images)))
+                losses = [nce_loss(each, len(images), nce_z) for each in logits]
+            else:
+                losses = [F.cross_entropy(each, column) for each in logits]
+            loss = torch.stack(losses).mean()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            run.log(loss, lr_of_step[step], indicators, z[0], logits[0], column, args.temperature)
+            update_memory(memory, batch.index, z[0], args.memory_momentum)  # 5. move the row
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
 """SwAV: Unsupervised Learning of Visual Features by Contrasting Cluster Assignments, 2006.09882.
 
 1. Scale the prototypes to unit norm.
-2. Make two full crops and some small ones of every image, embed all of them, one pass per crop
+2. Make two global crops and some local ones of every image, embed all of them, one pass per crop
    size: backbone h, projector z on the unit sphere, scores = cosines of z with the prototypes.
-3. Give each full crop a code: Sinkhorn's iterations turn its scores into assignments that use every
-   prototype equally over the batch of all processes (and over the queue, where batches are small).
-4. Predict the code of each full crop from every other crop of the same image.
-5. Step; the prototypes wait for some epochs.
-6. Put the embeddings of the full crops into the queue, over the oldest.
+3. Assign each global crop a code: Sinkhorn's iterations turn its scores into assignments that use
+   every prototype equally over the batch of all processes (and the queue, where batches are small).
+4. Predict the code of each global crop from every other crop of the same image.
+5. Step; the prototypes are frozen for some epochs.
+6. Put the embeddings of the global crops into the queue, over the oldest.
 
-Letters: N images per process, W processes, V crops of an image, A of them full, D embedding size,
+Letters: N images per process, W processes, V crops of an image, A of them global, D embedding size,
 K prototypes, L length of the queue, H backbone width.
 
 Differs from the official code (facebookresearch/swav): Sinkhorn works on logarithms, so that it
@@ -28,103 +28,76 @@ import math
 import sys
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from common import augment, backbones, cli, data, dist, optim
-from common.checkpoint import Run
-from common.log import Log
+from common.training import Training
 
-IMAGENET = dict(
-    arch="resnet50", stem="imagenet", in_chans=3, mean=[0.485, 0.456, 0.406],
-    std=[0.228, 0.224, 0.225],  # .228 as in the released runs
+IMAGENET = dict(  # paper, appendix A: batch 4,096, rates .3 to 4.8 to .0048, here per 256 images
+    arch="resnet50", stem="imagenet", in_chans=3,
+    mean=[0.485, 0.456, 0.406], std=[0.228, 0.224, 0.225],  # .228 as in the released runs
     views="photo", num_crops=[2, 6], crop_sizes=[224, 96], crop_scales=[0.14, 1.0, 0.05, 0.14],
-    jitter_strength=1.0, blur=True, projector_dim=2048, embedding_dim=128, num_prototypes=[3000],
-    temperature=0.1, epsilon=0.05, sinkhorn_iterations=3, freeze_prototypes_epochs=1,
-    weight_decay=1e-6, sync_bn=True,
+    jitter_strength=1.0, blur=True,
+    projector_dim=2048, embedding_dim=128, num_prototypes=[3000], temperature=0.1,
+    epsilon=0.05, sinkhorn_iterations=3, freeze_prototypes_epochs=1,
+    queue_length=0, queue_start_epoch=0,
+    epochs=400, batch_size=4096, lr=0.3, start_lr=0.3 / 16, final_lr=0.0048 / 16,
+    weight_decay=1e-6, warmup_epochs=10, sync_bn=True,
 )
 RECIPES = {
-    # Paper, appendix A: batch 4,096, rates .3 to 4.8 to .0048, here per 256 images.
-    "imagenet": dict(
-        **IMAGENET, queue_length=0, queue_start_epoch=0, epochs=400, batch_size=4096, lr=0.3,
-        start_lr=0.3 / 16, final_lr=0.0048 / 16, warmup_epochs=10,
-    ),
+    "imagenet": IMAGENET,
     # Paper, section 4.3: batch 256 with a queue.
-    "imagenet_small_batch": dict(
-        **IMAGENET, queue_length=3840, queue_start_epoch=15, epochs=400, batch_size=256, lr=0.6,
-        start_lr=0.6, final_lr=0.0006, warmup_epochs=0,
+    "imagenet_small_batch": IMAGENET | dict(
+        queue_length=3840, queue_start_epoch=15,
+        batch_size=256, lr=0.6, start_lr=0.6, final_lr=0.0006, warmup_epochs=0,
     ),
     # Sizes, queue, batch and epochs of solo-learn's CIFAR-10 run, with this script's optimiser.
-    "cifar10": dict(
-        arch="resnet18", stem="small", in_chans=3, mean=[0.4914, 0.4822, 0.4465],
-        std=[0.247, 0.2435, 0.2616], views="photo", num_crops=[2], crop_sizes=[32],
-        crop_scales=[0.08, 1.0], jitter_strength=1.0, blur=False, projector_dim=2048,
-        embedding_dim=128, num_prototypes=[3000], temperature=0.1, epsilon=0.05,
-        sinkhorn_iterations=3, freeze_prototypes_epochs=2, queue_length=3840, queue_start_epoch=50,
-        epochs=1000, batch_size=256, lr=0.6, start_lr=0.0, final_lr=0.0006, warmup_epochs=10,
-        weight_decay=1e-6, sync_bn=True,
+    "cifar10": IMAGENET | dict(
+        arch="resnet18", stem="small",
+        mean=[0.4914, 0.4822, 0.4465], std=[0.247, 0.2435, 0.2616],
+        num_crops=[2], crop_sizes=[32], crop_scales=[0.08, 1.0], blur=False,
+        freeze_prototypes_epochs=2, queue_length=3840, queue_start_epoch=50,
+        epochs=1000, batch_size=256, lr=0.6, start_lr=0.0, final_lr=0.0006,
     ),
-    # Ours, chosen on the built-in digits: less than a minute on two cores. Small crops of such
+    # Ours, chosen on the built-in digits: less than a minute on two cores. Local crops of such
     # small images made it worse, and at an epsilon of .05 the loss stayed at ln K.
-    "digits": dict(
-        arch="resnet_tiny", stem="small", in_chans=3, mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5],
+    "digits": IMAGENET | dict(
+        arch="resnet_tiny", stem="small", mean=[0.5], std=[0.5],
         views="digits", num_crops=[2], crop_sizes=[16], crop_scales=[0.6, 1.0],
-        jitter_strength=0.5, blur=False, projector_dim=128, embedding_dim=64, num_prototypes=[60],
-        temperature=0.1, epsilon=0.03, sinkhorn_iterations=3, freeze_prototypes_epochs=1,
-        queue_length=0, queue_start_epoch=0, epochs=40, batch_size=256, lr=3.0, start_lr=0.0,
-        final_lr=0.003, warmup_epochs=5, weight_decay=1e-6, sync_bn=True,
+        jitter_strength=0.5, blur=False,
+        projector_dim=128, embedding_dim=64, num_prototypes=[60], epsilon=0.03,
+        epochs=40, batch_size=256, lr=3.0, start_lr=0.0, final_lr=0.003, warmup_epochs=5,
     ),
 }
 
 
 def parse_args(argv=None):
-    parser = cli.parser(__file__, __doc__)
-    group = parser.add_argument_group("images")
-    group.add_argument("--image-size", type=cli.count,
-                       help="side of a full crop in pixels: the first of --crop-sizes")
-    group.add_argument("--in-chans", type=cli.count, help="channels of the images")
-    group.add_argument("--mean", type=cli.number, nargs="+", help="subtracted from each channel")
-    group.add_argument("--std", type=cli.positive, nargs="+", help="each channel is divided by it")
-    group = parser.add_argument_group("method")
-    group.add_argument("--arch", choices=backbones.RESNETS, help="backbone")
-    group.add_argument("--stem", choices=("imagenet", "small"), help="small: 3x3 stride 1, no pool")
-    group.add_argument("--views", choices=("photo", "digits"), help="what views are made of")
-    group.add_argument("--num-crops", type=cli.count, nargs="+",
-                       help="crops of each size, the full ones (which get codes) first")
-    group.add_argument("--crop-sizes", type=cli.count, nargs="+", help="their sides in pixels")
-    group.add_argument("--crop-scales", type=cli.share, nargs="+",
-                       help="smallest, largest area share for each size")
-    group.add_argument("--jitter-strength", type=cli.not_negative, help="of the colour changes")
-    group.add_argument("--blur", action=cli.Switch, help="Gaussian blur of half of the crops")
+    parser, group = cli.method_parser(__file__, __doc__, backbones.RESNETS, crops="multi")
+    group.add_argument("--views", choices=("photo", "digits"), help="kind of augmentation")
+    group.add_argument("--jitter-strength", type=cli.not_negative, help="strength of colour jitter")
+    group.add_argument("--blur", action=cli.Switch, help="Gaussian blur of half of the views")
     group.add_argument("--projector-dim", type=cli.count, help="hidden width of the projector")
     group.add_argument("--embedding-dim", type=cli.count, help="D, size of an embedding")
     group.add_argument("--num-prototypes", type=cli.count, nargs="+",
                        help="K; several numbers: several sets, their losses averaged")
-    group.add_argument("--temperature", type=cli.positive, help="of the predictions")
-    group.add_argument("--epsilon", type=cli.positive,
-                       help="of the codes: lower is harder; if the loss stays at ln K, try .03")
+    group.add_argument("--temperature", type=cli.positive, help="temperature of the predictions")
+    group.add_argument("--epsilon", type=cli.positive, help="weight of the codes' entropy: lower "
+                       "is harder; if the loss stays at ln K, try .03")
     group.add_argument("--sinkhorn-iterations", type=cli.count, help="more: more equal use")
     group.add_argument("--queue-length", type=cli.whole,
                        help="earlier embeddings that join in the codes, for batches below a few "
                        "times K; a multiple of the batch size; 0: none")
     group.add_argument("--queue-start-epoch", type=cli.whole, help="when the queue starts to fill")
-    group.add_argument("--freeze-prototypes-epochs", type=cli.whole,
-                       help="until when the prototypes wait; longer, if the loss stays at ln K")
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=cli.count, help="passes over the images")
-    group.add_argument("--batch-size", type=cli.count, help="images over all processes")
-    group.add_argument("--lr", type=cli.positive, help="learning rate per 256 images")
+    group.add_argument("--freeze-prototypes-epochs", type=cli.whole, help="epochs during which the "
+                       "prototypes are frozen; more, if the loss stays at ln K")
     group.add_argument("--start-lr", type=cli.not_negative, help="per 256, where warm-up starts")
     group.add_argument("--final-lr", type=cli.not_negative, help="per 256, where the cosine ends")
-    group.add_argument("--weight-decay", type=cli.not_negative, help="of every parameter")
-    group.add_argument("--warmup-epochs", type=cli.whole, help="linear from --start-lr")
-    group.add_argument("--sync-bn", action=cli.Switch, help="batch norm over all processes")
-    group.add_argument("--seed", type=cli.whole, default=0, help="of every random choice")
     args = cli.parse(parser, RECIPES, argv)
     cli.check_crops(parser, args)
     if args.queue_length % args.batch_size:
         fits = args.queue_length - args.queue_length % args.batch_size
-        parser.error(f"--queue-length {args.queue_length} is no multiple of --batch-size "
+        parser.error(f"--queue-length {args.queue_length} is not a multiple of --batch-size "
                      f"{args.batch_size}; try {fits or 'none, 0,'} or {fits + args.batch_size}")
     if args.queue_length and args.queue_start_epoch >= args.epochs:
         parser.error(f"--queue-start-epoch {args.queue_start_epoch} comes after the end of "
@@ -135,35 +108,18 @@ def parse_args(argv=None):
 # -------------------------------------------------------------------------------------------- views
 
 
-def photo_views(num_crops, crop_sizes, crop_scales, channels, jitter_strength, blur, mean, std):
-    """Crops of some sizes, all of the same kind otherwise (paper, section 3.2)."""
-    s, views = jitter_strength, []
-    for count, size, scale in zip(num_crops, crop_sizes, crop_scales, strict=True):
+def photo_views(crops, jitter, blur):
+    """Crops of the same kind but for their size (paper, section 3.2)."""
+    views = []
+    for count, size, scale in crops:
         steps = [
             augment.RandomResizedCrop(scale, ratio=(3 / 4, 4 / 3), interpolation="bilinear"),
             augment.HorizontalFlip(p=0.5),
-            augment.ColorJitter(0.8 * s, 0.8 * s, saturation=0.8 * s, hue=0.2 * s, p=0.8),
+            augment.ColorJitter(0.8 * jitter, 0.8 * jitter, 0.8 * jitter, 0.2 * jitter, p=0.8),
             augment.Grayscale(p=0.2),
             augment.GaussianBlur(sigma=(0.1, 2.0), p=0.5 if blur else 0.0),
-            augment.Normalize(mean, std),
         ]
-        views += [augment.View(size, steps, channels)] * count
-    return views
-
-
-def digit_views(num_crops, crop_sizes, crop_scales, channels, jitter_strength, blur, mean, std):
-    """Crops that leave a digit what it is: it is moved and shaded, never mirrored."""
-    s, views = jitter_strength, []
-    for count, size, scale in zip(num_crops, crop_sizes, crop_scales, strict=True):
-        steps = [
-            augment.RandomAffine(degrees=15, translate=0.1, scale=(0.8, 1.2), shear=10, fill=0,
-                                 interpolation="bilinear"),
-            augment.RandomResizedCrop(scale, ratio=(3 / 4, 4 / 3), interpolation="bilinear"),
-            augment.ColorJitter(brightness=s, contrast=s, saturation=0.0, hue=0.0, p=0.8),
-            augment.GaussianBlur(sigma=(0.1, 1.0), p=0.5 if blur else 0.0),
-            augment.Normalize(mean, std),
-        ]
-        views += [augment.View(size, steps, channels)] * count
+        views += [(size, steps)] * count
     return views
 
 
@@ -197,14 +153,14 @@ class SwAV(nn.Module):
         h = torch.cat([self.backbone(torch.cat(list(same))) for _, same in sizes])
         z = self.projector(h)
         with torch.autocast(z.device.type, enabled=False):  # codes need the cosines' digits
-            z = nn.functional.normalize(z if z.dtype == torch.float64 else z.float(), dim=1)
+            z = F.normalize(dist.upcast(z), dim=1)
             z = z.view(len(views), -1, z.shape[1])
             return z, [layer(z) for layer in self.prototypes]
 
     @torch.no_grad()
     def normalize_prototypes(self) -> None:
         for layer in self.prototypes:
-            layer.weight.copy_(nn.functional.normalize(layer.weight, dim=1))
+            layer.weight.copy_(F.normalize(layer.weight, dim=1))
 
 
 # --------------------------------------------------------------------------------------------- loss
@@ -227,7 +183,7 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
 
     Reference: section 3.1, equations 3 to 5; Cuturi, arXiv 1306.0895.
     """
-    scores = scores if scores.dtype == torch.float64 else scores.float()
+    scores = dist.upcast(scores)
     log_codes = scores / epsilon
     for _ in range(iterations):
         masses = log_codes.logsumexp(0, keepdim=True)  # (1, K) of this process
@@ -237,7 +193,7 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
 
 
 def swapped_prediction_loss(scores: Tensor, codes: Tensor, temperature: float) -> Tensor:
-    """Compute the cross-entropy of predicting each full crop's code from every other crop.
+    """Compute the cross-entropy of predicting each global crop's code from every other crop.
 
     Args:
         scores: cosines (V, N, K) of all crops.
@@ -249,7 +205,7 @@ def swapped_prediction_loss(scores: Tensor, codes: Tensor, temperature: float) -
 
     Reference: section 3, equations 1 and 2; multi-crop: section 3.2, equation 6.
     """
-    scores = scores if scores.dtype == torch.float64 else scores.float()
+    scores = dist.upcast(scores)
     log_p = (scores / temperature).log_softmax(2)
     pairs = torch.einsum("ank,vnk->nav", codes.detach().to(log_p.dtype), log_p).sum(0)
     a, v = pairs.shape
@@ -274,9 +230,9 @@ def update_queue(queue: Tensor, pointer: int, z: Tensor) -> int:
 
 
 @torch.no_grad()
-def codes_of(scores: Tensor, queue: Tensor | None, prototypes: Tensor, epsilon: float,
+def compute_codes(scores: Tensor, queue: Tensor | None, prototypes: Tensor, epsilon: float,
              iterations: int) -> Tensor:
-    """Codes (A, N, K) of the full crops with scores (A, N, K), beside this process's queue share.
+    """Codes (A, N, K) of the global crops with scores (A, N, K), beside this process's queue share.
 
     The queue (A, L, D), where there is one, is scored with the prototypes (K, D) of today.
     """
@@ -292,7 +248,7 @@ def codes_of(scores: Tensor, queue: Tensor | None, prototypes: Tensor, epsilon: 
 
 @torch.no_grad()
 def indicators(z: Tensor, scores: Tensor) -> dict[str, Tensor]:
-    """What tells learning from collapse, on the full crops' z (A, N, D) and scores (A, N, K)."""
+    """Collapse indicators, logged: on the global crops' z (A, N, D) and scores (A, N, K)."""
     nearest = dist.all_gather_no_grad(scores.argmax(2).flatten())
     use = nearest.bincount(minlength=scores.shape[2]) / len(nearest)
     return {
@@ -303,6 +259,12 @@ def indicators(z: Tensor, scores: Tensor) -> dict[str, Tensor]:
 
 
 # --------------------------------------------------------------------------------------------- main
+
+
+def build_views(args):
+    make = {"photo": photo_views, "digits": augment.digit_views}[args.views]
+    views = make(cli.crops(args), args.jitter_strength, args.blur)
+    return augment.normalized(views, args.in_chans, args.mean, args.std)
 
 
 def main(args):
@@ -316,88 +278,59 @@ def main(args):
         fits = len(images) - len(images) % args.batch_size
         raise dist.RunError(f"--queue-length {args.queue_length} is more than the {len(images)} "
                             f"images of --data; at most {fits}")
-    scales = list(zip(args.crop_scales[::2], args.crop_scales[1::2], strict=True))
-    make_views = {"photo": photo_views, "digits": digit_views}[args.views]
-    views = make_views(args.num_crops, args.crop_sizes, scales, args.in_chans,
-                       args.jitter_strength, args.blur, args.mean, args.std)
 
     # Model
     backbone = backbones.build_backbone(args.arch, stem=args.stem, in_chans=args.in_chans,
                                         zero_init_residual=False)
     model = SwAV(backbone, args.projector_dim, args.embedding_dim, args.num_prototypes)
-    model = model.to(world.device, memory_format=torch.channels_last)
-    if args.sync_bn:
-        model = dist.convert_sync_batchnorm(model, world.device)
+    model = dist.prepare(model, world, args.sync_bn)
     if args.compile:
-        backbone.compile(dynamic=False)
-    full = args.num_crops[0]
-    queue = torch.zeros(full, args.queue_length, args.embedding_dim, device=world.device)
+        backbones.compile(backbone)
+    num_global = args.num_crops[0]
+    queue = torch.zeros(num_global, args.queue_length, args.embedding_dim, device=world.device)
 
     # Optimiser
-    lr = args.lr * args.batch_size / 256
+    lr, start_lr, final_lr = (rate * args.batch_size / 256
+                              for rate in (args.lr, args.start_lr, args.final_lr))
     optimizer = optim.LARC(model.parameters(), lr=lr, momentum=0.9, weight_decay=args.weight_decay,
                            trust_coefficient=0.001)
     autocast, scaler = optim.precision(args.amp, world.device)
-    dist.say(f"{len(images)} images; batch {args.batch_size} = {args.batch_size // world.size} on "
-             f"each of {world.size}; lr {args.lr:g} x {args.batch_size} / 256 = {lr:g}")
 
-    with Run(args.output, cli.settings(args), images, world, resume=args.resume,
-             save_every_minutes=args.save_every_minutes) as run:
-        # Resume
-        state = {"model": model, "queue": queue, "optimizer": optimizer, "scaler": scaler}
-        step = run.start(state)
-        loader = data.Loader(images, views, batch_size=args.batch_size, epochs=args.epochs,
-                             seed=args.seed, world=world, workers=args.workers, start_step=step)
-        queue_start = args.queue_start_epoch * loader.steps_per_epoch
-        lr_of_step = optim.warmup_cosine(
-            start=args.start_lr * args.batch_size / 256, base=lr,
-            final=args.final_lr * args.batch_size / 256,
-            warmup_steps=args.warmup_epochs * loader.steps_per_epoch,
-            total_steps=args.epochs * loader.steps_per_epoch, warmup_endpoint=True,
-        )
-        chance = sum(map(math.log, args.num_prototypes)) / len(args.num_prototypes)
-        most = math.log(min(args.num_prototypes[0], full * args.batch_size))
-        log = Log(args.output, world, batch_size=args.batch_size, total_steps=len(lr_of_step),
-                  first_step=step, every=args.log_every, chance_loss=chance,
+    # Train
+    max_entropy = math.log(min(args.num_prototypes[0], num_global * args.batch_size))
+    with Training(args, world, images, build_views(args),
+                  chance_loss=sum(map(math.log, args.num_prototypes)) / len(args.num_prototypes),
                   floors={"z_std": 0.1 / math.sqrt(args.embedding_dim),
-                          "prototype_entropy": most / 2})
-        ddp_model = DistributedDataParallel(model) if world.size > 1 else model
-
-        # Train
-        for epoch in range(step // loader.steps_per_epoch, args.epochs):
-            for batch in loader.epoch(epoch):
-                for group in optimizer.param_groups:
-                    group["lr"] = lr_of_step[step]
-                optimizer.zero_grad(set_to_none=True)
-                model.normalize_prototypes()  # 1. prototypes on the unit sphere
-                with autocast():
-                    z, all_scores = ddp_model(batch.views)  # 2. embeddings and scores
-                queued = max(0, step - queue_start) * args.batch_size
-                ready = queue if 0 < args.queue_length <= queued else None
-                losses = []
-                for scores, layer in zip(all_scores, model.prototypes, strict=True):
-                    codes = codes_of(scores[:full].detach(), ready, layer.weight, args.epsilon,
-                                     args.sinkhorn_iterations)  # 3. codes
-                    losses.append(swapped_prediction_loss(scores, codes, args.temperature))  # 4.
-                loss = torch.stack(losses).mean()
-                scaler.scale(loss).backward()
-                if epoch < args.freeze_prototypes_epochs:
-                    model.prototypes.zero_grad(set_to_none=True)
-                scaler.step(optimizer)  # 5. step
-                scaler.update()
-                if args.queue_length and step >= queue_start:  # 6. newest for oldest
-                    update_queue(queue, queued % args.queue_length, z[:full])
-
-                step += 1
-                seen = indicators(z[:full], all_scores[0][:full]) if log.due(step) else {}
-                log.write(step, epoch=epoch, loss=loss, lr=lr_of_step[step - 1],
-                          waited=loader.waited, **seen)
-                save, stop = run.agree(step % loader.steps_per_epoch == 0)  # the same everywhere
-                if save:
-                    log.check()
-                    run.save(step, state, model.backbone)
-                if stop:
-                    return
+                          "prototype_entropy": max_entropy / 2}) as run:
+        run.resume(model=model, queue=queue, optimizer=optimizer, scaler=scaler)
+        ddp_model = dist.data_parallel(model)
+        queue_start = args.queue_start_epoch * run.steps_per_epoch
+        lr_of_step = optim.warmup_cosine(
+            start=start_lr, base=lr, final=final_lr,
+            warmup_steps=args.warmup_epochs * run.steps_per_epoch,
+            total_steps=run.total_steps, warmup_endpoint=True)
+        for step, batch in run.steps(export=model.backbone):
+            optim.set_lr(optimizer, lr_of_step[step])
+            optimizer.zero_grad(set_to_none=True)
+            model.normalize_prototypes()  # 1. prototypes on the unit sphere
+            with autocast():
+                z, all_scores = ddp_model(batch.views)  # 2. embeddings and scores
+            num_queued = max(0, step - queue_start) * args.batch_size
+            queue_or_none = queue if 0 < args.queue_length <= num_queued else None
+            losses = []
+            for scores, layer in zip(all_scores, model.prototypes, strict=True):
+                codes = compute_codes(scores[:num_global].detach(), queue_or_none, layer.weight,
+                                      args.epsilon, args.sinkhorn_iterations)  # 3. codes
+                losses.append(swapped_prediction_loss(scores, codes, args.temperature))  # 4.
+            loss = torch.stack(losses).mean()
+            scaler.scale(loss).backward()
+            if step < args.freeze_prototypes_epochs * run.steps_per_epoch:
+                model.prototypes.zero_grad(set_to_none=True)
+            scaler.step(optimizer)  # 5. step
+            scaler.update()
+            run.log(loss, lr_of_step[step], indicators, z[:num_global], all_scores[0][:num_global])
+            if args.queue_length and step >= queue_start:  # 6. newest for oldest
+                update_queue(queue, num_queued % args.queue_length, z[:num_global])
 
 
 if __name__ == "__main__":

@@ -468,3 +468,27 @@ class Normalize(Step):
             images.device, non_blocking=True
         )
         return images.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
+
+
+# -------------------------------------------------------------------------------- views of a script
+
+
+def digit_views(crops: list, jitter: float, blur: bool) -> list:
+    """Views of the built-in digits, in every method: moved and shaded, never mirrored."""
+    views = []
+    for count, size, scale in crops:
+        steps = [
+            RandomAffine(degrees=15, translate=0.1, scale=(0.8, 1.2), shear=10, fill=0,
+                         interpolation="bilinear"),
+            RandomResizedCrop(scale, ratio=(3 / 4, 4 / 3), interpolation="bilinear"),
+            ColorJitter(jitter, jitter, saturation=0.0, hue=0.0, p=0.8),
+            GaussianBlur(sigma=(0.1, 1.0), p=0.5 if blur else 0.0),
+        ]
+        views += [(size, steps)] * count
+    return views
+
+
+def normalized(views: list, channels: int, mean, std) -> list[View]:
+    """Make a view of each (size, steps), normalised at its end; equal pairs share one."""
+    made = {id(view): View(view[0], [*view[1], Normalize(mean, std)], channels) for view in views}
+    return [made[id(view)] for view in views]

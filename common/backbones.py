@@ -442,3 +442,12 @@ def resample_positions(positions: Tensor, grid: tuple, wanted: tuple) -> Tensor:
     with torch.autocast(positions.device.type, enabled=False):
         table = positions.unflatten(1, grid)  # (1, rows, columns, D)
         return torch.einsum("ri,nijd,cj->nrcd", down, table, across).flatten(1, 2)
+
+
+def compile(*modules: nn.Module) -> None:
+    """Compile modules in place; their random numbers are those of eager mode."""
+    from torch._inductor import config
+
+    config.fallback_random = True
+    for module in modules:
+        module.compile(dynamic=False)

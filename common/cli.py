@@ -89,6 +89,51 @@ def parser(script: str, description: str) -> Parser:
     return made
 
 
+def method_parser(script: str, description: str, archs, *, crops: str, batch_norm: bool = True):
+    """Make a method's parser with the flags that every method has, and the group for its own.
+
+    Args:
+        archs: names of the backbones that the method can train.
+        crops: "one" kind of crop; "multi": groups of crops of several sizes.
+        batch_norm: whether a backbone can have it, and so a stem.
+    """
+    made = parser(script, description)
+    group = made.add_argument_group("images")
+    group.add_argument("--image-size", type=count, help="side of a view in pixels" + (
+        ": the first of --crop-sizes" if crops == "multi" else ""))
+    group.add_argument("--in-chans", type=count, help="channels of the images")
+    group.add_argument("--mean", type=number, nargs="+", help="subtracted from each channel")
+    group.add_argument("--std", type=positive, nargs="+", help="each channel is divided by it")
+    if crops == "multi":
+        group.add_argument("--num-crops", type=count, nargs="+",
+                           help="crops of each size, the global ones first")
+        group.add_argument("--crop-sizes", type=count, nargs="+", help="their sides in pixels")
+        group.add_argument("--crop-scales", type=share, nargs="+",
+                           help="smallest, largest area fraction for each size")
+    else:
+        group.add_argument("--crop-scale", type=share, nargs=2,
+                           help="smallest, largest area fraction of a crop")
+    group = made.add_argument_group("optimisation")
+    group.add_argument("--arch", choices=archs, help="backbone")
+    if batch_norm:
+        group.add_argument("--stem", choices=("imagenet", "small"),
+                           help="of a ResNet; small: 3x3 stride 1, no pool")
+        group.add_argument("--sync-bn", action=Switch, help="batch norm over all processes")
+    group.add_argument("--epochs", type=count, help="passes over the images")
+    group.add_argument("--batch-size", type=count, help="images over all processes")
+    group.add_argument("--lr", type=positive, help="learning rate per 256 images")
+    group.add_argument("--weight-decay", type=not_negative, help="weight decay")
+    group.add_argument("--warmup-epochs", type=whole, help="linear warm-up of the learning rate")
+    group.add_argument("--seed", type=whole, default=0, help="random seed")
+    return made, made.add_argument_group("method")
+
+
+def crops(args: argparse.Namespace) -> list[tuple[int, int, tuple[float, float]]]:
+    """(count, side in pixels, (smallest, largest area fraction)) for each size of crop."""
+    scales = zip(args.crop_scales[::2], args.crop_scales[1::2], strict=True)
+    return list(zip(args.num_crops, args.crop_sizes, scales, strict=True))
+
+
 def parse(made: Parser, recipes: dict, argv=None) -> argparse.Namespace:
     """Parse in two passes: the recipe's name first, then everything with the recipe's defaults.
 

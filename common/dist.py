@@ -307,6 +307,11 @@ def agree(*flags: bool) -> tuple[bool, ...]:
     return tuple(bool(vote) for vote in votes.amax(0).tolist())
 
 
+def upcast(x: Tensor) -> Tensor:
+    """To float32, whatever the autocast made of it; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 # -------------------------------------------------------------------------- synchronised batch norm
 
 
@@ -366,6 +371,17 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
                 self.running_mean.lerp_(mean, self.momentum)
                 self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
         return _SyncBatchNormFunction.apply(x, self.weight, self.bias, mean, var, self.eps)
+
+
+def prepare(module: nn.Module, world: World, sync_bn: bool) -> nn.Module:
+    """Put a model on the device, in channels_last, with synchronised batch norm if asked for."""
+    module = module.to(world.device, memory_format=torch.channels_last)
+    return convert_sync_batchnorm(module, world.device) if sync_bn else module
+
+
+def data_parallel(module: nn.Module) -> nn.Module:
+    """The model in DDP, where there are several processes."""
+    return nn.parallel.DistributedDataParallel(module) if size() > 1 else module
 
 
 def convert_sync_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:

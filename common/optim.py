@@ -1,6 +1,7 @@
 """Optimisers with a trust ratio, parameter groups, schedules, precision."""
 
 import contextlib
+import math
 
 import numpy as np
 import torch
@@ -135,6 +136,12 @@ def warmup_cosine(
     return [*warmup.tolist(), *cosine.tolist()]
 
 
+def cosine(first: float, last: float, total_steps: int) -> list[float]:
+    """A value for every step on half a cosine, which would reach `last` at step total_steps."""
+    return warmup_cosine(start=first, base=first, final=last, warmup_steps=0,
+                         total_steps=total_steps, warmup_endpoint=True)
+
+
 def precision(amp: str, device: torch.device):
     """What `--amp` means on a device: a context to compute in, and the gradient scaler.
 
@@ -147,3 +154,27 @@ def precision(amp: str, device: torch.device):
     if dtype is None:
         return contextlib.nullcontext, scaler
     return lambda: torch.autocast(device.type, dtype), scaler
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the rate of every group; a group's `lr_scale`, if it has one, multiplies it."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def lr_by_epoch(lr: float, schedule: str, epochs: int, warmup_epochs: int, steps_per_epoch: int,
+                final: float = 0.0) -> list[float]:
+    """A rate for every step that changes once an epoch, but for the linear warm-up.
+
+    "cosine" falls from lr towards final x lr; "step" is a tenth at 60 % and at 80 % of the epochs.
+    """
+    rates, warmup = [], warmup_epochs * steps_per_epoch
+    for step in range(epochs * steps_per_epoch):
+        epoch = step // steps_per_epoch
+        if step < warmup:
+            rates.append(lr * step / warmup)
+        elif schedule == "cosine":
+            rates.append(lr * (final + (1 - final) * (1 + math.cos(math.pi * epoch / epochs)) / 2))
+        else:
+            rates.append(lr * 0.1 ** ((epoch >= 0.6 * epochs) + (epoch >= 0.8 * epochs)))
+    return rates
