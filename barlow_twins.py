@@ -47,7 +47,7 @@ RECIPES = {
         projector_dim=2048, embedding_dim=2048, lr_biases=0.03,
         batch_size=256, lr=0.3, weight_decay=1e-3,
     ),
-    # Ours, chosen on the built-in digits: about a minute on two cores.
+    # Ours, chosen on the built-in digits: a minute on two cores.
     "digits": IMAGENET | dict(
         arch="resnet_tiny", stem="small", image_size=16, mean=[0.5], std=[0.5],
         views="digits", crop_scale=[0.6, 1.0], blur=False,
@@ -60,7 +60,7 @@ RECIPES = {
 def parse_args(argv=None):
     parser, group = cli.method_parser(__file__, __doc__, backbones.RESNETS, crops="one")
     group.add_argument("--views", choices=("photo", "digits"), help="kind of augmentation")
-    group.add_argument("--blur", action=cli.Switch, help="Gaussian blur of both kinds of view")
+    group.add_argument("--blur", action=cli.Switch, help="Gaussian blur of the views")
     group.add_argument("--projector-dim", type=cli.count, help="hidden width of the projector")
     group.add_argument("--embedding-dim", type=cli.count, help="D, size of an embedding")
     group.add_argument("--lambda", dest="lambda_", metavar="LAMBDA", type=cli.not_negative,
@@ -73,20 +73,17 @@ def parse_args(argv=None):
 # -------------------------------------------------------------------------------------------- views
 
 
-def photo_views(image_size, crop_scale, blur):
-    """Two views of two kinds (paper, section 2.2 and appendix)."""
-
-    def view(blur_p, solarize_p):
-        return image_size, [
-            augment.RandomResizedCrop(crop_scale, ratio=(3 / 4, 4 / 3), interpolation="bicubic"),
-            augment.HorizontalFlip(p=0.5),
-            augment.ColorJitter(0.4, 0.4, saturation=0.2, hue=0.1, p=0.8),
-            augment.Grayscale(p=0.2),
-            augment.GaussianBlur(sigma=(0.1, 2.0), p=blur_p if blur else 0.0),
-            augment.Solarize(threshold=128 / 255, p=solarize_p),
-        ]
-
-    return [view(blur_p=1.0, solarize_p=0.0), view(blur_p=0.1, solarize_p=0.2)]
+def photo_view(image_size, crop_scale, blur_p, solarize_p):
+    """A view of one of two kinds (paper, section 2.2 and appendix)."""
+    steps = [
+        augment.RandomResizedCrop(crop_scale, ratio=(3 / 4, 4 / 3), interpolation="bicubic"),
+        augment.HorizontalFlip(p=0.5),
+        augment.ColorJitter(0.4, 0.4, saturation=0.2, hue=0.1, p=0.8),
+        augment.Grayscale(p=0.2),
+        augment.GaussianBlur(sigma=(0.1, 2.0), p=blur_p),
+        augment.Solarize(threshold=128 / 255, p=solarize_p),
+    ]
+    return image_size, steps
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -183,7 +180,10 @@ def build_views(args):
     if args.views == "digits":
         views = augment.digit_views([(2, args.image_size, args.crop_scale)], 0.5, args.blur)
     else:
-        views = photo_views(args.image_size, args.crop_scale, args.blur)
+        views = [
+            photo_view(args.image_size, args.crop_scale, blur_p=1.0 * args.blur, solarize_p=0.0),
+            photo_view(args.image_size, args.crop_scale, blur_p=0.1 * args.blur, solarize_p=0.2),
+        ]
     return augment.normalized(views, args.in_chans, args.mean, args.std)
 
 
@@ -206,8 +206,10 @@ def main(args):
     # Optimiser
     lr = args.lr * args.batch_size / 256
     weights, others = optim.split_by_dimension(model)
-    biases = {"params": others, "lr_scale": args.lr_biases / args.lr}
-    groups = [{"params": weights}, {**biases, "decay": False, "adapt": False}]
+    groups = [
+        {"params": weights},
+        {"params": others, "lr_scale": args.lr_biases / args.lr, "decay": False, "adapt": False},
+    ]
     optimizer = optim.LARS(groups, lr=lr, momentum=0.9, weight_decay=args.weight_decay,
                            trust_coefficient=0.001)
     autocast, scaler = optim.precision(args.amp, world.device)

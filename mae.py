@@ -27,8 +27,7 @@ from torch import Tensor, nn
 from common import augment, backbones, cli, data, dist, optim
 from common.training import Training
 
-IMAGENET = dict(  # paper, appendix A.1: its rate and its 800 epochs
-    # ViT-L: --arch vit_large; ViT-H: --arch vit_huge --patch-size 14.
+IMAGENET = dict(  # paper, appendix A.1; others: --arch vit_large; vit_huge --patch-size 14
     arch="vit_base", patch_size=16, image_size=224, in_chans=3,
     mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225],
     views="photo", crop_scale=[0.2, 1.0],
@@ -109,10 +108,8 @@ def digit_views(image_size, crop_scale):
 class MAE(nn.Module):
     """An encoder of the patches that are left, and a decoder D -> E -> pixels of all patches."""
 
-    def __init__(
-        self, backbone: nn.Module, mask_ratio: float, in_chans: int, decoder_dim: int,
-        decoder_depth: int, decoder_heads: int,
-    ):
+    def __init__(self, backbone: nn.Module, mask_ratio: float, in_chans: int, decoder_dim: int,
+                 decoder_depth: int, decoder_heads: int):
         super().__init__()
         self.backbone, self.mask_ratio = backbone, mask_ratio
         self.narrow = nn.Linear(backbone.num_features, decoder_dim)
@@ -154,9 +151,8 @@ def num_kept(num_patches: int, mask_ratio: float) -> int:
     return int(num_patches * (1 - mask_ratio))
 
 
-def random_masking(
-    tokens: Tensor, mask_ratio: float, noise: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def random_masking(tokens: Tensor, mask_ratio: float, noise: Tensor
+                   ) -> tuple[Tensor, Tensor, Tensor]:
     """Keep the tokens with the smallest noise.
 
     Args:
@@ -204,9 +200,8 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     return x.permute(0, 2, 4, 3, 5, 1).reshape(n, rows * columns, patch_size**2 * channels)
 
 
-def unpatchify(
-    patches: Tensor, patch_size: int, channels: int, grid: tuple[int, int] | None = None
-) -> Tensor:
+def unpatchify(patches: Tensor, patch_size: int, channels: int,
+               grid: tuple[int, int] | None = None) -> Tensor:
     """Put patches (N, L, P*P*C) together to images (N, C, H, W): undoes `patchify`.
 
     Args:
@@ -223,9 +218,8 @@ def unpatchify(
     return x.permute(0, 5, 1, 3, 2, 4).reshape(n, channels, rows * patch_size, columns * patch_size)
 
 
-def reconstruction_loss(
-    pred: Tensor, images: Tensor, mask: Tensor, patch_size: int, norm_pix: bool
-) -> Tensor:
+def reconstruction_loss(pred: Tensor, images: Tensor, mask: Tensor, patch_size: int,
+                        norm_pix: bool) -> Tensor:
     """Compute the mean squared error on the removed patches.
 
     With as many removed patches on every process, the mean over processes of the result is the loss
@@ -299,7 +293,8 @@ def main(args):
         ddp_model = dist.data_parallel(model)
         num_patches = backbone.grid[0] * backbone.grid[1]
         lr_of_step = optim.warmup_cosine(
-            start=0.0, base=lr, final=0.0, warmup_steps=args.warmup_epochs * run.steps_per_epoch,
+            start=0.0, base=lr, final=0.0,
+            warmup_steps=args.warmup_epochs * run.steps_per_epoch,
             total_steps=run.total_steps, warmup_endpoint=False)
         for step, batch in run.steps(export=model.backbone):  # 1. one view
             optim.set_lr(optimizer, lr_of_step[step])

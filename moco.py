@@ -52,7 +52,7 @@ RECIPES = {
         mlp_head=False, temperature=0.1, queue_length=4096, momentum=0.99,
         batch_size=512, weight_decay=5e-4,
     ),
-    # Ours, chosen on the built-in digits: about a minute on two cores. The warm-up lets the queue,
+    # Ours, chosen on the built-in digits: a minute on two cores. The warm-up lets the queue,
     # which starts as noise, fill with keys first: without it so short a run collapses.
     "digits": IMAGENET | dict(
         arch="resnet_tiny", stem="small", image_size=16, mean=[0.5], std=[0.5],
@@ -70,7 +70,7 @@ def parse_args(argv=None):
     group.add_argument("--version", type=int, choices=(1, 2),
                        help="sets views, head, temperature and schedule as in that paper")
     group.add_argument("--views", choices=("v1", "v2", "digits"), help="kind of augmentation")
-    group.add_argument("--blur", action=cli.Switch, help="Gaussian blur of half of the views")
+    group.add_argument("--blur", action=cli.Switch, help="Gaussian blur of the views")
     group.add_argument("--mlp-head", action=cli.Switch, help="a hidden layer in the head")
     group.add_argument("--embedding-dim", type=cli.count, help="D, size of an embedding")
     group.add_argument("--temperature", type=cli.positive, help="lower: hard negatives count more")
@@ -97,9 +97,7 @@ def parse_args(argv=None):
 
 
 def photo_views(image_size, crop_scale, blur, version):
-    """Two views of the same kind (v1, section 3.3: gray before a jitter of every image; v2,
-    section 3).
-    """
+    """Two views of the same kind (v1, section 3.3; v2, section 3)."""
     colors = {
         "v1": [augment.Grayscale(p=0.2), augment.ColorJitter(0.4, 0.4, 0.4, 0.4, p=1.0)],
         "v2": [augment.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), augment.Grayscale(p=0.2)],

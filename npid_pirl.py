@@ -12,9 +12,8 @@
 Letters: N images per process, W processes, V views (NPID 1, PIRL 2), D embedding size, K negatives,
 n rows of the bank, T temperature.
 
-A step reads 4 (1 + K) N D bytes of the bank, and keeps a copy of them for the backward: batch 256,
-D 128: 0.54 GB for K 4,096, 4.2 GB for K 32,000. Up to 50,000 rows all logits are computed instead:
-4 n (D + V N) bytes, 77 MB for n 50,000. The bank itself takes 4 n D bytes, 0.66 GB for ImageNet.
+Memory: the bank takes 4 n D bytes, a step 4 (1 + K) N D (4.2 GB for batch 256, D 128, K 32,000), or
+4 n (D + V N) where n is at most 50,000 and all logits are computed.
 
 Differs from the official codes (zhirongw/lemniscate.pytorch; PIRL and NPID++: VISSL): negatives are
 never the image itself, which both may draw, and are drawn for each (seed, step, row of the batch);

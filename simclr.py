@@ -32,7 +32,8 @@ from common import augment, backbones, cli, data, dist, optim
 from common.training import Training
 
 IMAGENET = dict(  # paper, section 2 and appendix B.9; input not normalised, as in the official code
-    arch="resnet50", stem="imagenet", image_size=224, in_chans=3, mean=[0.0], std=[1.0],
+    arch="resnet50", stem="imagenet", image_size=224, in_chans=3,
+    mean=[0.0], std=[1.0],
     views="photo", crop_scale=[0.08, 1.0], jitter_strength=1.0, blur=True,
     projector_dim=2048, embedding_dim=128, temperature=0.1,
     epochs=100, batch_size=4096, lr=0.3, weight_decay=1e-6, warmup_epochs=10, sync_bn=True,
@@ -59,7 +60,7 @@ def parse_args(argv=None):
     parser, group = cli.method_parser(__file__, __doc__, backbones.RESNETS, crops="one")
     group.add_argument("--views", choices=("photo", "digits"), help="kind of augmentation")
     group.add_argument("--jitter-strength", type=cli.not_negative, help="strength of colour jitter")
-    group.add_argument("--blur", action=cli.Switch, help="Gaussian blur of half of the views")
+    group.add_argument("--blur", action=cli.Switch, help="Gaussian blur of the views")
     group.add_argument("--projector-dim", type=cli.count, help="hidden width of the projector")
     group.add_argument("--embedding-dim", type=cli.count, help="D, size of an embedding")
     group.add_argument("--temperature", type=cli.positive, help="lower: hard negatives count more")
@@ -69,19 +70,16 @@ def parse_args(argv=None):
 # -------------------------------------------------------------------------------------------- views
 
 
-def photo_views(crops, jitter, blur):
-    """Crops of the same kind but for their size (paper, appendix A)."""
-    views = []
-    for count, size, scale in crops:
-        steps = [
-            augment.RandomResizedCrop(scale, ratio=(3 / 4, 4 / 3), interpolation="bicubic"),
-            augment.HorizontalFlip(p=0.5),
-            augment.ColorJitter(0.8 * jitter, 0.8 * jitter, 0.8 * jitter, 0.2 * jitter, p=0.8),
-            augment.Grayscale(p=0.2),
-            augment.GaussianBlur(sigma=(0.1, 2.0), p=0.5 if blur else 0.0),
-        ]
-        views += [(size, steps)] * count
-    return views
+def photo_views(image_size, crop_scale, jitter, blur):
+    """Two views of the same kind (paper, appendix A)."""
+    steps = [
+        augment.RandomResizedCrop(crop_scale, ratio=(3 / 4, 4 / 3), interpolation="bicubic"),
+        augment.HorizontalFlip(p=0.5),
+        augment.ColorJitter(0.8 * jitter, 0.8 * jitter, 0.8 * jitter, 0.2 * jitter, p=0.8),
+        augment.Grayscale(p=0.2),
+        augment.GaussianBlur(sigma=(0.1, 2.0), p=0.5 if blur else 0.0),
+    ]
+    return [(image_size, steps)] * 2
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -156,8 +154,11 @@ def indicators(z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
 
 
 def build_views(args):
-    make = {"photo": photo_views, "digits": augment.digit_views}[args.views]
-    views = make([(2, args.image_size, args.crop_scale)], args.jitter_strength, args.blur)
+    jitter = args.jitter_strength
+    if args.views == "digits":
+        views = augment.digit_views([(2, args.image_size, args.crop_scale)], jitter, args.blur)
+    else:
+        views = photo_views(args.image_size, args.crop_scale, jitter, args.blur)
     return augment.normalized(views, args.in_chans, args.mean, args.std)
 
 
@@ -180,7 +181,10 @@ def main(args):
     # Optimiser
     lr = args.lr * args.batch_size / 256
     weights, others = optim.split_by_dimension(model)
-    groups = [{"params": weights}, {"params": others, "decay": False, "adapt": False}]
+    groups = [
+        {"params": weights},
+        {"params": others, "decay": False, "adapt": False},
+    ]
     optimizer = optim.LARS(groups, lr=lr, momentum=0.9, weight_decay=args.weight_decay,
                            trust_coefficient=0.001)
     autocast, scaler = optim.precision(args.amp, world.device)
@@ -192,7 +196,8 @@ def main(args):
         run.resume(model=model, optimizer=optimizer, scaler=scaler)
         ddp_model = dist.data_parallel(model)
         lr_of_step = optim.warmup_cosine(
-            start=0.0, base=lr, final=0.0, warmup_steps=args.warmup_epochs * run.steps_per_epoch,
+            start=0.0, base=lr, final=0.0,
+            warmup_steps=args.warmup_epochs * run.steps_per_epoch,
             total_steps=run.total_steps, warmup_endpoint=False)
         for step, batch in run.steps(export=model.backbone):  # 1. two views
             optim.set_lr(optimizer, lr_of_step[step])

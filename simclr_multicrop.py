@@ -56,7 +56,7 @@ def parse_args(argv=None):
     parser, group = cli.method_parser(__file__, __doc__, backbones.RESNETS, crops="multi")
     group.add_argument("--views", choices=("photo", "digits"), help="kind of augmentation")
     group.add_argument("--jitter-strength", type=cli.not_negative, help="strength of colour jitter")
-    group.add_argument("--blur", action=cli.Switch, help="Gaussian blur of half of the views")
+    group.add_argument("--blur", action=cli.Switch, help="Gaussian blur of the views")
     group.add_argument("--projector-dim", type=cli.count, help="hidden width of the projector")
     group.add_argument("--embedding-dim", type=cli.count, help="D, size of an embedding")
     group.add_argument("--temperature", type=cli.positive, help="lower: hard negatives count more")
@@ -231,7 +231,10 @@ def main(args):
     # Optimiser
     lr = args.lr * args.batch_size / 256
     weights, others = optim.split_by_dimension(model)
-    groups = [{"params": weights}, {"params": others, "decay": False, "adapt": False}]
+    groups = [
+        {"params": weights},
+        {"params": others, "decay": False, "adapt": False},
+    ]
     optimizer = optim.LARS(groups, lr=lr, momentum=0.9, weight_decay=args.weight_decay,
                            trust_coefficient=0.001)
     autocast, scaler = optim.precision(args.amp, world.device)
@@ -243,7 +246,8 @@ def main(args):
         run.resume(model=model, optimizer=optimizer, scaler=scaler)
         ddp_model = dist.data_parallel(model)
         lr_of_step = optim.warmup_cosine(
-            start=0.0, base=lr, final=0.0, warmup_steps=args.warmup_epochs * run.steps_per_epoch,
+            start=0.0, base=lr, final=0.0,
+            warmup_steps=args.warmup_epochs * run.steps_per_epoch,
             total_steps=run.total_steps, warmup_endpoint=False)
         for step, batch in run.steps(export=model.backbone):  # 1. crops
             optim.set_lr(optimizer, lr_of_step[step])
