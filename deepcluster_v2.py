@@ -338,9 +338,8 @@ def main(args):
             warmup_steps=args.warmup_epochs * run.steps_per_epoch,
             total_steps=run.total_steps, warmup_endpoint=True)
         for step, batch in run.steps(export=model.backbone):
-            epoch, step_in_epoch = divmod(step, run.steps_per_epoch)
-            if step_in_epoch == 0:  # 1. clusters of the epoch before
-                draw = data.philox(args.seed, data.CLUSTERS, epoch)
+            if step % run.steps_per_epoch == 0:  # 1. clusters of the epoch before
+                draw = data.philox(args.seed, data.CLUSTERS, step // run.steps_per_epoch)
                 for h, k in enumerate(args.num_clusters):
                     generator = torch.Generator().manual_seed(int(draw.integers(2**63)))
                     found = cluster_memory(memory[h % num_global], k, args.kmeans_iterations,

@@ -77,8 +77,7 @@ def parse_args(argv=None):
                      f"--decoder-heads {args.decoder_heads}")
     images = args.batch_size // cli.processes()
     if images % args.accum_steps:
-        parser.error(f"--accum-steps {args.accum_steps} does not divide the {images} images of a "
-                     "process")
+        parser.error(f"--accum-steps {args.accum_steps} does not divide a process's {images} images")
     return args
 
 
@@ -273,8 +272,7 @@ def main(args):
                                         image_size=args.image_size, patch_size=args.patch_size,
                                         positions="sincos")
     model = MAE(backbone, args.mask_ratio, args.in_chans, args.decoder_dim, args.decoder_depth,
-                args.decoder_heads)
-    model = dist.prepare(model, world, sync_bn=False)
+                args.decoder_heads).to(world.device, memory_format=torch.channels_last)
     if args.compile:
         backbones.compile(model)
 

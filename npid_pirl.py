@@ -4,9 +4,8 @@
 2. Embed it: backbone h, head, unit length. PIRL joins the embeddings of the nine patches.
 3. The memory bank keeps one unit row for every image of the data set. The image's own row is the
    positive, the rows of K images drawn at random are the negatives.
-4. Identify the image's row: NCE, or the softmax over these 1 + K (`--loss cross_entropy`),
-   or over the whole bank (`--num-negatives 0`). PIRL's two embeddings face the same rows, with
-   weights of one half.
+4. Identify the image's row: NCE, or the softmax over these 1 + K (`--loss cross_entropy`), or over
+   the whole bank (`--num-negatives 0`). PIRL's two embeddings face the same rows, at half weight.
 5. Move the image's row towards its embedding.
 
 Letters: N images per process, W processes, V views (NPID 1, PIRL 2), D embedding size, K negatives,
@@ -82,9 +81,7 @@ PIRL = {  # what `--method pirl` changes
         epochs=800, batch_size=1024, decay_norms=False,
     ),
     # The code's later setting: MLP heads, strong colours and blur, InfoNCE.
-    "imagenet_plus": JIGSAW | dict(
-        blur=True, mlp_head=True, loss="cross_entropy", temperature=0.1,
-    ),
+    "imagenet_plus": JIGSAW | dict(blur=True, mlp_head=True, loss="cross_entropy", temperature=0.1),
     # Ours, on NPID's settings.
     "cifar10": JIGSAW | dict(flip=True, jigsaw_size=48, jigsaw_patch_size=12),
     "digits": JIGSAW | dict(views="digits", jigsaw_size=24, jigsaw_patch_size=7, epochs=40),
@@ -111,8 +108,7 @@ def parse_args(argv=None):
                        help="pirl: side of a patch, which lies anywhere in its cell")
     group.add_argument("--mlp-head", action=cli.Switch, help="a hidden layer in the heads")
     group.add_argument("--embedding-dim", type=cli.count, help="D, size of an embedding")
-    group.add_argument("--loss", choices=("nce", "cross_entropy"),
-                       help="how the image's row is told from the negatives")
+    group.add_argument("--loss", choices=("nce", "cross_entropy"), help="among 1 + K rows")
     group.add_argument("--num-negatives", type=cli.whole, metavar="K",
                        help="rows of other images; 0: the softmax over the bank, whatever --loss")
     group.add_argument("--temperature", type=cli.positive, help="lower: hard negatives count more")
@@ -129,8 +125,7 @@ def parse_args(argv=None):
     if args.method == "npid":
         for flag in ("jigsaw_size", "jigsaw_crop_scale", "jigsaw_patch_size"):
             if getattr(args, flag) is not None:
-                parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)} needs --method "
-                             "pirl")
+                parser.error(f"--{flag.replace('_', '-')} needs --method pirl")
     elif args.jigsaw_patch_size > args.jigsaw_size // 3:
         parser.error(f"--jigsaw-patch-size {args.jigsaw_patch_size} does not fit into the cells of "
                      f"{args.jigsaw_size // 3} px that --jigsaw-size {args.jigsaw_size} has")
@@ -154,17 +149,12 @@ def crop_steps(views, crop_scale, flip):
 
 def color_steps(views, blur):
     """What is done to the colours of a view, or of one patch."""
+    gray, jitter = augment.Grayscale(p=0.2), augment.ColorJitter(0.4, 0.4, 0.4, 0.4, p=1.0)
+    s, p = (0.8, 0.8) if blur else (0.4, 1.0)
     steps = {
-        "npid": [  # as in lemniscate: gray first
-            augment.Grayscale(p=0.2),
-            augment.ColorJitter(0.4, 0.4, saturation=0.4, hue=0.4, p=1.0),
-        ],
-        "npid_plus": [augment.ColorJitter(0.4, 0.4, saturation=0.4, hue=0.4, p=1.0)],
-        "pirl": [
-            augment.ColorJitter(0.8, 0.8, saturation=0.8, hue=0.2, p=0.8)
-            if blur else augment.ColorJitter(0.4, 0.4, saturation=0.4, hue=0.2, p=1.0),
-            augment.Grayscale(p=0.2),
-        ],
+        "npid": [gray, jitter],  # gray first, as in lemniscate
+        "npid_plus": [jitter],
+        "pirl": [augment.ColorJitter(s, s, saturation=s, hue=0.2, p=p), gray],
         "digits": [augment.ColorJitter(0.5, 0.5, saturation=0.0, hue=0.0, p=0.8)],
     }[views]
     sigma = (0.1, 1.0 if views == "digits" else 2.0)
@@ -224,9 +214,7 @@ class JigsawView:
 
 
 class NPID(nn.Module):
-    """Backbone and head H -> D, or H -> H -> D; for the jigsaw, a head H -> D for each patch, then
-    9 D -> D. No batch norm in the heads.
-    """
+    """Backbone and heads without batch norm: H -> D, or H -> H -> D; a jigsaw's 9 D -> D on top."""
 
     def __init__(self, backbone: nn.Module, jigsaw: bool, mlp_head: bool, embedding_dim: int):
         super().__init__()
@@ -250,7 +238,7 @@ class NPID(nn.Module):
         """
         images, *jigsaw = views
         z = []
-        for patches in jigsaw:  # before the images, whose statistics the running ones then end with
+        for patches in jigsaw:  # first, so that running statistics end with those of images
             each = self.patch_head(self.backbone(patches))  # (9N, D)
             z.append(self.jigsaw_head(each.view(len(images), -1)))
         return torch.stack([self.head(self.backbone(images)), *z])
