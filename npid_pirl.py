@@ -124,8 +124,9 @@ def parse_args(argv=None):
                      "or --loss cross_entropy")
     if args.method == "npid":
         for flag in ("jigsaw_size", "jigsaw_crop_scale", "jigsaw_patch_size"):
-            if getattr(args, flag) is not None:
-                parser.error(f"--{flag.replace('_', '-')} needs --method pirl")
+            value = getattr(args, flag)
+            if value is not None:
+                parser.error(f"--{flag.replace('_', '-')} {value} needs --method pirl")
     elif args.jigsaw_patch_size > args.jigsaw_size // 3:
         parser.error(f"--jigsaw-patch-size {args.jigsaw_patch_size} does not fit into the cells of "
                      f"{args.jigsaw_size // 3} px that --jigsaw-size {args.jigsaw_size} has")

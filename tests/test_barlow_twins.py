@@ -1,9 +1,11 @@
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
 
 import barlow_twins
-from common import dist
+from helpers import check_joined, joined, own_gradients, raw_collectives
 
 # --------------------------------------------------------------------------------------- parse_args
 
@@ -21,7 +23,7 @@ def test_the_imagenet_recipe_is_the_papers():
 
 
 def test_the_two_views_are_of_two_kinds():
-    views = barlow_twins.photo_views(224, 3, (0.08, 1), True, [0.5] * 3, [0.2] * 3)
+    views = barlow_twins.build_views(barlow_twins.parse_args(["--recipe", "imagenet"]))
     for view, blur_p, solarize_p in zip(views, (1.0, 0.1), (0.0, 0.2), strict=True):
         steps = {type(step).__name__: step for step in view.geometry + view.colour}
         assert steps["GaussianBlur"].p == blur_p and steps["Solarize"].p == solarize_p
@@ -116,59 +118,38 @@ def test_the_loss_computes_in_float32_at_least(dtype):
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected, rel=1e-4)
 
 
-def own_gradient(z1, z2, raw):
-    """This process's loss, and its gradient averaged as DDP does."""
-    kept = dist.all_reduce_with_grad
-    if raw:  # the sum over processes without its gradient, as in the official code
-        dist.all_reduce_with_grad = lambda x: x + (kept(x) - x).detach()
-    try:
-        share = len(z1) // dist.size()
-        own = slice(dist.rank() * share, (dist.rank() + 1) * share)
-        a, b = (torch.from_numpy(z[own]).requires_grad_() for z in (z1, z2))
-        loss = barlow_twins.barlow_twins_loss(a, b, 0.1)
-        loss.backward()
-    finally:
-        dist.all_reduce_with_grad = kept
-    return loss.item(), (a.grad / dist.size()).numpy(), (b.grad / dist.size()).numpy()
+def own_gradient(z1, z2):
+    return own_gradients(lambda a, b: barlow_twins.barlow_twins_loss(a, b, 0.1), z1, z2)
 
 
-def joined(parts):
-    return np.mean([p[0] for p in parts]), *(np.concatenate([p[i] for p in parts]) for i in (1, 2))
+def raw_gradient(z1, z2):  # the sum over processes without its gradient, as in the official code
+    with raw_collectives():
+        return own_gradient(z1, z2)
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_loss_and_gradient_are_those_of_the_joined_batch(pool, size):
-    z1, z2 = embeddings()
-    alone = own_gradient(z1, z2, raw=False)
-    parts = joined(pool.run(size, own_gradient, z1, z2, False))
-    for got, wanted in zip(parts, alone, strict=True):
-        np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-12)
+    check_joined(pool, size, own_gradient, *embeddings())
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_the_raw_sum_gives_a_smaller_gradient(pool, size):
     z1, z2 = embeddings()
-    alone = own_gradient(z1, z2, raw=False)
-    raw = joined(pool.run(size, own_gradient, z1, z2, True))
+    alone = own_gradient(z1, z2)
+    raw = joined(pool.run(size, raw_gradient, z1, z2))
     assert raw[0] == pytest.approx(alone[0], rel=1e-9)  # the loss alone would not show it
     assert np.abs(raw[1] - alone[1]).max() > 0.1 * np.abs(alone[1]).max()
 
 
-def gradient_of_the_sum_alone(size_of_batch, raw):
-    """Gradient, averaged as DDP does, of the loss where only the last sum is over processes."""
-    kept_standardize, kept_reduce = barlow_twins.standardize, dist.all_reduce_with_grad
-    barlow_twins.standardize = lambda z: z
-    if raw:
-        dist.all_reduce_with_grad = lambda x: x + (kept_reduce(x) - x).detach()
-    try:
-        return own_gradient(*embeddings(size_of_batch), raw=False)
-    finally:
-        barlow_twins.standardize, dist.all_reduce_with_grad = kept_standardize, kept_reduce
+def gradient_of_the_sum_alone(gradient):
+    """A gradient of the loss where only the last sum is over processes."""
+    with mock.patch.object(barlow_twins, "standardize", lambda z: z):
+        return gradient(*embeddings())
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_the_official_gradient_is_one_wth_of_the_true_one(pool, size):
     """Why `--lr-biases` is the official rate divided by the official number of processes."""
-    true = joined(pool.run(size, gradient_of_the_sum_alone, 12, False))
-    official = joined(pool.run(size, gradient_of_the_sum_alone, 12, True))
+    true = joined(pool.run(size, gradient_of_the_sum_alone, own_gradient))
+    official = joined(pool.run(size, gradient_of_the_sum_alone, raw_gradient))
     np.testing.assert_allclose(official[1], true[1] / size, rtol=1e-6)

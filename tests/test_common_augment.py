@@ -533,3 +533,24 @@ def test_a_crop_after_an_affine_sees_the_image_as_it_was_decoded(decoded, size):
         geometry, _ = view.draw(uniforms, np.array([[decoded, decoded]]))
         crops.append(view.crop([image], [parameters[0] for parameters in geometry]))
     assert crops[0].shape == (1, size, size) and np.array_equal(crops[0], crops[1])
+
+
+# -------------------------------------------------------------------------------- views of a script
+
+
+def test_digit_views_are_moved_and_shaded_and_never_mirrored():
+    views = augment.digit_views([(2, 16, (0.6, 1)), (1, 8, (0.3, 0.6))], 0.5, blur=True)
+    assert [size for size, _ in views] == [16, 16, 8]
+    names = [type(step).__name__ for step in views[2][1]]
+    assert names == ["RandomAffine", "RandomResizedCrop", "ColorJitter", "GaussianBlur"]
+    assert views[2][1][1].scale == (0.3, 0.6) and views[0][1][3].p == 0.5
+
+
+def test_views_are_normalised_last_and_those_of_one_kind_are_one():
+    crop, solarize = crop_step(), augment.Solarize(threshold=0.5, p=1.0)
+    specs = [*[(8, [crop, solarize])] * 2, (16, [crop])]
+    one, same, other = augment.normalized(specs, 1, [0.4], [0.2])
+    assert one is same and one is not other and (one.size, other.size) == ((8, 8), (16, 16))
+    white = torch.full((1, 1, 8, 8), 255, dtype=torch.uint8)  # 0 when solarised
+    images = one.finish(white, torch.ones(1, 1), CPU)
+    torch.testing.assert_close(images, torch.full((1, 1, 8, 8), (0 - 0.4) / 0.2))

@@ -334,6 +334,13 @@ def votes(table):
     return dist.agree(*table[dist.rank()]), dist.all_gather_objects({"rank": dist.rank()})
 
 
+@pytest.mark.parametrize("dtype, wanted", [
+    (torch.bfloat16, torch.float32), (torch.float16, torch.float32),
+    (torch.float32, torch.float32), (torch.float64, torch.float64)])
+def test_what_is_narrow_becomes_float32_and_what_is_wide_stays(dtype, wanted):
+    assert dist.upcast(torch.ones(2, dtype=dtype)).dtype == wanted
+
+
 def test_a_flag_is_up_for_all_when_it_is_for_one(pool):
     down = (False, False, False)
     table = [(False, False, True), down, (True, False, True), down]

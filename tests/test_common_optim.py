@@ -276,11 +276,30 @@ def test_a_schedule_has_a_python_float_for_every_step(endpoint, warmup, total):
         assert value == pytest.approx(wanted, rel=1e-12)
 
 
-def test_a_schedule_can_rise():
-    values = optim.warmup_cosine(
-        start=0.99, base=0.99, final=1.0, warmup_steps=0, total_steps=20, warmup_endpoint=True
-    )
+def test_half_a_cosine_can_rise():
+    values = optim.cosine(0.99, 1.0, 20)
     assert [values[s] for s in (0, 10, 19)] == pytest.approx([0.99, 0.995, 0.999938], abs=5e-7)
+
+
+def test_rates_by_epoch_change_once_an_epoch_but_in_the_warm_up():
+    step = optim.lr_by_epoch(1.0, "step", epochs=10, warmup_epochs=0, steps_per_epoch=2)
+    assert step == pytest.approx([1] * 12 + [0.1] * 4 + [0.01] * 4)
+    for final in (0.0, 0.001):
+        rates = optim.lr_by_epoch(0.12, "cosine", 4, 0, 2, final)
+        low = 0.12 * final
+        expected = [low + (0.12 - low) * (1 + math.cos(math.pi * epoch / 4)) / 2
+                    for epoch in (0, 0, 1, 1, 2, 2, 3, 3)]
+        assert rates == pytest.approx(expected)
+    warm = optim.lr_by_epoch(1.0, "step", epochs=5, warmup_epochs=2, steps_per_epoch=2)
+    assert warm[:5] == [0, 0.25, 0.5, 0.75, 1]
+
+
+def test_a_rate_is_set_in_every_group_times_its_scale():
+    groups = [{"params": [nn.Parameter(torch.ones(1))], **own} for own in ({}, {"lr_scale": 0.25})]
+    optimizer = optim.LARS(groups, lr=9.0, momentum=0.9, weight_decay=0.0, trust_coefficient=1e-3)
+    for lr in (2.0, 8.0):
+        optim.set_lr(optimizer, lr)
+        assert [group["lr"] for group in optimizer.param_groups] == [lr, lr / 4]
 
 
 # ---------------------------------------------------------------------------------------- precision

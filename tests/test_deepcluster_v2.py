@@ -1,4 +1,3 @@
-import json
 import math
 from pathlib import Path
 
@@ -7,7 +6,9 @@ import pytest
 import torch
 
 import deepcluster_v2
+import helpers
 from common import dist
+from helpers import check_joined, own_gradients, own_rows
 
 # --------------------------------------------------------------------------------------- parse_args
 
@@ -24,22 +25,19 @@ def test_the_imagenet_recipe_is_the_papers():
     assert args.final_lr * scale == pytest.approx(0.0048)
 
 
-TINY = ["--limit", "72", "--batch-size", "16", "--epochs", "2", "--warmup-epochs", "0",
-        "--workers", "0", "--log-every", "1", "--num-clusters", "6", "4"]
+RUN = ["--limit", "72", "--epochs", "2", "--num-clusters", "6", "4"]
 
 
 def test_more_clusters_than_images_are_refused_with_a_number_that_works(tmp_path):
-    flags = [*TINY, "--output", str(tmp_path), "--num-clusters", "65"]
     with pytest.raises(dist.RunError, match="--num-clusters 65 is more than the 64 images"):
-        deepcluster_v2.main(deepcluster_v2.parse_args(flags))
+        helpers.train(deepcluster_v2, tmp_path, *RUN, "--num-clusters", "65")
 
 
 # -------------------------------------------------------------------------------------------- views
 
 
 def test_crops_come_full_ones_first():
-    views = deepcluster_v2.photo_views([2, 6], [224, 96], [(0.14, 1), (0.05, 0.14)], 3, 1.0, True,
-                                       [0.5] * 3, [0.2] * 3)
+    views = deepcluster_v2.build_views(deepcluster_v2.parse_args(["--recipe", "imagenet"]))
     assert [view.size[0] for view in views] == [224] * 2 + [96] * 6
     assert [view.geometry[0].scale for view in views[1:3]] == [(0.14, 1), (0.05, 0.14)]
 
@@ -91,22 +89,14 @@ def test_zero_scores_give_ln_k_and_no_labels_give_zero():
 
 
 def own_gradient(scores, labels):
-    share = len(labels) // dist.size()
-    own = slice(dist.rank() * share, (dist.rank() + 1) * share)
-    leaf = torch.from_numpy(scores[:, own].copy()).requires_grad_()
-    loss = deepcluster_v2.cluster_loss(leaf, torch.from_numpy(labels[own].copy()), 0.1)
-    loss.backward()
-    return loss.item(), (leaf.grad / dist.size()).numpy()
+    own = own_rows(labels)
+    return own_gradients(lambda x: deepcluster_v2.cluster_loss(x, own, 0.1), scores, dim=1)
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_loss_and_gradient_are_those_of_the_joined_batch(pool, size):
-    scores, labels = examples()  # two labels at most on any of four processes, none on the last
-    loss, grad = own_gradient(scores, labels)
-    parts = pool.run(size, own_gradient, scores, labels)
-    assert np.mean([part[0] for part in parts]) == pytest.approx(loss, rel=1e-9)
-    found = np.concatenate([part[1] for part in parts], axis=1)
-    np.testing.assert_allclose(found, grad, rtol=1e-6, atol=1e-12)
+    # Two labels at most on any of four processes, none on the last.
+    check_joined(pool, size, own_gradient, *examples(), dim=1)
 
 
 # ------------------------------------------------------------------------------------------ k-means
@@ -270,25 +260,22 @@ def kmeans_of(x):
 # --------------------------------------------------------------------------------------------- main
 
 
-def train(folder, *flags):
-    torch.set_default_dtype(torch.float64)
-    deepcluster_v2.main(deepcluster_v2.parse_args([*TINY, "--output", folder, *flags]))
-    losses = [json.loads(line)["loss"] for line in (Path(folder) / "log.jsonl").open()]
+def labels_of_run(folder, *flags):
+    losses = helpers.train(deepcluster_v2, folder, *RUN, *flags)
     return losses, np.load(Path(folder) / "assignments.npy")
 
 
 def test_two_processes_compute_what_one_does(pool, tmp_path):
-    losses, labels = pool.run(1, train, str(tmp_path / "one"))[0]
+    losses, labels = pool.run(1, labels_of_run, tmp_path / "one")[0]
     assert labels.shape == (2, 72) and len(losses) == 8
     assert (labels == -100).sum(1).tolist() == [8, 8]  # 4 steps of 16 leave 8 images out
     assert labels[0].max() == 5 and labels[1].max() == 3
-    for other in pool.run(2, train, str(tmp_path / "two")):
+    for other in pool.run(2, labels_of_run, tmp_path / "two"):
         np.testing.assert_allclose(other[0], losses, atol=1e-9)
         np.testing.assert_array_equal(other[1], labels)
 
 
 def test_heads_take_turns_with_the_crops_and_cluster_the_epoch_before(tmp_path, monkeypatch):
-    torch.set_default_dtype(torch.float32)
     written, clustered_rows = [], []
     update, cluster = deepcluster_v2.update_memory, deepcluster_v2.cluster_memory
 
@@ -304,8 +291,8 @@ def test_heads_take_turns_with_the_crops_and_cluster_the_epoch_before(tmp_path, 
 
     monkeypatch.setattr(deepcluster_v2, "update_memory", watch_update)
     monkeypatch.setattr(deepcluster_v2, "cluster_memory", watch_cluster)
-    flags = [*TINY, "--epochs", "3", "--num-clusters", "6", "4", "5", "--output", str(tmp_path)]
-    deepcluster_v2.main(deepcluster_v2.parse_args(flags))
+    flags = ["--epochs", "3", "--num-clusters", "6", "4", "5"]
+    helpers.train(deepcluster_v2, tmp_path, *RUN, *flags, dtype="float32")
     assert [crop for crop, _, _ in clustered_rows] == [0, 1, 0] * 3
     epochs = [sorted(i for _, index, _ in written[4 * e : 4 * e + 4] for i in index)
               for e in range(4)]  # the pass that fills the bank, and three epochs
@@ -324,7 +311,6 @@ def test_collapsed_features_raise_the_named_warning_within_an_epoch(tmp_path, ca
         return z + still
 
     monkeypatch.setattr(deepcluster_v2.DeepCluster, "forward", collapsed)
-    flags = [*TINY, "--output", str(tmp_path), "--epochs", "1"]
-    deepcluster_v2.main(deepcluster_v2.parse_args(flags))
+    helpers.train(deepcluster_v2, tmp_path, *RUN, "--epochs", "1", dtype="float32")
     said = capsys.readouterr().out
     assert "warning: cluster_entropy is 0" in said and "warning: z_std is 0" in said

@@ -1,7 +1,6 @@
 import copy
-import json
 import math
-from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -9,8 +8,10 @@ import torch
 from torch import nn
 
 import dino
+import helpers
 import moco
-from common import backbones, dist, optim
+from common import backbones, optim
+from helpers import check_joined, own_gradients, own_rows
 
 # --------------------------------------------------------------------------------------- parse_args
 
@@ -67,7 +68,7 @@ def test_combinations_that_cannot_be_are_refused(flags, named, capsys):
 def test_stochastic_depth_of_a_resnet_is_refused(capsys):
     with pytest.raises(SystemExit):
         dino.parse_args(["--arch", "resnet_tiny", "--drop-path", "0.1"])
-    assert "--drop-path is of transformers" in capsys.readouterr().err
+    assert "--drop-path is for transformers" in capsys.readouterr().err
     assert dino.parse_args(["--arch", "vit_micro", "--drop-path", "0.1"]).drop_path == 0.1
 
 
@@ -75,8 +76,7 @@ def test_stochastic_depth_of_a_resnet_is_refused(capsys):
 
 
 def test_crops_have_the_papers_blur_and_solarisation():
-    views = dino.photo_views([2, 8], [224, 96], [(0.4, 1), (0.05, 0.4)], 3, 0.5, True, [0.5] * 3,
-                             [0.2] * 3)
+    views = dino.build_views(dino.parse_args(["--recipe", "imagenet"]))
     assert [view.size[0] for view in views] == [224] * 2 + [96] * 8
     assert [view.geometry[0].scale for view in views[1:3]] == [(0.4, 1), (0.05, 0.4)]
     assert {view.geometry[0].interpolation for view in views} == {"bicubic"}
@@ -212,28 +212,28 @@ def test_the_loss_computes_in_float32_at_least(dtype):
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected, rel=1e-5)
 
 
-def own_part(student, teacher, center):
-    """Loss and gradient of this process's rows, and the centre after them."""
-    share = student.shape[1] // dist.size()
-    own = slice(dist.rank() * share, (dist.rank() + 1) * share)
-    mine = torch.from_numpy(student[:, own].copy()).requires_grad_()
-    teacher, center = torch.from_numpy(teacher[:, own].copy()), torch.from_numpy(center.copy())
-    loss = dino.dino_loss(mine, teacher, center, 0.1, 0.04)
-    loss.backward()
-    dino.update_center(center, teacher, 0.9)
-    return loss.item(), (mine.grad / dist.size()).numpy(), center.numpy()
+def own_gradient(student, teacher, center):
+    teacher, center = own_rows(teacher, dim=1), torch.from_numpy(center)
+    return own_gradients(lambda x: dino.dino_loss(x, teacher, center, 0.1, 0.04), student, dim=1)
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_loss_gradient_and_center_are_those_of_the_joined_batch(pool, size):
-    given = tensors()
-    loss, gradient, center = own_part(*given)
-    parts = pool.run(size, own_part, *given)
-    assert np.mean([part[0] for part in parts]) == pytest.approx(loss, rel=1e-6)
-    found = np.concatenate([part[1] for part in parts], axis=1)
-    np.testing.assert_allclose(found, gradient, rtol=1e-6, atol=1e-12)
-    for part in parts:
-        np.testing.assert_allclose(part[2], center, rtol=1e-6)
+def test_loss_and_gradient_are_those_of_the_joined_batch(pool, size):
+    check_joined(pool, size, own_gradient, *tensors(), dim=1)
+
+
+def moved_center(teacher, center):
+    center = torch.from_numpy(center.copy())
+    dino.update_center(center, own_rows(teacher, dim=1), 0.9)
+    return center.numpy()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_center_moves_alike_on_any_number_of_processes(pool, size):
+    _, teacher, center = tensors()
+    alone = moved_center(teacher, center)
+    for found in pool.run(size, moved_center, teacher, center):
+        np.testing.assert_allclose(found, alone, rtol=1e-6)
 
 
 def test_the_center_moves_to_the_mean_of_all_rows():
@@ -293,8 +293,7 @@ def test_the_tables_of_rate_decay_and_momentum_are_the_official_ones():
                                 warmup_endpoint=True)
     found = [rates[step] for step in (0, 1, 4, 5, 6, 7, 18, 19)]
     assert found == pytest.approx([0, 0.2, 0.8, 1, 1, 0.9875, 0.0495, 0.0125], abs=1e-4)
-    momenta = optim.warmup_cosine(start=0.99, base=0.99, final=1.0, warmup_steps=0, total_steps=20,
-                                  warmup_endpoint=True)
+    momenta = optim.cosine(0.99, 1.0, 20)
     assert [momenta[step] for step in (0, 10, 19)] == pytest.approx([0.99, 0.995, 0.999938])
 
 
@@ -328,14 +327,15 @@ def test_the_indicators_name_both_ways_to_collapse():
 
 # --------------------------------------------------------------------------------------------- main
 
-TINY = ["--limit", "64", "--batch-size", "16", "--epochs", "2", "--warmup-epochs", "0",
-        "--workers", "0", "--log-every", "1", "--freeze-last-layer-epochs", "1",
-        *TRANSFORMER]
+RUN = ["--limit", "64", "--epochs", "2", "--freeze-last-layer-epochs", "1", *TRANSFORMER]
 
 
-def train(folder, *flags):
+def train(folder, *flags, dtype="float64"):
+    return helpers.train(dino, folder, *RUN, *flags, dtype=dtype)
+
+
+def watched(folder, *flags):
     """Losses and centre of a run in float64, and what each step used and left behind."""
-    torch.set_default_dtype(torch.float64)
     steps, loss_of, ema_of, center_of = [], dino.dino_loss, dino.update_ema, dino.update_center
 
     def watch_loss(student, teacher, center, *temperatures):
@@ -355,29 +355,25 @@ def train(folder, *flags):
         steps[-1]["events"].append("center")
         center_of(center, teacher, momentum)
 
-    dino.dino_loss, dino.update_ema, dino.update_center = watch_loss, watch_ema, watch_center
-    try:
-        dino.main(dino.parse_args([*TINY, "--output", folder, *flags]))
-    finally:
-        dino.dino_loss, dino.update_ema, dino.update_center = loss_of, ema_of, center_of
-    lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").open()]
-    saved = torch.load(Path(folder) / "checkpoint.pt", weights_only=True)["state"]
-    return [line["loss"] for line in lines], saved["center"].numpy(), steps
+    with mock.patch.multiple(dino, dino_loss=watch_loss, update_ema=watch_ema,
+                             update_center=watch_center):
+        losses = train(folder, *flags)
+    return losses, helpers.state_of(folder)["center"].numpy(), steps
 
 
 def test_recomputed_blocks_change_nothing(tmp_path):
     flags = ["--drop-path", "0.5", "--epochs", "1"]
-    losses, center, _ = train(str(tmp_path / "kept"), *flags)
-    other_losses, other_center, _ = train(str(tmp_path / "twice"), *flags, "--grad-checkpoint")
-    assert other_losses == losses and (other_center == center).all()
+    losses, center, _ = watched(tmp_path / "kept", *flags)
+    other_losses, same, _ = watched(tmp_path / "twice", *flags, "--grad-checkpoint")
+    assert other_losses == losses and (same == center).all()
 
 
 @pytest.mark.parametrize("flags", [[], ["--arch", "resnet_tiny", "--optimizer", "sgd"]])
 def test_any_number_of_processes_computes_the_same(pool, tmp_path, flags):
     flags = ["--limit", "48", *flags]
-    losses, center, _ = pool.run(1, train, str(tmp_path / "1"), *flags)[0]
+    losses, center, _ = pool.run(1, watched, tmp_path / "1", *flags)[0]
     for size in (2, 4):
-        other = pool.run(size, train, str(tmp_path / str(size)), *flags)[0]
+        other = pool.run(size, watched, tmp_path / str(size), *flags)[0]
         np.testing.assert_allclose(other[0], losses, rtol=1e-6)
         np.testing.assert_allclose(other[1], center, rtol=1e-6, atol=1e-9)
 
@@ -385,7 +381,7 @@ def test_any_number_of_processes_computes_the_same(pool, tmp_path, flags):
 def test_each_step_follows_its_schedules_and_the_order_of_updates(tmp_path):
     flags = ["--warmup-teacher-temperature-epochs", "2", "--teacher-temperature", "0.07",
              "--momentum", "0.99"]
-    _, center, steps = train(str(tmp_path), *flags)
+    _, center, steps = watched(tmp_path, *flags)
     assert [step["crops"] for step in steps] == [(4, 2)] * 8  # the teacher's are the global ones
     assert [step["temperature"] for step in steps] == [0.03] * 4 + [0.07] * 4
     assert [step["momentum"] for step in steps] == pytest.approx(
@@ -408,13 +404,13 @@ def caught(monkeypatch, name, *flags):
         return step(self, *args)
 
     monkeypatch.setattr(getattr(torch.optim, name), "step", remember)
-    dino.main(dino.parse_args([*TINY, *flags]))
+    train(*flags, dtype="float32")
     return seen
 
 
 @pytest.mark.parametrize("name", ["AdamW", "SGD"])
 def test_rate_and_decay_follow_their_tables_and_decay_is_for_weights(name, tmp_path, monkeypatch):
-    steps = caught(monkeypatch, name, "--optimizer", name.lower(), "--output", str(tmp_path),
+    steps = caught(monkeypatch, name, tmp_path, "--optimizer", name.lower(),
                    "--weight-decay", "0.04", "--final-weight-decay", "0.4", "--lr", "0.016")
     for t, (decayed, others) in enumerate(steps):
         cosine = (1 + math.cos(math.pi * t / 8)) / 2
@@ -429,10 +425,10 @@ def test_rate_and_decay_follow_their_tables_and_decay_is_for_weights(name, tmp_p
 
 def test_stochastic_depth_is_drawn_anew_each_step_and_again_after_a_resume(tmp_path):
     flags = ["--drop-path", "0.5"]
-    losses = train(str(tmp_path / "whole"), *flags)[0]
-    assert losses != train(str(tmp_path / "none"))[0]
+    losses = train(tmp_path / "whole", *flags)
+    assert losses != train(tmp_path / "none")
     torch.rand(7)  # another state of the generator
-    assert train(str(tmp_path / "again"), *flags)[0] == losses
+    assert train(tmp_path / "again", *flags) == losses
 
     class Stop(Exception):
         pass
@@ -445,24 +441,14 @@ def test_stochastic_depth_is_drawn_anew_each_step_and_again_after_a_resume(tmp_p
             raise Stop
         schedule(*args)
 
-    dino.update_center = stop_after_an_epoch
-    try:
-        with pytest.raises(Stop):
-            train_plain(str(tmp_path / "cut"), *flags)
-    finally:
-        dino.update_center = schedule
-    assert train_plain(str(tmp_path / "cut"), *flags) == losses
-
-
-def train_plain(folder, *flags):
-    torch.set_default_dtype(torch.float64)
-    dino.main(dino.parse_args([*TINY, "--output", folder, *flags]))
-    return [json.loads(line)["loss"] for line in (Path(folder) / "log.jsonl").open()]
+    with mock.patch.object(dino, "update_center", stop_after_an_epoch), pytest.raises(Stop):
+        train(tmp_path / "cut", *flags)
+    assert train(tmp_path / "cut", *flags) == losses
 
 
 def test_the_export_is_the_teacher(tmp_path):
-    dino.main(dino.parse_args([*TINY, "--output", str(tmp_path)]))
-    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["state"]
+    train(tmp_path, dtype="float32")
+    state = helpers.state_of(tmp_path)
     exported = torch.load(tmp_path / "backbone.pth", weights_only=True)
     for name, value in exported.items():
         assert torch.equal(value, state["teacher"][f"backbone.{name}"])
@@ -470,14 +456,10 @@ def test_the_export_is_the_teacher(tmp_path):
 
 
 def test_bf16_stays_within_two_percent_of_float32(tmp_path):
-    losses = []
-    for amp in ("none", "bf16"):
-        dino.main(dino.parse_args([*TINY, "--limit", "160", "--output", str(tmp_path / amp),
-                                   "--amp", amp]))
-        lines = (tmp_path / amp / "log.jsonl").open()
-        losses.append([json.loads(line)["loss"] for line in lines])
-    assert len(losses[0]) == 20
-    np.testing.assert_allclose(losses[1], losses[0], rtol=0.02)
+    plain, rounded = (train(tmp_path / amp, "--limit", 160, "--amp", amp, dtype="float32")
+                      for amp in ("none", "bf16"))
+    assert len(plain) == 20
+    np.testing.assert_allclose(rounded, plain, rtol=0.02)
 
 
 @pytest.mark.parametrize("alike, named", [(True, "above"), (False, "below")])
@@ -493,7 +475,7 @@ def test_both_collapses_raise_the_named_warning_within_an_epoch(
         return z, logits
 
     monkeypatch.setattr(dino.DINO, "forward", collapsed)
-    dino.main(dino.parse_args([*TINY, "--output", str(tmp_path), "--epochs", "1"]))
+    train(tmp_path, "--epochs", "1", dtype="float32")
     said = capsys.readouterr().out
     assert f"warning: teacher_entropy is {'6.24' if alike else '0'}, {named} " in said
     assert "warning: z_std is" in said

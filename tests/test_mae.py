@@ -1,13 +1,12 @@
-import json
 import math
-from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
 import mae
-from common import dist
+from helpers import check_joined, lines, own_gradients, own_rows, train
 
 # --------------------------------------------------------------------------------------- parse_args
 
@@ -24,12 +23,12 @@ def test_the_imagenet_recipe_is_the_papers():
 @pytest.mark.parametrize(
     "flags, named",
     [
-        (["--image-size", "18"], "--image-size 18 is no multiple of --patch-size 4"),
+        (["--image-size", "18"], "--image-size 18 is not a multiple of --patch-size 4"),
         (["--mask-ratio", "1"], "keeps 0 of 16 patches"),
         (["--mask-ratio", "0"], "keeps 16 of 16 patches"),
         (["--mask-ratio", "0.95"], "keeps 0 of 16 patches"),
         (["--decoder-heads", "3"], "--decoder-dim 64"),
-        (["--batch-size", "10", "--accum-steps", "4"], "--accum-steps 4 does not divide the 10"),
+        (["--batch-size", "10", "--accum-steps", "4"], "--accum-steps 4 does not divide"),
         (["--arch", "resnet18"], "resnet18"),
         (["--sync-bn"], "--sync-bn"),
     ],
@@ -43,14 +42,14 @@ def test_combinations_that_cannot_be_are_refused(flags, named, capsys):
 # -------------------------------------------------------------------------------------------- views
 
 
-@pytest.mark.parametrize("make", [mae.photo_views, mae.digit_views])
-def test_there_is_one_view_without_changes_of_colour(make):
-    (view,) = make(224, 3, (0.2, 1), [0.5] * 3, [0.2] * 3)
+@pytest.mark.parametrize("kind", ["photo", "digits"])
+def test_there_is_one_view_without_changes_of_colour(kind):
+    (view,) = mae.build_views(mae.parse_args(["--recipe", "imagenet", "--views", kind]))
     assert [type(step).__name__ for step in view.colour] == ["Normalize"]
     crop = next(s for s in view.geometry if type(s).__name__ == "RandomResizedCrop")
-    assert crop.scale == (0.2, 1)
+    assert crop.scale == [0.2, 1.0]
     flips = any(type(step).__name__ == "HorizontalFlip" for step in view.geometry)
-    assert flips == (make is mae.photo_views)
+    assert flips == (kind == "photo")
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -261,30 +260,20 @@ def test_the_loss_computes_in_float32_at_least(dtype):
 
 
 def own_gradient(pred, images, mask):
-    share = len(pred) // dist.size()
-    own = slice(dist.rank() * share, (dist.rank() + 1) * share)
-    mine = torch.from_numpy(pred[own]).requires_grad_()
-    others = torch.from_numpy(images[own]), torch.from_numpy(mask[own])
-    loss = mae.reconstruction_loss(mine, *others, 2, True)
-    loss.backward()
-    return loss.item(), (mine.grad / dist.size()).numpy()
+    others = own_rows(images), own_rows(mask)
+    return own_gradients(lambda x: mae.reconstruction_loss(x, *others, 2, True), pred)
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_loss_and_gradient_are_those_of_the_joined_batch(pool, size):
-    given = tensors(n=8)
-    loss, gradient = own_gradient(*given)
-    parts = pool.run(size, own_gradient, *given)
-    assert np.mean([p[0] for p in parts]) == pytest.approx(loss, rel=1e-6)
-    np.testing.assert_allclose(np.concatenate([p[1] for p in parts]), gradient, rtol=1e-6)
+    check_joined(pool, size, own_gradient, *tensors(n=8))
 
 
 # --------------------------------------------------------------------------------------------- main
 
 
-def train(folder, steps, *flags):
-    """Losses of a few steps in float64, the gradients of the first, and the weights at the end."""
-    torch.set_default_dtype(torch.float64)
+def traced(folder, *flags):
+    """Losses of four steps in float64, the gradients of the first, and the weights at the end."""
     gradients, step = {}, torch.optim.AdamW.step
 
     def remember(self, *args):
@@ -293,24 +282,17 @@ def train(folder, steps, *flags):
                 gradients.setdefault((group, number), p.grad.clone().numpy())
         return step(self, *args)
 
-    torch.optim.AdamW.step = remember
-    try:
-        mae.main(mae.parse_args([
-            "--output", folder, "--limit", str(16 * steps), "--batch-size", "16", "--epochs", "1",
-            "--warmup-epochs", "0", "--workers", "0", "--log-every", "1", *flags,
-        ]))
-    finally:
-        torch.optim.AdamW.step = step
-    weights = torch.load(Path(folder) / "backbone.pth", weights_only=True)
-    lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").open()]
-    return [line["loss"] for line in lines], gradients, {k: v.numpy() for k, v in weights.items()}
+    with mock.patch.object(torch.optim.AdamW, "step", remember):
+        losses = train(mae, folder, "--limit", 64, *flags)
+    weights = torch.load(folder / "backbone.pth", weights_only=True)
+    return losses, gradients, {k: v.numpy() for k, v in weights.items()}
 
 
 def test_processes_and_accumulation_change_nothing(pool, tmp_path):
-    losses, gradients, weights = pool.run(1, train, str(tmp_path / "1"), 4)[0]
+    losses, gradients, weights = pool.run(1, traced, tmp_path / "1")[0]
     for size, parts in ((1, 4), (2, 1), (2, 2), (4, 1)):
-        folder = str(tmp_path / f"{size}-{parts}")
-        others = pool.run(size, train, folder, 4, "--accum-steps", str(parts))
+        folder = tmp_path / f"{size}-{parts}"
+        others = pool.run(size, traced, folder, "--accum-steps", parts)
         np.testing.assert_allclose(others[0][0], losses, rtol=1e-6)
         for _, other, _ in others:  # on every process
             for name, gradient in gradients.items():
@@ -329,8 +311,7 @@ def test_weight_decay_is_for_matrices_and_tokens(tmp_path, monkeypatch):
             made.append(self)
 
     monkeypatch.setattr(torch.optim, "AdamW", Caught)
-    mae.main(mae.parse_args(["--output", str(tmp_path), "--limit", "16", "--batch-size", "16",
-                             "--epochs", "1", "--warmup-epochs", "0", "--workers", "0"]))
+    train(mae, tmp_path, "--limit", "16", dtype="float32")
     decayed, others = made[0].param_groups
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.05, 0)
     assert decayed["betas"] == others["betas"] == (0.9, 0.95)
@@ -340,20 +321,13 @@ def test_weight_decay_is_for_matrices_and_tokens(tmp_path, monkeypatch):
 
 
 def test_bf16_stays_within_two_percent_of_float32(tmp_path):
-    losses = []
-    for amp in ("none", "bf16"):
-        mae.main(mae.parse_args([
-            "--output", str(tmp_path / amp), "--limit", "320", "--batch-size", "16", "--epochs",
-            "1", "--warmup-epochs", "0", "--workers", "0", "--log-every", "1", "--amp", amp,
-        ]))
-        lines = [json.loads(line) for line in (tmp_path / amp / "log.jsonl").open()]
-        losses.append([line["loss"] for line in lines])
-    assert len(losses[0]) == 20
-    np.testing.assert_allclose(losses[1], losses[0], rtol=0.02)
+    plain, rounded = (train(mae, tmp_path / amp, "--limit", 320, "--amp", amp, dtype="float32")
+                      for amp in ("none", "bf16"))
+    assert len(plain) == 20
+    np.testing.assert_allclose(rounded, plain, rtol=0.02)
 
 
 def test_the_log_says_what_predicting_nothing_scores(tmp_path):
-    mae.main(mae.parse_args(["--output", str(tmp_path), "--limit", "64", "--batch-size", "64",
-                             "--epochs", "1", "--warmup-epochs", "0", "--workers", "0"]))
-    (line,) = (json.loads(text) for text in (tmp_path / "log.jsonl").open())
+    train(mae, tmp_path, "--limit", "64", "--batch-size", "64", dtype="float32")
+    (line,) = lines(tmp_path)
     assert 0.5 < line["zero_loss"] <= 47 / 48 < line["loss"]

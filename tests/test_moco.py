@@ -1,15 +1,15 @@
 import copy
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import helpers
 import moco
 from common import backbones, data, dist
+from helpers import check_joined, own_gradients, own_rows
 
 # --------------------------------------------------------------------------------------- parse_args
 
@@ -49,18 +49,18 @@ def test_combinations_that_cannot_be_are_refused(flags, named, capsys):
 
 
 def test_the_views_of_both_versions():
-    for make, order, jitter in (
-        (moco.v1_views, ["Grayscale", "ColorJitter", "GaussianBlur", "Normalize"],
-         (0.4, 0.4, 0.4, 0.4, 1.0)),
-        (moco.v2_views, ["ColorJitter", "Grayscale", "GaussianBlur", "Normalize"],
-         (0.4, 0.4, 0.4, 0.1, 0.8)),
+    for version, order, jitter in (
+        (1, ["Grayscale", "ColorJitter", "GaussianBlur", "Normalize"], (0.4, 0.4, 0.4, 0.4, 1.0)),
+        (2, ["ColorJitter", "Grayscale", "GaussianBlur", "Normalize"], (0.4, 0.4, 0.4, 0.1, 0.8)),
     ):
-        view, _ = make(224, 3, (0.2, 1), True, [0.5] * 3, [0.2] * 3)
+        args = moco.parse_args(["--recipe", "imagenet", "--version", str(version)])
+        view, _ = moco.build_views(args)
         assert [type(step).__name__ for step in view.colour] == order
         found = view.colour[order.index("ColorJitter")]
         strengths = (found.brightness, found.contrast, found.saturation, found.hue, found.p)
         assert strengths == jitter
         assert view.geometry[0].interpolation == "bilinear"
+        assert view.colour[order.index("GaussianBlur")].p == (0.5 if version == 2 else 0)
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -129,21 +129,13 @@ def test_info_nce_computes_in_float32_at_least(dtype):
 
 
 def own_gradient(q, k, queue):
-    share = len(q) // dist.size()
-    own = slice(dist.rank() * share, (dist.rank() + 1) * share)
-    mine = torch.from_numpy(q[own]).requires_grad_()
-    loss = moco.info_nce(mine, torch.from_numpy(k[own]), torch.from_numpy(queue), 0.2)
-    loss.backward()
-    return loss.item(), (mine.grad / dist.size()).numpy()
+    keys, queue = own_rows(k), torch.from_numpy(queue)
+    return own_gradients(lambda q: moco.info_nce(q, keys, queue, 0.2), q)
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_loss_and_gradient_are_those_of_the_joined_batch(pool, size):
-    given = tensors(n=8)
-    loss, gradient = own_gradient(*given)
-    parts = pool.run(size, own_gradient, *given)
-    assert np.mean([p[0] for p in parts]) == pytest.approx(loss, rel=1e-6)
-    np.testing.assert_allclose(np.concatenate([p[1] for p in parts]), gradient, rtol=1e-6)
+    check_joined(pool, size, own_gradient, *tensors(n=8))
 
 
 def filled_queue(length, batches, batch_size):
@@ -197,10 +189,8 @@ class Marked(nn.Module):
 
 
 def shuffled_keys(images, order):
-    share = len(images) // dist.size()
-    own = slice(dist.rank() * share, (dist.rank() + 1) * share)
-    encoder = Marked()
-    views = [torch.from_numpy(images[own]), 1 - torch.from_numpy(images[own])]
+    encoder, own = Marked(), own_rows(images)
+    views = [own, 1 - own]
     keys = moco.encode_keys(encoder, views, torch.from_numpy(order))
     return [key.numpy() for key in keys], encoder.seen
 
@@ -218,51 +208,34 @@ def test_keys_are_encoded_in_drawn_groups_and_come_back_in_order(pool, size):
         assert seen == whole[order][:, 0].tolist()
 
 
-# ----------------------------------------------------------------------------------------- schedule
-
-
-def test_the_schedules_change_once_an_epoch():
-    step = moco.lr_schedule(1.0, "step", epochs=10, warmup_epochs=0, steps_per_epoch=2)
-    assert step == pytest.approx([1] * 12 + [0.1] * 4 + [0.01] * 4)
-    cosine = moco.lr_schedule(1.0, "cosine", epochs=4, warmup_epochs=0, steps_per_epoch=2)
-    expected = [(1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in (0, 0, 1, 1, 2, 2, 3, 3)]
-    assert cosine == pytest.approx(expected)
-    warm = moco.lr_schedule(1.0, "step", epochs=5, warmup_epochs=2, steps_per_epoch=2)
-    assert warm[:5] == [0, 0.25, 0.5, 0.75, 1]
-
-
 # --------------------------------------------------------------------------------------------- main
 
 
-FLAGS = ["--batch-size", "16", "--epochs", "1", "--warmup-epochs", "0", "--workers", "0",
-         "--log-every", "1", "--bn-groups", "4", "--queue-length", "40"]
+FLAGS = ["--bn-groups", "4", "--queue-length", "40"]
 
 
-def train(folder, steps, *flags):
-    torch.set_default_dtype(torch.float64)
-    flags = [*FLAGS, "--output", folder, "--limit", str(16 * steps), *flags]
-    moco.main(moco.parse_args(flags))
-    saved = torch.load(Path(folder) / "checkpoint.pt", weights_only=True)["state"]["queue"]
-    return [json.loads(line)["loss"] for line in (Path(folder) / "log.jsonl").open()], saved.numpy()
+def queue_of_run(folder, steps, *flags):
+    """Losses of a run in float64, and its queue at the end."""
+    losses = helpers.train(moco, folder, *FLAGS, "--limit", 16 * steps, *flags)
+    return losses, helpers.state_of(folder)["queue"].numpy()
 
 
 def test_the_steps_of_the_paper_one_by_one(tmp_path):
     """Queries, EMA, shuffled keys, loss, SGD and queue, written out, against the loop of `main`."""
     flags = ["--momentum", "0.8", "--no-symmetric", "--weight-decay", "0.01"]
-    losses, queue = train(str(tmp_path), 4, *flags)
-    args = moco.parse_args([*FLAGS, "--limit", "64", *flags])
+    losses, queue = queue_of_run(tmp_path, 4, *flags)
+    args = moco.parse_args([*helpers.TINY, *FLAGS, "--limit", "64", *flags])
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(args.seed)
     backbone = backbones.build_backbone(args.arch, stem=args.stem, in_chans=args.in_chans,
                                         zero_init_residual=False)
-    model = moco.Encoder(backbone, args.mlp_head, args.embedding_dim)
+    model = moco.MoCo(backbone, args.mlp_head, args.embedding_dim)
     key_model = copy.deepcopy(model)
     bank = [row / row.norm() for row in torch.randn(args.queue_length, args.embedding_dim)]
     velocity = [torch.zeros_like(p) for p in model.parameters()]
     images = data.open_images("digits", "pretrain", 3, limit=64)
-    views = moco.digit_views(16, 3, args.crop_scale, args.blur, args.mean, args.std)
-    loader = data.Loader(images, views, batch_size=16, epochs=1, seed=args.seed, workers=0,
-                         world=dist.World(0, 1, torch.device("cpu")))
+    loader = data.Loader(images, moco.build_views(args), batch_size=16, epochs=1,
+                         seed=args.seed, workers=0, world=dist.World(0, 1, torch.device("cpu")))
     for step, batch in enumerate(loader.epoch(0)):
         first, second = batch.views
         q = torch.cat([model([group])[0] for group in first.split(4)])  # 4 groups of batch norm
@@ -293,8 +266,8 @@ def test_the_steps_of_the_paper_one_by_one(tmp_path):
 
 
 def test_any_number_of_processes_computes_the_same(pool, tmp_path):
-    losses, queue = pool.run(1, train, str(tmp_path / "1"), 8)[0]
+    losses, queue = pool.run(1, queue_of_run, tmp_path / "1", 8)[0]
     for size in (2, 4):
-        other_losses, other_queue = pool.run(size, train, str(tmp_path / str(size)), 8)[0]
+        other_losses, other_queue = pool.run(size, queue_of_run, tmp_path / str(size), 8)[0]
         np.testing.assert_allclose(other_losses, losses, atol=1e-9)
         np.testing.assert_allclose(other_queue, queue, atol=1e-9)

@@ -1,6 +1,4 @@
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,10 +6,12 @@ import torch
 from PIL import Image
 from torch import nn
 
+import helpers
 import npid_pirl
 from common import augment, backbones, data, dist
 from common.checkpoint import Run
-from test_all_scripts import lines, parsed, watched_run
+from helpers import check_joined, lines, own_gradients, own_rows, parsed
+from test_all_scripts import watched_run
 
 # --------------------------------------------------------------------------------------- parse_args
 
@@ -68,8 +68,8 @@ def test_combinations_that_cannot_be_are_refused(flags, named, capsys):
 
 
 def jigsaw_view(size=255, side=64, flip=True, kind="pirl", channels=3):
-    crop = augment.View(size, npid_pirl.geometry(kind, (0.6, 1), flip=False), channels)
-    colour = npid_pirl.colours(kind, False, [0.0], [1.0])
+    crop = augment.View(size, npid_pirl.crop_steps(kind, (0.6, 1), flip=False), channels)
+    colour = [*npid_pirl.color_steps(kind, False), augment.Normalize([0.0], [1.0])]
     return npid_pirl.JigsawView(crop, augment.View(side, colour, channels), flip)
 
 
@@ -85,10 +85,10 @@ def coordinates(side):
 
 def test_the_colours_of_each_kind():
     def steps(kind, blur=False):
-        return {type(s).__name__: s for s in npid_pirl.colours(kind, blur, [0.5], [0.2])}
+        return {type(s).__name__: s for s in npid_pirl.color_steps(kind, blur)}
 
-    assert list(steps("npid")) == ["Grayscale", "ColorJitter", "GaussianBlur", "Normalize"]
-    assert list(steps("pirl")) == ["ColorJitter", "Grayscale", "GaussianBlur", "Normalize"]
+    assert list(steps("npid")) == ["Grayscale", "ColorJitter", "GaussianBlur"]
+    assert list(steps("pirl")) == ["ColorJitter", "Grayscale", "GaussianBlur"]
     assert "Grayscale" not in steps("npid_plus")
     for kind, blur, wanted in (
         ("npid", False, (0.4, 0.4, 0.4, 0.4, 1.0)), ("npid_plus", False, (0.4, 0.4, 0.4, 0.4, 1.0)),
@@ -166,8 +166,7 @@ def test_each_patch_has_its_own_colours():
 
 
 def loaded(size):
-    views = [augment.View(16, npid_pirl.geometry("digits", (0.6, 1), flip=False), 1),
-             jigsaw_view(24, 7, flip=False, kind="digits", channels=1)]
+    views = npid_pirl.build_views(npid_pirl.parse_args(["--method", "pirl", "--in-chans", "1"]))
     images = data.open_images("digits", "pretrain", 1, limit=32)
     world = dist.World(dist.rank(), size, torch.device("cpu"))
     loader = data.Loader(images, views, batch_size=8, epochs=1, seed=3, world=world, workers=0)
@@ -191,7 +190,7 @@ def test_every_number_of_processes_gets_the_same_jigsaws(pool):
 def encoder(jigsaw, mlp_head=False):
     backbone = backbones.build_backbone("resnet_tiny", stem="small", in_chans=1,
                                         zero_init_residual=False)
-    return npid_pirl.Encoder(backbone, jigsaw, mlp_head, embedding_dim=8)
+    return npid_pirl.NPID(backbone, jigsaw, mlp_head, embedding_dim=8)
 
 
 @pytest.mark.parametrize("mlp_head", [False, True])
@@ -316,9 +315,7 @@ def test_losses_are_computed_in_float32_at_least(dtype):
 
 
 def drawn(index, num_images, k, step):
-    share = len(index) // dist.size()
-    own = torch.from_numpy(index[dist.rank() * share : (dist.rank() + 1) * share])
-    return npid_pirl.draw_negatives(own, num_images, k, 7, step).numpy()
+    return npid_pirl.draw_negatives(own_rows(index), num_images, k, 7, step).numpy()
 
 
 def test_negatives_are_all_the_others_alike_and_hang_on_seed_and_step(pool):
@@ -337,39 +334,29 @@ def test_negatives_are_all_the_others_alike_and_hang_on_seed_and_step(pool):
 
 
 def own_gradient(z, memory, index, negatives, loss):
-    share = len(index) // dist.size()
-    own = slice(dist.rank() * share, (dist.rank() + 1) * share)
-    mine = torch.from_numpy(z[:, own]).requires_grad_()
-    others = None if loss == "full" else torch.from_numpy(negatives[own])
-    index = torch.from_numpy(index[own])
-    logits = npid_pirl.memory_logits(mine, torch.from_numpy(memory), index, others, 0.1)
-    if loss == "nce":
+    others = None if loss == "full" else own_rows(negatives)
+    memory, index = torch.from_numpy(memory), own_rows(index)
+    target = index if others is None else torch.zeros_like(index)
+
+    def mean_loss(z):
+        logits = npid_pirl.memory_logits(z, memory, index, others, 0.1)
         constant = npid_pirl.estimate_z(logits[-1], len(memory))
-        losses = [npid_pirl.nce_loss(each, len(memory), constant) for each in logits]
-    else:
-        target = index if others is None else torch.zeros_like(index)
-        losses = [nn.functional.cross_entropy(each, target) for each in logits]
-    total = torch.stack(losses).mean()
-    total.backward()
-    return total.item(), (mine.grad / dist.size()).numpy()
+        losses = [npid_pirl.nce_loss(each, len(memory), constant) if loss == "nce" else
+                  nn.functional.cross_entropy(each, target) for each in logits]
+        return torch.stack(losses).mean()
+
+    return own_gradients(mean_loss, z, dim=1)
 
 
 @pytest.mark.parametrize("loss", ["nce", "cross_entropy", "full"])
 @pytest.mark.parametrize("size", [2, 4])
 def test_loss_and_gradient_are_those_of_the_joined_batch(pool, size, loss):
-    given = (*tensors(), loss)
-    value, gradient = own_gradient(*given)
-    parts = pool.run(size, own_gradient, *given)
-    assert np.mean([p[0] for p in parts]) == pytest.approx(value, rel=1e-6)
-    np.testing.assert_allclose(np.concatenate([p[1] for p in parts], 1), gradient, rtol=1e-6)
+    check_joined(pool, size, own_gradient, *tensors(), loss, dim=1)
 
 
 def updated(memory, index, embedding, momentum):
-    share = len(index) // dist.size()
-    own = slice(dist.rank() * share, (dist.rank() + 1) * share)
     bank = torch.from_numpy(memory.copy())
-    npid_pirl.update_memory(bank, torch.from_numpy(index[own]), torch.from_numpy(embedding[own]),
-                            momentum)
+    npid_pirl.update_memory(bank, own_rows(index), own_rows(embedding), momentum)
     return bank.numpy()
 
 
@@ -387,21 +374,6 @@ def test_only_rows_whose_images_were_seen_move_and_the_last_of_two_counts(pool, 
         np.testing.assert_allclose(np.linalg.norm(bank, axis=1), 1, rtol=1e-12)
         unseen = np.setdiff1d(np.arange(len(memory)), index)
         assert np.array_equal(bank[unseen], memory[unseen])
-
-
-# ----------------------------------------------------------------------------------------- schedule
-
-
-def test_the_schedules_change_once_an_epoch():
-    step = npid_pirl.lr_schedule(1.0, "step", epochs=10, warmup_epochs=0, steps_per_epoch=2)
-    assert step == pytest.approx([1] * 12 + [0.1] * 4 + [0.01] * 4)
-    cosine = npid_pirl.lr_schedule(0.12, "cosine", epochs=4, warmup_epochs=0, steps_per_epoch=2)
-    final = 0.00012
-    expected = [final + (0.12 - final) * (1 + math.cos(math.pi * epoch / 4)) / 2
-                for epoch in (0, 0, 1, 1, 2, 2, 3, 3)]
-    assert cosine == pytest.approx(expected)
-    warm = npid_pirl.lr_schedule(1.0, "step", epochs=5, warmup_epochs=2, steps_per_epoch=2)
-    assert warm[:5] == [0, 0.25, 0.5, 0.75, 1]
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -425,21 +397,16 @@ def test_pirl_trains_on_any_channel_count(channels, tmp_path):
 
 def train(folder, *flags, stop_at=None):
     """Train in float64; losses, bank and Z. `stop_at` is the step of a stop signal."""
-    torch.set_default_dtype(torch.float64)
     agree = Run.agree
     if stop_at:
         left = iter(range(stop_at - 1, -1, -1))
         Run.agree = lambda self, epoch_ends: (next(left) == 0,) * 2
     try:
-        npid_pirl.main(npid_pirl.parse_args([
-            "--output", folder, "--limit", "48", "--batch-size", "16", "--epochs", "2",
-            "--warmup-epochs", "0", "--workers", "0", "--log-every", "1", "--sync-bn",
-            "--loss", "nce", "--num-negatives", "20", *flags,
-        ]))
+        losses = helpers.train(npid_pirl, folder, "--limit", 48, "--epochs", 2, "--sync-bn",
+                               "--loss", "nce", "--num-negatives", 20, *flags)
     finally:
         Run.agree = agree
-    saved = torch.load(Path(folder) / "checkpoint.pt", weights_only=True)["state"]
-    losses = [json.loads(line)["loss"] for line in (Path(folder) / "log.jsonl").open()]
+    saved = helpers.state_of(folder)
     return losses, saved["memory"].numpy(), saved["constant_z"].item()
 
 

@@ -1,6 +1,5 @@
-import json
 import math
-from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -8,6 +7,7 @@ import torch
 
 import swav
 from common import dist
+from helpers import check_joined, own_gradients, own_rows, train
 
 # --------------------------------------------------------------------------------------- parse_args
 
@@ -38,7 +38,7 @@ SMALL_CROPS = ["--num-crops", "2", "2", "--crop-sizes", "16", "8", "--crop-scale
 @pytest.mark.parametrize(
     "flags, named",
     [
-        (["--queue-length", "300"], "300 is no multiple of --batch-size 256; try 256 or 512"),
+        (["--queue-length", "300"], "300 is not a multiple of --batch-size 256; try 256 or 512"),
         (["--crop-sizes", "16"], "--crop-sizes 1"),
         (["--crop-sizes", "16", "8", "--image-size", "24"], "--image-size 24"),
         (["--sinkhorn-iterations", "0"], "'0'"),
@@ -51,17 +51,15 @@ def test_combinations_that_cannot_be_are_refused(flags, named, capsys):
 
 
 def test_a_queue_longer_than_the_data_is_refused_with_a_length_that_works(tmp_path):
-    flags = [*TINY, "--output", str(tmp_path), "--limit", "40", "--queue-length", "48"]
     with pytest.raises(dist.RunError, match="48 is more than the 40 images of --data; at most 32"):
-        swav.main(swav.parse_args(flags))
+        train(swav, tmp_path, "--limit", "40", "--queue-length", "48")
 
 
 # -------------------------------------------------------------------------------------------- views
 
 
 def test_crops_come_full_ones_first_with_the_papers_strengths():
-    views = swav.photo_views([2, 6], [224, 96], [(0.14, 1), (0.05, 0.14)], 3, 1.0, True, [0.5] * 3,
-                             [0.2] * 3)
+    views = swav.build_views(swav.parse_args(["--recipe", "imagenet"]))
     assert [view.size[0] for view in views] == [224] * 2 + [96] * 6
     assert [view.geometry[0].scale for view in views[1:3]] == [(0.14, 1), (0.05, 0.14)]
     jitter, gray, blur, _ = views[0].colour
@@ -142,9 +140,7 @@ def test_many_iterations_use_all_prototypes_alike():
 
 
 def own_codes(scores):
-    share = len(scores) // dist.size()
-    own = torch.from_numpy(scores[dist.rank() * share : (dist.rank() + 1) * share])
-    return swav.sinkhorn(own, 0.05, 3).numpy()
+    return swav.sinkhorn(own_rows(scores), 0.05, 3).numpy()
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -199,14 +195,14 @@ def test_low_precision_is_raised(dtype):
 
 def own_gradient(z, prototypes):
     """Codes, loss and gradient of this process's rows, as in the script."""
-    share = z.shape[1] // dist.size()
-    own = torch.from_numpy(z[:, dist.rank() * share : (dist.rank() + 1) * share].copy())
-    own.requires_grad_()
-    scores = torch.nn.functional.normalize(own, dim=2) @ torch.from_numpy(prototypes).T
-    codes = swav.codes_of(scores[:2].detach(), None, torch.from_numpy(prototypes), 0.05, 3)
-    loss = swav.swapped_prediction_loss(scores, codes, 0.1)
-    loss.backward()
-    return loss.item(), (own.grad / dist.size()).numpy()
+    prototypes = torch.from_numpy(prototypes)
+
+    def loss(z):
+        scores = torch.nn.functional.normalize(z, dim=2) @ prototypes.T
+        codes = swav.compute_codes(scores[:2].detach(), None, prototypes, 0.05, 3)
+        return swav.swapped_prediction_loss(scores, codes, 0.1)
+
+    return own_gradients(loss, z, dim=1)
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -214,11 +210,7 @@ def test_loss_and_gradient_are_those_of_the_joined_batch(pool, size):
     rng = np.random.default_rng(4)
     z, prototypes = rng.normal(size=(3, 8, 6)), rng.normal(size=(5, 6))
     prototypes /= np.linalg.norm(prototypes, axis=1, keepdims=True)
-    loss, grad = own_gradient(z, prototypes)
-    parts = pool.run(size, own_gradient, z, prototypes)
-    assert np.mean([part[0] for part in parts]) == pytest.approx(loss, rel=1e-9)
-    found = np.concatenate([part[1] for part in parts], axis=1)
-    np.testing.assert_allclose(found, grad, rtol=1e-6, atol=1e-12)
+    check_joined(pool, size, own_gradient, z, prototypes, dim=1)
 
 
 # -------------------------------------------------------------------------------------------- queue
@@ -243,10 +235,9 @@ def test_in_the_queue_the_oldest_leaves_first(pool, size):
 
 
 def queued_codes(scores, queue, prototypes):
-    share = scores.shape[1] // dist.size()
-    own = torch.from_numpy(scores[:, dist.rank() * share : (dist.rank() + 1) * share])
+    own = own_rows(scores, dim=1)
     queue, prototypes = torch.from_numpy(queue), torch.from_numpy(prototypes)
-    return swav.codes_of(own, queue, prototypes, 0.05, 3).numpy()
+    return swav.compute_codes(own, queue, prototypes, 0.05, 3).numpy()
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -263,28 +254,21 @@ def test_codes_with_a_queue_are_the_last_rows_of_the_joint_codes(pool, size):
 
 # --------------------------------------------------------------------------------------------- main
 
-TINY = ["--limit", "64", "--batch-size", "16", "--epochs", "2", "--warmup-epochs", "0",
-        "--workers", "0", "--log-every", "1", "--freeze-prototypes-epochs", "1", *SMALL_CROPS]
+RUN = ["--limit", "64", "--epochs", "2", "--freeze-prototypes-epochs", "1", *SMALL_CROPS]
 
 
-def train(folder, *flags):
+def watched(folder, *flags):
     """Losses of each step, and what each step's codes were made with."""
-    torch.set_default_dtype(torch.float64)
     queues, weights = [], []
-    codes_of = swav.codes_of
+    compute_codes = swav.compute_codes
 
     def watch(scores, queue, prototypes, *rest):
         queues.append(None if queue is None else queue.clone().numpy())
         weights.append(prototypes.detach().clone().numpy())
-        return codes_of(scores, queue, prototypes, *rest)
+        return compute_codes(scores, queue, prototypes, *rest)
 
-    swav.codes_of = watch
-    try:
-        swav.main(swav.parse_args([*TINY, "--output", folder, *flags]))
-    finally:
-        swav.codes_of = codes_of
-    losses = [json.loads(line)["loss"] for line in (Path(folder) / "log.jsonl").open()]
-    return losses, queues, weights
+    with mock.patch.object(swav, "compute_codes", watch):
+        return train(swav, folder, *RUN, *flags), queues, weights
 
 
 QUEUE = ["--queue-length", "32", "--queue-start-epoch", "0"]
@@ -292,7 +276,7 @@ QUEUE = ["--queue-length", "32", "--queue-start-epoch", "0"]
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_the_queue_is_used_once_full_and_prototypes_wait_on_the_unit_sphere(pool, size, tmp_path):
-    losses, queues, weights = pool.run(size, train, str(tmp_path), *QUEUE)[0]
+    losses, queues, weights = pool.run(size, watched, tmp_path, *QUEUE)[0]
     assert [queue is None for queue in queues] == [True] * 2 + [False] * 6
     assert all((np.abs(np.linalg.norm(queue, axis=2) - 1) < 1e-9).all() for queue in queues[2:])
     frozen, moved = weights[1:5], weights[5]  # step 5 is the first after a step of the second epoch
@@ -310,7 +294,7 @@ def test_the_queue_starts_to_fill_when_told_to(tmp_path, monkeypatch):
 
     monkeypatch.setattr(swav, "update_queue", watch)
     flags = ["--queue-length", "32", "--queue-start-epoch", "1", "--epochs", "3"]
-    _, queues, _ = train(str(tmp_path), *flags)
+    _, queues, _ = watched(tmp_path, *flags)
     assert written == [(0, False), (16, True), *[(0, True), (16, True)] * 3]  # in 8 of 12 steps
     assert [queue is None for queue in queues] == [True] * 6 + [False] * 6  # 4 steps an epoch
 
@@ -322,23 +306,20 @@ def test_a_queue_that_would_never_start_is_refused(capsys):
 
 
 def test_two_processes_compute_what_one_does(pool, tmp_path):
-    one = pool.run(1, train, str(tmp_path / "one"), *QUEUE)[0]
-    two = pool.run(2, train, str(tmp_path / "two"), *QUEUE)
+    one = pool.run(1, watched, tmp_path / "one", *QUEUE)[0]
+    two = pool.run(2, watched, tmp_path / "two", *QUEUE)
     for losses, queues, _ in two:
         np.testing.assert_allclose(losses, one[0], atol=1e-9)
         np.testing.assert_allclose(queues[-1], one[1][-1], atol=1e-7)
 
 
 def test_several_sets_of_prototypes_train(tmp_path):
-    torch.set_default_dtype(torch.float32)
-    flags = [*TINY, "--output", str(tmp_path), "--num-prototypes", "10", "20"]
-    swav.main(swav.parse_args(flags))
-    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 8
+    assert len(train(swav, tmp_path, *RUN, "--num-prototypes", "10", "20", dtype="float32")) == 8
 
 
 def test_collapsed_features_raise_the_named_warning_within_an_epoch(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(swav.SwAV, "forward", lambda self, views: collapsed(self, views))
-    swav.main(swav.parse_args([*TINY, "--output", str(tmp_path), "--epochs", "1"]))
+    train(swav, tmp_path, *RUN, "--epochs", "1", dtype="float32")
     said = capsys.readouterr().out
     assert "warning: prototype_entropy is 0" in said and "warning: z_std is 0" in said
 
