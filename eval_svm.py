@@ -1,6 +1,7 @@
 """Linear support vector machines on frozen features: VOC07 classification, full and low-shot.
 
-1. Take pooled layers of the whole images, squeezed to a square, and divide each by its length.
+1. Take pooled layers of the whole images and divide each by its length. An image is resized twice,
+   its shorter side to 256 px (where `--image-size` is 224), then to a square.
 2. For every class and cost, train a linear SVM, class against rest, on two thirds of the training
    images and measure its average precision on the last third, three times.
 3. Train on all training images with each class's best cost; the mean over classes of the average
@@ -54,7 +55,7 @@ MUCH_WORK = 2**26  # numbers that fits go through, from which on more processes 
 def parse_args(argv=None):
     parser = cli.evaluation_parser(
         __file__, __doc__, backbones.NAMES, layers="res5-grid or cls",
-        resize="none, the whole image is squeezed to a square",
+        resize="the whole image, squeezed to a square",
     )
     group = parser.add_argument_group("protocol")
     group.add_argument("--costs", type=cli.positive, nargs="+", default=COSTS,
@@ -134,13 +135,16 @@ def annotated(path: str) -> dict[str, bool]:
 
 @dataclass
 class WholeImage(augment.Step):
-    """Squeeze the image to the view's size, whatever its aspect."""
+    """Resize the shorter side to `resize` pixels, then squeeze the image to the view's size."""
 
+    resize: int
     interpolation: str
     geometric = resizes = True
 
     def apply(self, plane, _, size):
-        return plane.resize(size[::-1], augment.INTERPOLATION[self.interpolation])
+        resample = augment.INTERPOLATION[self.interpolation]
+        plane = plane.resize(augment.shorter_side_to(self.resize, plane.size), resample)
+        return plane.resize(size[::-1], resample)
 
 
 def pooled_layers(backbone, images, names):
@@ -492,9 +496,10 @@ def main(args):
         return images
 
     def make_view(settings):
-        step, words = WholeImage("bilinear"), "whole image squeezed to a square"
+        resize = features.resize_of(settings, args.resize)
+        step = WholeImage(resize, interpolation="bilinear")
+        words = f"shorter side to {resize}, squeezed to a square"
         if args.resize:
-            resize = features.resize_of(settings, args.resize)
             step = augment.CenterCrop(resize, interpolation="bilinear")
             words = f"shorter side to {resize}, central crop"
         steps = [step, augment.Normalize(settings["mean"], settings["std"])]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from sklearn.metrics import average_precision_score
+from torchvision import transforms
 
 import eval_svm
 from common import data
@@ -184,13 +185,15 @@ def test_a_missing_voc_file_is_named(remove, named, voc, tmp_path):
         evaluate("--checkpoint", "pixels", "--data", root, *SMALL)
 
 
-def test_the_view_squeezes_the_whole_image():
-    view = eval_svm.augment.View(4, [eval_svm.WholeImage("bilinear")], 3)
-    pixels = np.zeros((8, 16, 3), dtype=np.uint8)
-    pixels[:, 8:] = 255
-    geometry, _ = view.draw(np.empty((1, 0)), np.array([[8, 16]]))
-    crop = view.crop([Image.fromarray(pixels)], [g[0] for g in geometry])
-    assert crop.shape == (3, 4, 4) and (crop[:, :, 0] == 0).all() and (crop[:, :, 3] == 255).all()
+@pytest.mark.parametrize("height, width", [(8, 16), (100, 37), (9, 9)])
+def test_the_view_resizes_the_shorter_side_and_then_squeezes_the_whole_image(height, width):
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    view = eval_svm.augment.View(8, [eval_svm.WholeImage(9, "bilinear")], 3)
+    geometry, _ = view.draw(np.empty((1, 0)), np.array([[height, width]]))
+    twice = transforms.Compose([transforms.Resize(9), transforms.Resize([8, 8])])
+    np.testing.assert_array_equal(view.crop([image], [g[0] for g in geometry]),
+                                  np.asarray(twice(image)).transpose(2, 0, 1))
 
 
 # ----------------------------------------------------------------------------------------- protocol
@@ -261,7 +264,7 @@ def voc_pixels(voc, split):
     images, _ = eval_svm.open_voc(str(voc), split, 3)
     rows = []
     for i in range(len(images)):
-        small = images.read(i)[0].resize((8, 8), Image.Resampling.BILINEAR)
+        small = transforms.Resize([8, 8])(transforms.Resize(8)(images.read(i)[0]))
         pixels = np.asarray(small, dtype=np.float64).transpose(2, 0, 1) / 255
         mean, std = (np.array(x)[:, None, None] for x in
                      ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
