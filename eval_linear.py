@@ -14,7 +14,10 @@ It takes seconds to minutes and saves nothing on the way: the same command gives
 Keep the features of a large data set with `--save-features`.
 
 The other protocols are the papers': the heads are trained by SGD on new random crops in every
-epoch, with the published numbers (`PROTOCOLS`). They stop, save and resume as the methods do.
+epoch, with the published numbers (`PROTOCOLS`). They stop, save and resume as the methods do. Two
+things differ from the public code of MoCo, SwAV, Barlow Twins, DINO and MAE: the last epoch counts
+here, there the one that is best on the test images; and a short last batch of an epoch is left out
+here, there (but in MAE) it is trained on.
 
 Nothing is chosen on the test images. `--train-fraction 0.01` takes so many training images, as
 equally many of every class as there are.
@@ -50,7 +53,8 @@ PROTOCOLS = {
         milestones=[60, 80], warmup_epochs=0, norm="none", init="normal", crop="bilinear",
         resize="bilinear",
     ),
-    # Caron et al., arXiv 2006.09882, appendix; facebookresearch/swav, eval_linear.py
+    # Caron et al., arXiv 2006.09882, appendix; facebookresearch/swav, eval_linear.py. Its std has
+    # .228 for .229, as in its pre-training; released weights want `--std 0.228 0.224 0.225`.
     "swav": dict(
         optimizer="sgd", lr=0.3, weight_decay=1e-6, batch_size=256, epochs=100, schedule="epochs",
         milestones=[], warmup_epochs=0, norm="none", init="normal", crop="bilinear",
@@ -76,14 +80,16 @@ PROTOCOLS = {
         crop="bilinear", resize="bicubic",
     ),
     # He et al., arXiv 2111.06377, appendix A.1; facebookresearch/mae, main_linprobe.py. Its random
-    # crop tries once where ours tries ten times; its batch norm is of each GPU's own 512 images.
+    # crop tries once where ours tries ten times; its batch norm is of each GPU's own 512 images; it
+    # runs in fp16. ViT-L and ViT-H: 50 epochs, 10 of them warm-up (`--epochs 50` here: 5.6).
     "mae": dict(
         optimizer="lars", lr=0.1, weight_decay=0.0, batch_size=16384, epochs=90,
         schedule="cosine", milestones=[], warmup_epochs=10, norm="plain", init="truncated",
         crop="bicubic", resize="bicubic",
     ),
     # Goyal et al., arXiv 1905.01235; VISSL, eval_resnet_8gpu_transfer_in1k_linear: one head on each
-    # of the pooled maps conv1 to res5 and on the mean of res5; no weight decay on the batch norm.
+    # of the pooled maps conv1 to res5 and two on the mean of res5, without batch norm and, which
+    # counts, with it; no weight decay on the batch norm.
     "vissl": dict(
         optimizer="nesterov", lr=0.01, weight_decay=5e-4, batch_size=256, epochs=28,
         schedule="steps", milestones=[8, 16, 24], warmup_epochs=0, norm="affine", init="torch",
@@ -94,6 +100,7 @@ DECAYS = [float(f"{10 ** (half / 2 - 6):.1e}") for half in range(13)]  # 1e-6, 3
 NOT_MIRRORED = ("digits", "mnist", "svhn")  # a mirrored digit is another sign
 MANY_IMAGES = 20_000  # from here on, one fifth left out tells enough
 LOGITS_AT_A_TIME = 2**25
+PLAIN = "-mlp"  # behind a layer's name: its head has no batch norm; VISSL's name for such a head
 P_SPREAD = 0.05  # p (1 - p) of a usual probability p: the curvature that a logit is taken to have
 
 
@@ -443,15 +450,15 @@ def protocol_layers(protocol: str, backbone: nn.Module) -> list[str]:
     """What the heads of a protocol look at."""
     known = list(backbones.layer_widths(backbone))
     if protocol == "vissl" and "res5" in known:
-        return [*(f"{name}-grid" for name in backbones.GRIDS), "avgpool"]
+        return [*(f"{name}-grid" for name in backbones.GRIDS), f"avgpool{PLAIN}", "avgpool"]
     if protocol == "dino" and "cls" in known:
         return ["cls4"] if backbone.num_features < 768 else ["cls+patches"]
     return known[-1:]
 
 
 def probed_layers(backbone: nn.Module, images: Tensor, names: list[str]) -> dict[str, Tensor]:
-    """Layers as rows (N, D), by name; `a+b` is a and b side by side."""
-    parts = {name: name.split("+") for name in names}
+    """Layers as rows (N, D), by name; `a+b` is a and b side by side, `a-mlp` is a."""
+    parts = {name: name.removesuffix(PLAIN).split("+") for name in names}
     flat = backbones.flat_layers(backbone, images, list(dict.fromkeys(sum(parts.values(), []))))
     return {name: torch.cat([flat[p] for p in own], dim=1) for name, own in parts.items()}
 
@@ -496,7 +503,8 @@ def build_heads(backbone, names, images, num_classes: int, norm: str, init: str)
         dims = {name: rows.shape[1] for name, rows in
                 probed_layers(backbone, images, names).items()}
     return nn.ModuleDict({
-        name: Head(widths.get(name.removesuffix("-grid")) or dim, dim, num_classes, norm, init)
+        name: Head(widths.get(name.removesuffix("-grid")) or dim, dim, num_classes,
+                   "none" if name.endswith(PLAIN) else norm, init)
         for name, dim in dims.items()
     })
 

@@ -8,6 +8,10 @@
    precision on the test images is the result (mAP).
 4. Low-shot: the same with k images of every class, drawn five times.
 
+Three things differ from VISSL: its low-shot images are resized once, straight to the square; its
+costs are chosen by scikit-learn's average precision, which does not interpolate, ours by the one
+that is reported; and of equal scores its sort decides, here they count together.
+
 Nothing is chosen on the test images. The layer that counts is the one with the best precision in
 step 2. A low-shot cost is the best one on the training images that were not drawn. The literature
 takes the cost that is best on the test images: that number is reported too, as `oracle`.

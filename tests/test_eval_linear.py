@@ -339,7 +339,8 @@ def test_the_layers_of_the_protocols():
     resnet, vit = tiny(), tiny("vit_micro")
     assert eval_linear.protocol_layers("moco", resnet) == ["avgpool"]
     assert eval_linear.protocol_layers("vissl", resnet) == [
-        "conv1-grid", "res2-grid", "res3-grid", "res4-grid", "res5-grid", "avgpool"]
+        "conv1-grid", "res2-grid", "res3-grid", "res4-grid", "res5-grid", "avgpool-mlp",
+        "avgpool"]
     assert eval_linear.protocol_layers("dino", resnet) == ["avgpool"]
     assert eval_linear.protocol_layers("dino", vit) == ["cls4"]
     assert eval_linear.protocol_layers("mae", vit) == ["cls"]
@@ -353,9 +354,10 @@ def test_published_pooling_gives_the_published_sizes():
     names = eval_linear.protocol_layers("vissl", resnet)
     heads = eval_linear.build_heads(resnet, names, torch.zeros(1, 3, 224, 224), 10, "affine",
                                     "torch")
-    sizes = [(head.norm.num_features, head.linear.in_features) for head in heads.values()]
+    sizes = [(head.norm and head.norm.num_features, head.linear.in_features)
+             for head in heads.values()]
     assert sizes == [(64, 9216), (256, 9216), (512, 8192), (1024, 9216), (2048, 8192),
-                     (2048, 2048)]
+                     (None, 2048), (2048, 2048)]
 
 
 def test_layers_stand_side_by_side():
@@ -364,6 +366,9 @@ def test_layers_stand_side_by_side():
     parts = backbones.flat_layers(vit, images, ["cls", "patches"])
     assert torch.equal(got["cls+patches"], torch.cat([parts["cls"], parts["patches"]], 1))
     assert torch.equal(got["cls"], parts["cls"])
+    resnet = tiny()
+    got = eval_linear.probed_layers(resnet, images, ["avgpool-mlp", "avgpool"])
+    assert torch.equal(got["avgpool-mlp"], got["avgpool"])
 
 
 def test_batch_norm_of_a_flattened_map_counts_its_channels():
@@ -562,7 +567,7 @@ def test_every_protocol_runs_on_sixteen_images_and_leaves_the_backbone(
     (hashes,) = [text for text in printed if "hash of the backbone" in text]
     before, after = hashes.split()[-4], hashes.split()[-2]
     assert before == after and len(before) == 12
-    assert len(line["results"]) == (6 if (protocol, arch) == ("vissl", "resnet_tiny") else 1)
+    assert len(line["results"]) == (7 if (protocol, arch) == ("vissl", "resnet_tiny") else 1)
 
 
 @pytest.mark.parametrize("flags", [[], ["--protocol", "swav", "--epochs", "2"]])
