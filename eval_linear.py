@@ -207,8 +207,9 @@ def cross_entropies(rows, labels, shares, decays, num_classes: int):
             x, share = rows[own : own + step], shares[own : own + step, which]
             truth = labels[own : own + step, None, None].expand(-1, n, 1)
             logits = torch.addmm(offsets, x, weights).view(len(x), n, num_classes)
+            logits.sub_(logits.gather(2, truth))  # so that a small loss is no small difference
             log_sum = logits.logsumexp(2, keepdim=True)
-            values += (share * (log_sum - logits.gather(2, truth))[:, :, 0]).sum(0)
+            values += (share * log_sum[:, :, 0]).sum(0)
             error = (logits - log_sum).exp_()
             error.scatter_add_(2, truth, error.new_full((1, 1, 1), -1).expand_as(truth))
             error = error.mul_(share[:, :, None]).view(len(x), -1)
@@ -224,10 +225,12 @@ def cross_entropies(rows, labels, shares, decays, num_classes: int):
 
 
 def minimise(
-    function, points: Tensor, curvatures: Tensor, *, tolerance: float, iterations: int,
-    memory: int = 10,
+    function, points: Tensor, curvatures: Tensor, *, least: Tensor, tolerance: float,
+    iterations: int, memory: int = 10,
 ) -> Tensor:
     """Minimise several smooth convex functions at once by L-BFGS with backtracking.
+
+    Warns of those that are not minimised in so many iterations, or as far as rounding lets it.
 
     Args:
         function: of points (n, P) and which functions they are for (n,), to values (n,) and
@@ -235,7 +238,9 @@ def minimise(
         points: where to start, (H, P).
         curvatures: (H, P), above 0: about how strongly each function is curved along each
             coordinate. Right ones save most of the steps.
-        tolerance: how far above its least value a function may stay, by that curvature.
+        least: (H,), above 0: how strongly each function is curved at the least. It tells how far
+            above its least value a function is, at most: |gradient|^2 / 2 over it.
+        tolerance: the share of its value, or of 0.1 where it is more, that this may be.
 
     Returns:
         Where the functions are least, (H, P).
@@ -253,13 +258,17 @@ def minimise(
     x, (value, gradient) = found.clone(), function_of(found, left)
     steps, changes = x.new_zeros(2, memory, *x.shape)
     curvature = x.new_zeros(memory, len(x))  # 1 / (step . change), 0 where there is none
+    stuck, missed = torch.zeros_like(left, dtype=torch.bool), 0
     for iteration in range(iterations):
-        going = gradient.square().sum(1) / 2 > tolerance
+        above = (gradient / unit[left]).square().sum(1) / 2 / least[left]
+        far = ~(above <= tolerance * value.clamp(max=0.1))  # also where they are not numbers
+        going = far & ~stuck
         if not going.all():
             found[left] = x
-            if not going.any():
-                return found * unit
+            missed += int((far & stuck).sum())
             left, x, value, gradient = left[going], x[going], value[going], gradient[going]
+            if not len(left):
+                break
             steps, changes, curvature = steps[:, going], changes[:, going], curvature[:, going]
 
         # Direction: minus the gradient times the inverse of the Hessian as the last steps show it
@@ -291,7 +300,8 @@ def minimise(
             if not len(trying):
                 break
             length[trying] /= 2
-        new_gradient[trying] = 0  # no step falls: as far as rounding lets it
+        stuck = torch.zeros_like(left, dtype=torch.bool)
+        stuck[trying] = True  # no step falls: as far as rounding lets it
 
         at = iteration % memory
         steps[at], changes[at] = new_x - x, new_gradient - gradient
@@ -299,6 +309,9 @@ def minimise(
         curvature[at] = torch.where(bend > 0, 1 / bend, 0)
         x, value, gradient = new_x, new_value, new_gradient
     found[left] = x
+    if missed + len(left):
+        dist.say(f"warning: {missed + len(left)} of {len(points)} heads are not trained to the end "
+                 f"(in {iterations} steps, or as far as rounding lets it)")
     return found * unit
 
 
@@ -349,14 +362,20 @@ def auto_probe(
     part, x, y = own(train, labels)
     axes, variances = principal_axes(x, len(labels))
     x = x @ axes.to(x)
-    start = x.new_zeros(1, (x.shape[1] + 1) * num_classes)
-    options = dict(tolerance=1e-8 if kind == torch.float64 else 1e-6, iterations=1000)
 
-    def curvatures(decay: Tensor) -> Tensor:
-        """About those of the functions along the principal axes, (H, (D + 1) C)."""
-        weights = P_SPREAD * variances.to(decay) + decay[:, None]
-        offsets = torch.full_like(weights[:, :1], P_SPREAD)
-        return torch.cat([weights, offsets], dim=1).repeat_interleave(num_classes, dim=1)
+    def trained(decays: Tensor, shares: Tensor) -> Tensor:
+        """The heads (H, (D + 1) C) of decays (H,) and shares (N, H)."""
+        function = cross_entropies(x, y, shares, decays, num_classes)
+        points = x.new_zeros(len(decays), (x.shape[1] + 1) * num_classes)
+        spread = torch.full_like(decays, P_SPREAD)[:, None]
+        for tolerance in (1.0, 1e-2, 1e-6 if kind == torch.float64 else 1e-3):
+            curvatures = torch.cat([spread * variances.to(x) + decays[:, None], spread], dim=1)
+            points = minimise(function, points, curvatures.repeat_interleave(num_classes, dim=1),
+                              least=decays, tolerance=tolerance, iterations=10_000)
+            # Where the loss is small, so are p (1 - p) and the curvature.
+            losses, _ = function(points, torch.arange(len(points), device=x.device))
+            spread = (0.3 * losses).clamp(max=P_SPREAD)[:, None]
+        return points
 
     # 2. Many heads: every weight decay, with every fold left out
     fold = torch.from_numpy(fold_of(labels, min(folds, len(labels)), seed))
@@ -365,9 +384,7 @@ def auto_probe(
     used = torch.stack([fold != out for _, out in heads], dim=1)  # (N, H)
     shares = (used.double() / used.sum(0))[part].to(x)
     left_out = ~used[part].to(world.device)
-    each = x.new_tensor([decay for decay, _ in heads])
-    function = cross_entropies(x, y, shares, each, num_classes)
-    points = minimise(function, start.expand(len(heads), -1), curvatures(each), **options)
+    points = trained(x.new_tensor([decay for decay, _ in heads]), shares)
 
     # 3. The best of them; once more on all training images
     right = torch.zeros(len(heads), dtype=torch.float64, device=world.device)
@@ -377,9 +394,7 @@ def auto_probe(
     right = of_all(right).view(len(decays), -1).sum(1) / (~used).sum(0)[: len(tried)].sum().item()
     validation, decay = max(zip(right.tolist(), decays, strict=True))  # of equal ones the largest
     shares = x.new_full((len(x), 1), 1 / len(labels))
-    each = x.new_tensor([decay])
-    function = cross_entropies(x, y, shares, each, num_classes)
-    points = minimise(function, start, curvatures(each), **options)
+    points = trained(x.new_tensor([decay]), shares)
 
     _, x, y = own(test, truth)
     x = x @ axes.to(x)
