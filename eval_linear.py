@@ -333,6 +333,12 @@ def logits_of(points: Tensor, rows: Tensor, num_classes: int):
         yield start, (rows[start : start + step] @ weights + offsets).transpose(0, 1)
 
 
+def top_1_and_5(logits: Tensor, truth: Tensor) -> Tensor:
+    """Whether the true class is the best and among the best five: (N, 2) of (N, C) and (N,)."""
+    return torch.stack([features.share_right(logits, truth, min(k, logits.shape[1]))
+                        for k in (1, 5)], dim=1)
+
+
 def of_all(counts: Tensor) -> Tensor:
     """Counts of all processes together."""
     return dist.all_gather_no_grad(counts[None]).sum(0)
@@ -390,7 +396,8 @@ def auto_probe(
     right = torch.zeros(len(heads), dtype=torch.float64, device=world.device)
     for first, logits in logits_of(points, x, num_classes):
         rows = slice(first, first + len(logits))
-        right += ((logits.argmax(2) == y[rows, None]) & left_out[rows]).sum(0)
+        truths = y[rows, None].expand(-1, len(heads))
+        right += (features.share_right(logits, truths, 1) * left_out[rows]).sum(0)
     right = of_all(right).view(len(decays), -1).sum(1) / (~used).sum(0)[: len(tried)].sum().item()
     validation, decay = max(zip(right.tolist(), decays, strict=True))  # of equal ones the largest
     shares = x.new_full((len(x), 1), 1 / len(labels))
@@ -400,9 +407,7 @@ def auto_probe(
     x = x @ axes.to(x)
     hits = torch.zeros(2, dtype=torch.float64, device=world.device)
     for first, logits in logits_of(points, x, num_classes):
-        best = logits[:, 0].topk(min(5, num_classes), dim=1).indices
-        found = best == y[first : first + len(best), None]
-        hits += torch.stack([found[:, 0].sum(), found.sum()])
+        hits += top_1_and_5(logits[:, 0], y[first : first + len(logits)]).sum(0)
     top1, top5 = (of_all(hits) / len(truth)).tolist()
     return {"top1": top1, "top5": top5, "validation": validation, "weight_decay": decay}
 
@@ -648,23 +653,21 @@ def paper_probe(backbone, train, test, test_view, settings: dict, mark: str, arg
                 if stop:
                     return None
 
-    # Test: the five best classes of every image
+    # Test
     heads.eval()
 
-    def best_classes(images):
+    def right(images, truth):
         rows = probed_layers(backbone, images, names)
-        return {name: head(rows[name]).topk(min(5, num_classes), dim=1).indices.float()
-                for name, head in heads.items()}
+        return {name: top_1_and_5(head(rows[name]), truth) for name, head in heads.items()}
 
     workers = args.workers if args.workers is not None else data.default_workers()
-    found = features.extract(best_classes, test, test_view, world, batch_size=args.batch_size,
-                             workers=workers if test.reads_files else args.workers or 0)
-    truth = torch.from_numpy(np.asarray(test.labels, dtype=np.int64))[:, None]
+    found = features.extract(right, test, test_view, world, batch_size=args.batch_size,
+                             workers=workers if test.reads_files else args.workers or 0,
+                             labels=torch.from_numpy(np.asarray(test.labels, dtype=np.int64)))
     results = []
-    for name, classes in found.items():
-        hits = classes.long() == truth
-        results.append({"layer": name, "top1": hits[:, 0].double().mean().item(),
-                        "top5": hits.any(1).double().mean().item()})
+    for name, hits in found.items():
+        top1, top5 = hits.double().mean(0).tolist()
+        results.append({"layer": name, "top1": top1, "top5": top5})
     sizes = {"num_train": len(train), "num_test": len(test)}
     return {"top1": results[-1]["top1"], "top5": results[-1]["top5"], "results": results, **sizes}
 

@@ -429,7 +429,8 @@ class Chunks(torch.utils.data.Dataset):
 
 @torch.no_grad()
 def extract(
-    function, images, view, world: World, *, batch_size: int, workers: int
+    function, images, view, world: World, *, batch_size: int, workers: int,
+    labels: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Apply `function` to one view of every image, each process taking a contiguous part.
 
@@ -439,12 +440,13 @@ def extract(
     Args:
         function: images (n, C, H, W) on the device to rows (n, D) by name; called without gradient.
         view: an `augment.View` that draws no random numbers.
+        labels: (len(images),), where the function takes those of its images as well.
 
     Returns:
         By name, float32 rows (len(images), D) on the CPU in data-set order, equal on every process.
 
     Raises:
-        RunError: an image cannot be read.
+        RunError: an image cannot be read, or what the function gives is not finite.
     """
     n = len(images)
     num_chunks = -(-n // batch_size)
@@ -461,9 +463,16 @@ def extract(
         for chunk, loaded in zip(own, loader, strict=True):
             if isinstance(loaded, str):
                 raise RunError(loaded)
-            for name, rows in function(view.finish(*loaded, world.device)).items():
+            given = [view.finish(*loaded, world.device)]
+            if labels is not None:
+                given.append(labels[chunk * batch_size :][: len(given[0])].to(world.device))
+            for name, rows in function(*given).items():
                 if name not in found:
                     found[name] = torch.empty(n, rows.shape[1])
+                if not rows.isfinite().all():
+                    raise RunError(f"{name} of {images.name(chunk * batch_size)} or one of the "
+                                   f"{len(rows) - 1} images after it is no finite number; are the "
+                                   "weights those of a run that diverged?")
                 found[name][chunk * batch_size :][: len(rows)] = rows
     widths = {name: rows.shape[1] for name, rows in found.items()}
     widths = next(w for w in dist.all_gather_objects(widths) if w)  # some process may have no image
@@ -472,6 +481,26 @@ def extract(
         found.setdefault(name, torch.empty(n, width))
         dist.share_rows(found[name], bounds)
     return {name: found[name] for name in widths}
+
+
+def share_right(scores: Tensor, truth: Tensor, k: int) -> Tensor:
+    """How far the true class is among the k of the highest scores: 1 if it is, 0 if not.
+
+    Where equal scores stand on both sides of the border, which of them are among the k is chance:
+    it is the chance of the true class. So no order of classes, images or a sort decides.
+
+    Args:
+        scores: (..., C). One that is not a number is above all others, and right is none of them.
+        truth: int64 (...), in [0, C).
+        k: at most C.
+
+    Returns:
+        Float64 (...), in [0, 1].
+    """
+    own = scores.gather(-1, truth[..., None])
+    above = scores.shape[-1] - (scores <= own).sum(-1)
+    equal = (scores == own).sum(-1).clamp(min=1)
+    return ((k - above).double() / equal).clamp(0, 1)
 
 
 # -------------------------------------------------------------------------------------------- files

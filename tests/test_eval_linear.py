@@ -370,7 +370,23 @@ def test_many_images_leave_out_one_fifth_only(monkeypatch):
     auto(*blobs(90, 0), *blobs(60, 1))
     monkeypatch.setattr(eval_linear, "MANY_IMAGES", 50)
     auto(*blobs(90, 0), *blobs(60, 1))
-    assert heads == [65, 1, 13, 1]
+    assert heads[::3] == [65, 1, 13, 1]  # each in three rounds
+
+
+def test_the_best_and_the_best_five():
+    logits = torch.tensor([[5.0, 4, 3, 2, 1, 0], [0.0, 1, 2, 3, 4, 5], [1.0] * 6])
+    got = eval_linear.top_1_and_5(logits, torch.tensor([0, 0, 2]))
+    torch.testing.assert_close(got, torch.tensor([[1, 1], [0, 0], [1 / 6, 5 / 6]]).double())
+    assert eval_linear.top_1_and_5(logits[:, :3], torch.tensor([2, 2, 2]))[:, 1].tolist() == [1] * 3
+
+
+def test_features_that_tell_nothing_are_right_by_chance():
+    """Equally many images of seven classes, all alike: 1 in 7, and 5 in 7 among five."""
+    rows = torch.ones(70, 3)
+    for labels in (np.arange(70) % 7, np.arange(69, -1, -1) % 7):
+        got = auto(rows, labels, rows[:14], labels[:14], num_classes=7)
+        assert (got["top1"], got["top5"]) == (pytest.approx(1 / 7), pytest.approx(5 / 7))
+        assert got["validation"] == pytest.approx(1 / 7)
 
 
 # -------------------------------------------------------------------------------------------- heads
