@@ -112,7 +112,8 @@ class Run:
             raise KeyboardInterrupt
         self.stop_requested, self.interrupted = True, number == signal.SIGINT
         if self.world.is_main:
-            os.write(2, b"\nstopping after this step; interrupt again to stop at once\n")
+            with contextlib.suppress(OSError):  # Ctrl-C ends a `| tee` as well
+                os.write(2, b"\nstopping after this step; interrupt again to stop at once\n")
 
     # ---------------------------------------------------------------------------------- starting
 

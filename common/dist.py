@@ -76,10 +76,13 @@ def setup(device: str = "auto", deterministic: bool = False) -> World:
         # gloo beside NCCL, in one group: flags on the CPU are exchanged without touching the GPU.
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, OverflowError) as error:
             address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            raise RunError(f"process {told('RANK', 0)} cannot join the others at {address}: "
-                           f"{str(error).splitlines()[0]}") from error
+            message = (f"process {told('RANK', 0)} cannot join the others at {address}: "
+                       f"{str(error).splitlines()[0]}")
+            if not speaks():
+                alone(message)
+            raise RunError(message) from error
     return World(rank(), size(), target)
 
 
@@ -212,21 +215,20 @@ def launch(main, args) -> int:
         if dist.is_initialized():  # others may wait in a collective, until torchrun ends them
             os._exit(status)
     except torch.OutOfMemoryError:  # of this process alone, likewise
-        print(f"error: process {rank()} is out of GPU memory; lower --batch-size or pass "
-              "--amp bf16", file=sys.stderr, flush=True)
+        alone(f"process {rank()} is out of GPU memory; lower --batch-size or pass --amp bf16")
         os._exit(2)
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):  # torch's word for one that is dead
             raise
         reason = str(error).splitlines()[0].removesuffix(".")
-        print(f"error: process {rank()} has lost a loader process ({reason}): shared memory "
+        alone(f"process {rank()} has lost a loader process ({reason}): shared memory "
               f"({free_bytes('/dev/shm'):,} bytes free in /dev/shm; Docker: --shm-size) or memory "
-              "is short; lower --workers (0: none) or --batch-size", file=sys.stderr, flush=True)
+              "is short; lower --workers (0: none) or --batch-size")
         status = 2
         if dist.is_initialized():
             os._exit(status)
     except OSError as error:  # raised by `print`?
-        lost = end_output()
+        lost = end_output("\n")
         if lost is None:
             raise
         status = 128 + signal.SIGPIPE
@@ -240,6 +242,12 @@ def launch(main, args) -> int:
     return status
 
 
+def alone(message: str) -> None:
+    """Print an error of this process, of which the others may not know."""
+    with contextlib.suppress(OSError):
+        print(f"error: {message}", file=sys.stderr, flush=True)
+
+
 def print_any_character() -> None:
     """Have \\x escapes printed for what a terminal or log cannot take, such as names of files."""
     for stream in (sys.stdout, sys.stderr):
@@ -247,13 +255,14 @@ def print_any_character() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def end_output() -> OSError | None:
-    """Write what waits to be printed. If nobody takes it, drop it; the error is returned.
+def end_output(last: str = "") -> OSError | None:
+    """Write what waits to be printed, and a last word. If nobody takes it, return the error.
 
-    The interpreter would try once more at its end, print a traceback and change the exit status.
+    Then it is dropped: the interpreter would try once more at its end, print a traceback and change
+    the exit status.
     """
     try:
-        sys.stdout.flush()
+        print(last, end="", flush=True)
     except OSError as error:
         with contextlib.suppress(OSError):  # no file of the system
             nowhere = os.open(os.devnull, os.O_WRONLY)
