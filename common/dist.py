@@ -229,7 +229,7 @@ def launch(main, args) -> int:
             os._exit(status)
     except OSError as error:  # raised by `print`?
         lost = end_output("\n")
-        if lost is None:
+        if lost is None or (lost.errno, error.filename) != (error.errno, None):
             raise
         status = 128 + signal.SIGPIPE
         if not isinstance(lost, BrokenPipeError):
@@ -275,7 +275,7 @@ def end_output(last: str = "") -> OSError | None:
 def say(message: str, stream=None, stays: bool = True):
     """Print a line on one process. On a terminal, one that does not stay gives way to the next."""
     stream = stream or sys.stdout
-    if not speaks():
+    if stream is None or not speaks():  # None: started with its output closed
         return
     with contextlib.suppress(OSError):  # a terminal that has gone away does not end a run
         if stream.isatty():

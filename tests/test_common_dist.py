@@ -235,6 +235,18 @@ def test_an_error_of_the_system_that_is_not_of_the_output_keeps_its_traceback():
         dist.launch(raise_it, BrokenPipeError())
 
 
+def test_a_lost_output_hides_no_other_error(broken_pipe):
+    status, errors = printing(broken_pipe, "lambda _: open('/no/such/file')", True)
+    assert status == 1 and "FileNotFoundError" in errors
+
+
+def test_a_closed_output_is_no_error():
+    code = "from common import dist; dist.say('progress'); raise SystemExit(dist.launch(print, 1))"
+    done = subprocess.run(["sh", "-c", 'exec "$0" -c "$1" >&-', sys.executable, code],
+                          cwd=drill.ROOT, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def spoken():
     stream = io.StringIO()
     dist.say("hello", stream)
