@@ -318,7 +318,7 @@ class Fits:
 
         missing = [key for key in tasks if key not in self.known]
         own = missing[self.world.rank :: self.world.size]
-        share = cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        share = cpu_count() // dist.told("LOCAL_WORLD_SIZE", 1)
         jobs = (self.jobs or max(1, share)) if work * len(own) >= MUCH_WORK else 1
         with dist.together(writing=self.path):
             done = dict(Parallel(n_jobs=min(jobs, max(1, len(own))))(

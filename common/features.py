@@ -617,7 +617,7 @@ def extract(
     workers = min(workers, len(own))
     loader = torch.utils.data.DataLoader(
         Chunks(images, view, own, batch_size), batch_size=None, num_workers=workers,
-        pin_memory=world.device.type == "cuda",
+        pin_memory=world.device.type == "cuda", worker_init_fn=dist.end_if_unsent,
         multiprocessing_context=dist.worker_context() if workers else None,
     )
     found, widths = {}, {}
