@@ -353,6 +353,15 @@ def test_launch_does_not_hide_a_programming_error():
         dist.launch(raise_it, ZeroDivisionError())
 
 
+def test_a_loader_process_that_was_killed_is_one_line(capsys):
+    killed = "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible ..."
+    assert dist.launch(raise_it, RuntimeError(killed)) == 2
+    err = capsys.readouterr().err
+    assert "signal: Bus error" in err and "--shm-size" in err and err.count("\n") == 1
+    with pytest.raises(RuntimeError):
+        dist.launch(raise_it, RuntimeError("shapes do not fit"))
+
+
 def fail_on_the_last(_):
     with dist.together():
         if dist.rank() == dist.size() - 1:
