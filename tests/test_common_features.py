@@ -956,10 +956,3 @@ def labelled():
 
     return features.extract(function, images, view, dist.setup("cpu"), batch_size=2, workers=0,
                             labels=torch.arange(11))["pair"].tolist()
-
-
-def test_features_that_are_no_numbers_are_refused():
-    images = ArrayImages(noise(20), None, 3)
-    with pytest.raises(RunError, match=r"h of .* or one of the 3 images after it .* finite"):
-        features.extract(lambda x: {"h": flat(x)["pixels"] / 0 - 1}, images, centre_view(8), WORLD,
-                         batch_size=4, workers=0)
