@@ -2,7 +2,8 @@
 
 1. Take features of the training images, the bank, and of the test images.
 2. Find the k images of the bank that are nearest to a test image by cosine.
-3. Each votes exp(cosine / T) for its class; the class with the most votes is the prediction.
+3. Each votes exp(cosine / T) for its class; the class with the most votes is the prediction. Where
+   s classes have equally many, the right one among them counts 1 / s.
 
 Nothing is trained and no setting is chosen on the test images. With `--shots s` the bank is s
 labelled images a class, drawn again and again; the mean and standard deviation over the draws are
@@ -144,7 +145,7 @@ def knn_predict(
         chunk: queries at a time.
 
     Returns:
-        Float64 class scores (M, num_classes); their argmax is the prediction.
+        Float64 class scores (M, num_classes); the highest is the prediction.
     """
     bank, queries = (torch.nn.functional.normalize(x, dim=1) for x in (bank, queries))
     scores = []
@@ -172,19 +173,25 @@ def count_right(
     bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, settings: list, num_classes: int,
     itself: Tensor | None, chunk: int,
 ) -> Tensor:
-    """How many queries each (k, T) of `settings` classifies rightly: float64 (len(settings),).
+    """How many queries each (k, T) of `settings` classifies rightly, and how many are undecided.
 
     Rows are unit rows; the other arguments are those of `knn_predict`.
+
+    Returns:
+        Float64 (2, len(settings)); undecided is where the neighbour after the k-th is as near.
     """
-    right = torch.zeros(len(settings), dtype=torch.float64, device=bank.device)
-    most = min(max(k for k, _ in settings), len(bank))
+    counts = torch.zeros(2, len(settings), dtype=torch.float64, device=bank.device)
+    most = min(max(k for k, _ in settings) + 1, len(bank))
     for start in range(0, len(queries), chunk):
         own = slice(start, start + chunk)
         cosines, rows = nearest(bank, queries[own], most, None if itself is None else itself[own])
         for number, (k, temperature) in enumerate(settings):
             scores = vote(cosines[:, :k], labels[rows[:, :k]], temperature, num_classes)
-            right[number] += (scores.argmax(1) == truth[own]).sum()
-    return right
+            counts[0, number] += features.share_right(scores, truth[own], 1).sum()
+            last, after = cosines[:, k - 1 : k], cosines[:, k : k + 1]
+            if after.shape[1]:
+                counts[1, number] += ((last == after) & last.isfinite()).sum()
+    return counts
 
 
 def evaluate(given: features.Features, args, world) -> dict:
@@ -202,29 +209,35 @@ def evaluate(given: features.Features, args, world) -> dict:
     settings = [(k, temperature) for k in args.k for temperature in args.temperature]
 
     def accuracies(bank, queries, chosen, settings):
-        """Accuracy of each (k, T) with the chosen rows of the bank."""
+        """Share of right and of undecided ones for each (k, T), with these rows of the bank."""
         itself = None
         if args.leave_one_out:  # where each query stands among the chosen rows, if it does
             itself = torch.full((n,), -1, device=world.device)
             itself[chosen] = torch.arange(len(itself[chosen]), device=world.device)
             itself = itself[own]
-        right = count_right(bank[chosen], labels[chosen], queries, truth, settings, num_classes,
-                            itself, args.chunk)
-        return (dist.sum_over_processes(right) / m).tolist()
+        counts = count_right(bank[chosen], labels[chosen], queries, truth, settings, num_classes,
+                             itself, args.chunk)
+        return (dist.sum_over_processes(counts) / m).tolist()
 
     results, shots = [], {}
     members, everything = class_members(train.labels), slice(None)
     for number, (layer, rows) in enumerate(train.layers.items()):
         bank = torch.nn.functional.normalize(rows.to(world.device), dim=1)
         queries = torch.nn.functional.normalize(test.layers[layer][own].to(world.device), dim=1)
-        found = accuracies(bank, queries, everything, settings)
+        found, undecided = accuracies(bank, queries, everything, settings)
         for (k, temperature), top1 in zip(settings, found, strict=True):
             results.append({"layer": layer, "k": k, "temperature": temperature, "top1": top1})
+        shares = {k: share for (k, _), share in zip(settings, undecided, strict=True)}
+        for k, share in shares.items():
+            if share:
+                dist.say(f"warning: {given.checkpoint} {layer}, k {k}: {share * m:.0f} of {m} "
+                         "images have more neighbours as near as the last of the k; the first in "
+                         "the data set vote")
         for count in args.shots if number == 0 else ():
             draws = []
             for draw in range(args.draws):
                 few = torch.from_numpy(few_label_bank(members, count, args.seed, draw))
-                draws += accuracies(bank, queries, few.to(world.device), settings[:1])
+                draws += accuracies(bank, queries, few.to(world.device), settings[:1])[0]
             shots[str(count)] = {"mean": statistics.fmean(draws), "std": statistics.pstdev(draws)}
     return {"top1": results[0]["top1"], "results": results, "shots": shots,
             "num_train": n, "num_test": m}

@@ -14,7 +14,10 @@ It takes seconds to minutes and saves nothing on the way: the same command gives
 Keep the features of a large data set with `--save-features`.
 
 The other protocols are the papers': the heads are trained by SGD on new random crops in every
-epoch, with the published numbers (`PROTOCOLS`). They stop, save and resume as the methods do.
+epoch, with the published numbers (`PROTOCOLS`). They stop, save and resume as the methods do. Two
+things differ from the public code of MoCo, SwAV, Barlow Twins, DINO and MAE: the last epoch counts
+here, there the one that is best on the test images; and a short last batch of an epoch is left out
+here, there (but in MAE) it is trained on.
 
 Nothing is chosen on the test images. `--train-fraction 0.01` takes so many training images, as
 equally many of every class as there are.
@@ -50,7 +53,8 @@ PROTOCOLS = {
         milestones=[60, 80], warmup_epochs=0, norm="none", init="normal", crop="bilinear",
         resize="bilinear",
     ),
-    # Caron et al., arXiv 2006.09882, appendix; facebookresearch/swav, eval_linear.py
+    # Caron et al., arXiv 2006.09882, appendix; facebookresearch/swav, eval_linear.py. Its std has
+    # .228 for .229, as in its pre-training; released weights want `--std 0.228 0.224 0.225`.
     "swav": dict(
         optimizer="sgd", lr=0.3, weight_decay=1e-6, batch_size=256, epochs=100, schedule="epochs",
         milestones=[], warmup_epochs=0, norm="none", init="normal", crop="bilinear",
@@ -76,14 +80,16 @@ PROTOCOLS = {
         crop="bilinear", resize="bicubic",
     ),
     # He et al., arXiv 2111.06377, appendix A.1; facebookresearch/mae, main_linprobe.py. Its random
-    # crop tries once where ours tries ten times; its batch norm is of each GPU's own 512 images.
+    # crop tries once where ours tries ten times; its batch norm is of each GPU's own 512 images; it
+    # runs in fp16. ViT-L and ViT-H: 50 epochs, 10 of them warm-up (`--epochs 50` here: 5.6).
     "mae": dict(
         optimizer="lars", lr=0.1, weight_decay=0.0, batch_size=16384, epochs=90,
         schedule="cosine", milestones=[], warmup_epochs=10, norm="plain", init="truncated",
         crop="bicubic", resize="bicubic",
     ),
     # Goyal et al., arXiv 1905.01235; VISSL, eval_resnet_8gpu_transfer_in1k_linear: one head on each
-    # of the pooled maps conv1 to res5 and on the mean of res5; no weight decay on the batch norm.
+    # of the pooled maps conv1 to res5 and two on the mean of res5, without batch norm and, which
+    # counts, with it; no weight decay on the batch norm.
     "vissl": dict(
         optimizer="nesterov", lr=0.01, weight_decay=5e-4, batch_size=256, epochs=28,
         schedule="steps", milestones=[8, 16, 24], warmup_epochs=0, norm="affine", init="torch",
@@ -94,6 +100,7 @@ DECAYS = [float(f"{10 ** (half / 2 - 6):.1e}") for half in range(13)]  # 1e-6, 3
 NOT_MIRRORED = ("digits", "mnist", "svhn")  # a mirrored digit is another sign
 MANY_IMAGES = 20_000  # from here on, one fifth left out tells enough
 LOGITS_AT_A_TIME = 2**25
+PLAIN = "-mlp"  # behind a layer's name: its head has no batch norm; VISSL's name for such a head
 P_SPREAD = 0.05  # p (1 - p) of a usual probability p: the curvature that a logit is taken to have
 
 
@@ -200,8 +207,9 @@ def cross_entropies(rows, labels, shares, decays, num_classes: int):
             x, share = rows[own : own + step], shares[own : own + step, which]
             truth = labels[own : own + step, None, None].expand(-1, n, 1)
             logits = torch.addmm(offsets, x, weights).view(len(x), n, num_classes)
+            logits.sub_(logits.gather(2, truth))  # so that a small loss is no small difference
             log_sum = logits.logsumexp(2, keepdim=True)
-            values += (share * (log_sum - logits.gather(2, truth))[:, :, 0]).sum(0)
+            values += (share * log_sum[:, :, 0]).sum(0)
             error = (logits - log_sum).exp_()
             error.scatter_add_(2, truth, error.new_full((1, 1, 1), -1).expand_as(truth))
             error = error.mul_(share[:, :, None]).view(len(x), -1)
@@ -217,10 +225,12 @@ def cross_entropies(rows, labels, shares, decays, num_classes: int):
 
 
 def minimise(
-    function, points: Tensor, curvatures: Tensor, *, tolerance: float, iterations: int,
-    memory: int = 10,
+    function, points: Tensor, curvatures: Tensor, *, least: Tensor, tolerance: float,
+    iterations: int, memory: int = 10,
 ) -> Tensor:
     """Minimise several smooth convex functions at once by L-BFGS with backtracking.
+
+    Warns of those that are not minimised in so many iterations, or as far as rounding lets it.
 
     Args:
         function: of points (n, P) and which functions they are for (n,), to values (n,) and
@@ -228,7 +238,9 @@ def minimise(
         points: where to start, (H, P).
         curvatures: (H, P), above 0: about how strongly each function is curved along each
             coordinate. Right ones save most of the steps.
-        tolerance: how far above its least value a function may stay, by that curvature.
+        least: (H,), above 0: how strongly each function is curved at the least. It tells how far
+            above its least value a function is, at most: |gradient|^2 / 2 over it.
+        tolerance: the share of its value, or of 0.1 where it is more, that this may be.
 
     Returns:
         Where the functions are least, (H, P).
@@ -246,13 +258,17 @@ def minimise(
     x, (value, gradient) = found.clone(), function_of(found, left)
     steps, changes = x.new_zeros(2, memory, *x.shape)
     curvature = x.new_zeros(memory, len(x))  # 1 / (step . change), 0 where there is none
+    stuck, missed = torch.zeros_like(left, dtype=torch.bool), 0
     for iteration in range(iterations):
-        going = gradient.square().sum(1) / 2 > tolerance
+        above = (gradient / unit[left]).square().sum(1) / 2 / least[left]
+        far = ~(above <= tolerance * value.clamp(max=0.1))  # also where they are not numbers
+        going = far & ~stuck
         if not going.all():
             found[left] = x
-            if not going.any():
-                return found * unit
+            missed += int((far & stuck).sum())
             left, x, value, gradient = left[going], x[going], value[going], gradient[going]
+            if not len(left):
+                break
             steps, changes, curvature = steps[:, going], changes[:, going], curvature[:, going]
 
         # Direction: minus the gradient times the inverse of the Hessian as the last steps show it
@@ -284,7 +300,8 @@ def minimise(
             if not len(trying):
                 break
             length[trying] /= 2
-        new_gradient[trying] = 0  # no step falls: as far as rounding lets it
+        stuck = torch.zeros_like(left, dtype=torch.bool)
+        stuck[trying] = True  # no step falls: as far as rounding lets it
 
         at = iteration % memory
         steps[at], changes[at] = new_x - x, new_gradient - gradient
@@ -292,6 +309,9 @@ def minimise(
         curvature[at] = torch.where(bend > 0, 1 / bend, 0)
         x, value, gradient = new_x, new_value, new_gradient
     found[left] = x
+    if missed + len(left):
+        dist.say(f"warning: {missed + len(left)} of {len(points)} heads are not trained to the end "
+                 f"(in {iterations} steps, or as far as rounding lets it)")
     return found * unit
 
 
@@ -311,6 +331,12 @@ def logits_of(points: Tensor, rows: Tensor, num_classes: int):
     step = max(1, LOGITS_AT_A_TIME // offsets.numel())
     for start in range(0, len(rows), step):
         yield start, (rows[start : start + step] @ weights + offsets).transpose(0, 1)
+
+
+def top_1_and_5(logits: Tensor, truth: Tensor) -> Tensor:
+    """Whether the true class is the best and among the best five: (N, 2) of (N, C) and (N,)."""
+    return torch.stack([features.share_right(logits, truth, min(k, logits.shape[1]))
+                        for k in (1, 5)], dim=1)
 
 
 def of_all(counts: Tensor) -> Tensor:
@@ -342,14 +368,20 @@ def auto_probe(
     part, x, y = own(train, labels)
     axes, variances = principal_axes(x, len(labels))
     x = x @ axes.to(x)
-    start = x.new_zeros(1, (x.shape[1] + 1) * num_classes)
-    options = dict(tolerance=1e-8 if kind == torch.float64 else 1e-6, iterations=1000)
 
-    def curvatures(decay: Tensor) -> Tensor:
-        """About those of the functions along the principal axes, (H, (D + 1) C)."""
-        weights = P_SPREAD * variances.to(decay) + decay[:, None]
-        offsets = torch.full_like(weights[:, :1], P_SPREAD)
-        return torch.cat([weights, offsets], dim=1).repeat_interleave(num_classes, dim=1)
+    def trained(decays: Tensor, shares: Tensor) -> Tensor:
+        """The heads (H, (D + 1) C) of decays (H,) and shares (N, H)."""
+        function = cross_entropies(x, y, shares, decays, num_classes)
+        points = x.new_zeros(len(decays), (x.shape[1] + 1) * num_classes)
+        spread = torch.full_like(decays, P_SPREAD)[:, None]
+        for tolerance in (1.0, 1e-2, 1e-6 if kind == torch.float64 else 1e-3):
+            curvatures = torch.cat([spread * variances.to(x) + decays[:, None], spread], dim=1)
+            points = minimise(function, points, curvatures.repeat_interleave(num_classes, dim=1),
+                              least=decays, tolerance=tolerance, iterations=10_000)
+            # Where the loss is small, so are p (1 - p) and the curvature.
+            losses, _ = function(points, torch.arange(len(points), device=x.device))
+            spread = (0.3 * losses).clamp(max=P_SPREAD)[:, None]
+        return points
 
     # 2. Many heads: every weight decay, with every fold left out
     fold = torch.from_numpy(fold_of(labels, min(folds, len(labels)), seed))
@@ -358,29 +390,24 @@ def auto_probe(
     used = torch.stack([fold != out for _, out in heads], dim=1)  # (N, H)
     shares = (used.double() / used.sum(0))[part].to(x)
     left_out = ~used[part].to(world.device)
-    each = x.new_tensor([decay for decay, _ in heads])
-    function = cross_entropies(x, y, shares, each, num_classes)
-    points = minimise(function, start.expand(len(heads), -1), curvatures(each), **options)
+    points = trained(x.new_tensor([decay for decay, _ in heads]), shares)
 
     # 3. The best of them; once more on all training images
     right = torch.zeros(len(heads), dtype=torch.float64, device=world.device)
     for first, logits in logits_of(points, x, num_classes):
         rows = slice(first, first + len(logits))
-        right += ((logits.argmax(2) == y[rows, None]) & left_out[rows]).sum(0)
+        truths = y[rows, None].expand(-1, len(heads))
+        right += (features.share_right(logits, truths, 1) * left_out[rows]).sum(0)
     right = of_all(right).view(len(decays), -1).sum(1) / (~used).sum(0)[: len(tried)].sum().item()
     validation, decay = max(zip(right.tolist(), decays, strict=True))  # of equal ones the largest
     shares = x.new_full((len(x), 1), 1 / len(labels))
-    each = x.new_tensor([decay])
-    function = cross_entropies(x, y, shares, each, num_classes)
-    points = minimise(function, start, curvatures(each), **options)
+    points = trained(x.new_tensor([decay]), shares)
 
     _, x, y = own(test, truth)
     x = x @ axes.to(x)
     hits = torch.zeros(2, dtype=torch.float64, device=world.device)
     for first, logits in logits_of(points, x, num_classes):
-        best = logits[:, 0].topk(min(5, num_classes), dim=1).indices
-        found = best == y[first : first + len(best), None]
-        hits += torch.stack([found[:, 0].sum(), found.sum()])
+        hits += top_1_and_5(logits[:, 0], y[first : first + len(logits)]).sum(0)
     top1, top5 = (of_all(hits) / len(truth)).tolist()
     return {"top1": top1, "top5": top5, "validation": validation, "weight_decay": decay}
 
@@ -443,15 +470,15 @@ def protocol_layers(protocol: str, backbone: nn.Module) -> list[str]:
     """What the heads of a protocol look at."""
     known = list(backbones.layer_widths(backbone))
     if protocol == "vissl" and "res5" in known:
-        return [*(f"{name}-grid" for name in backbones.GRIDS), "avgpool"]
+        return [*(f"{name}-grid" for name in backbones.GRIDS), f"avgpool{PLAIN}", "avgpool"]
     if protocol == "dino" and "cls" in known:
         return ["cls4"] if backbone.num_features < 768 else ["cls+patches"]
     return known[-1:]
 
 
 def probed_layers(backbone: nn.Module, images: Tensor, names: list[str]) -> dict[str, Tensor]:
-    """Layers as rows (N, D), by name; `a+b` is a and b side by side."""
-    parts = {name: name.split("+") for name in names}
+    """Layers as rows (N, D), by name; `a+b` is a and b side by side, `a-mlp` is a."""
+    parts = {name: name.removesuffix(PLAIN).split("+") for name in names}
     flat = backbones.flat_layers(backbone, images, list(dict.fromkeys(sum(parts.values(), []))))
     return {name: torch.cat([flat[p] for p in own], dim=1) for name, own in parts.items()}
 
@@ -496,7 +523,8 @@ def build_heads(backbone, names, images, num_classes: int, norm: str, init: str)
         dims = {name: rows.shape[1] for name, rows in
                 probed_layers(backbone, images, names).items()}
     return nn.ModuleDict({
-        name: Head(widths.get(name.removesuffix("-grid")) or dim, dim, num_classes, norm, init)
+        name: Head(widths.get(name.removesuffix("-grid")) or dim, dim, num_classes,
+                   "none" if name.endswith(PLAIN) else norm, init)
         for name, dim in dims.items()
     })
 
@@ -625,23 +653,21 @@ def paper_probe(backbone, train, test, test_view, settings: dict, mark: str, arg
                 if stop:
                     return None
 
-    # Test: the five best classes of every image
+    # Test
     heads.eval()
 
-    def best_classes(images):
+    def right(images, truth):
         rows = probed_layers(backbone, images, names)
-        return {name: head(rows[name]).topk(min(5, num_classes), dim=1).indices.float()
-                for name, head in heads.items()}
+        return {name: top_1_and_5(head(rows[name]), truth) for name, head in heads.items()}
 
     workers = args.workers if args.workers is not None else data.default_workers()
-    found = features.extract(best_classes, test, test_view, world, batch_size=args.batch_size,
-                             workers=workers if test.reads_files else args.workers or 0)
-    truth = torch.from_numpy(np.asarray(test.labels, dtype=np.int64))[:, None]
+    found = features.extract(right, test, test_view, world, batch_size=args.batch_size,
+                             workers=workers if test.reads_files else args.workers or 0,
+                             labels=torch.from_numpy(np.asarray(test.labels, dtype=np.int64)))
     results = []
-    for name, classes in found.items():
-        hits = classes.long() == truth
-        results.append({"layer": name, "top1": hits[:, 0].double().mean().item(),
-                        "top5": hits.any(1).double().mean().item()})
+    for name, hits in found.items():
+        top1, top5 = hits.double().mean(0).tolist()
+        results.append({"layer": name, "top1": top1, "top5": top5})
     sizes = {"num_train": len(train), "num_test": len(test)}
     return {"top1": results[-1]["top1"], "top5": results[-1]["top5"], "results": results, **sizes}
 

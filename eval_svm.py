@@ -1,11 +1,16 @@
 """Linear support vector machines on frozen features: VOC07 classification, full and low-shot.
 
-1. Take pooled layers of the whole images, squeezed to a square, and divide each by its length.
+1. Take pooled layers of the whole images and divide each by its length. An image is resized twice,
+   its shorter side to 256 px (where `--image-size` is 224), then to a square.
 2. For every class and cost, train a linear SVM, class against rest, on two thirds of the training
    images and measure its average precision on the last third, three times.
 3. Train on all training images with each class's best cost; the mean over classes of the average
    precision on the test images is the result (mAP).
 4. Low-shot: the same with k images of every class, drawn five times.
+
+Three things differ from VISSL: its low-shot images are resized once, straight to the square; its
+costs are chosen by scikit-learn's average precision, which does not interpolate, ours by the one
+that is reported; and of equal scores its sort decides, here they count together.
 
 Nothing is chosen on the test images. The layer that counts is the one with the best precision in
 step 2. A low-shot cost is the best one on the training images that were not drawn. The literature
@@ -48,13 +53,14 @@ SVM = dict(
 )
 COSTS = [0.01, 0.1, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 50.0, 100.0, 1000.0]
 LOW_SHOT = [1, 2, 4, 8, 16, 32, 64, 96]
+NOTES = 2  # raised when a noted fit means something else than before
 MUCH_WORK = 2**26  # numbers that fits go through, from which on more processes are worth starting
 
 
 def parse_args(argv=None):
     parser = cli.evaluation_parser(
         __file__, __doc__, backbones.NAMES, layers="res5-grid or cls",
-        resize="none, the whole image is squeezed to a square",
+        resize="the whole image, squeezed to a square",
     )
     group = parser.add_argument_group("protocol")
     group.add_argument("--costs", type=cli.positive, nargs="+", default=COSTS,
@@ -134,13 +140,16 @@ def annotated(path: str) -> dict[str, bool]:
 
 @dataclass
 class WholeImage(augment.Step):
-    """Squeeze the image to the view's size, whatever its aspect."""
+    """Resize the shorter side to `resize` pixels, then squeeze the image to the view's size."""
 
+    resize: int
     interpolation: str
     geometric = resizes = True
 
     def apply(self, plane, _, size):
-        return plane.resize(size[::-1], augment.INTERPOLATION[self.interpolation])
+        resample = augment.INTERPOLATION[self.interpolation]
+        plane = plane.resize(augment.shorter_side_to(self.resize, plane.size), resample)
+        return plane.resize(size[::-1], resample)
 
 
 def pooled_layers(backbone, images, names):
@@ -154,14 +163,16 @@ def pooled_layers(backbone, images, names):
 
 
 def precision_and_recall(targets, scores) -> tuple[np.ndarray, np.ndarray]:
-    """Precision, made to never rise with recall, and hits after each image, best score first.
+    """Precision, made to never rise with recall, and hits down to each score, the best one first.
 
-    Equal scores keep the order in which they stand.
+    Images of equal scores enter together: their order tells nothing.
     """
-    targets = np.asarray(targets) > 0
-    hits = np.cumsum(targets[np.argsort(-np.asarray(scores, dtype=np.float64), kind="stable")])
-    precision = hits / np.arange(1, len(hits) + 1)
-    return np.maximum.accumulate(precision[::-1])[::-1], hits
+    scores = np.asarray(scores, dtype=np.float64)
+    order = np.argsort(-scores, kind="stable")
+    scores = scores[order]
+    last = np.flatnonzero(np.append(scores[1:] != scores[:-1], len(scores) > 0))  # of each score
+    hits = np.cumsum(np.asarray(targets)[order] > 0)[last]
+    return np.maximum.accumulate((hits / (last + 1))[::-1])[::-1], hits
 
 
 def average_precision(targets, scores) -> float:
@@ -169,7 +180,7 @@ def average_precision(targets, scores) -> float:
 
     Args:
         targets: (N,), above 0 where the class is present.
-        scores: (N,), higher where it is more likely. Equal scores count in the order given.
+        scores: (N,), higher where it is more likely. Equal ones are one threshold.
 
     Returns:
         In [0, 1]; NaN without a positive.
@@ -201,21 +212,26 @@ def mean(values) -> float:
 # --------------------------------------------------------------------------------------------- fits
 
 
-def decide(rows, targets, others, cost: float, seed: int) -> np.ndarray | None:
+def decide(rows, targets, others, cost: float, seed: int) -> tuple[np.ndarray | None, int]:
     """Train one SVM and score other rows with it; None if all targets are alike.
 
     Args:
         rows: (N, D). targets: (N,) of 1 and -1. others: (M, D).
+
+    Returns:
+        Scores (M,), and 1 if the training stopped at `max_iter` passes before it had converged.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.svm import LinearSVC
 
     if abs(targets.sum()) == len(targets):
-        return None
+        return None, 0
     svm = LinearSVC(C=cost, random_state=seed, **SVM)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the published limit of 2,000 passes
-        return svm.fit(rows, targets).decision_function(others)
+        warnings.simplefilter("ignore", ConvergenceWarning)  # `Fits` tells of all in one line
+        scores = svm.fit(rows, targets).decision_function(others)
+    # Equal images have equal scores, up to rounding.
+    return scores.round(12), int(svm.n_iter_ >= SVM["max_iter"])
 
 
 def both_precisions(targets, scores) -> list[float]:
@@ -225,33 +241,35 @@ def both_precisions(targets, scores) -> list[float]:
 
 
 def cross_validated(train, use, targets, cost, folds, seed) -> list[float]:
-    """Mean average precision over the folds of the training rows `use`."""
+    """Mean average precision over the folds of the training rows `use`; how many SVMs stopped."""
     from sklearn.model_selection import StratifiedKFold
 
-    found = []
+    found, stopped = [], 0
     folds = min(folds, int(max((targets > 0).sum(), (targets < 0).sum())))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a class with fewer images than folds
         splits = list(StratifiedKFold(folds).split(use, targets)) if folds > 1 else ()
     for own, other in splits:
-        scores = decide(train[use[own]], targets[own], train[use[other]], cost, seed)
+        scores, early = decide(train[use[own]], targets[own], train[use[other]], cost, seed)
         found.append(math.nan if scores is None else average_precision(targets[other], scores))
-    return [mean(found)]
+        stopped += early
+    return [mean(found), stopped]
 
 
 def fitted(train, use, targets, test, held, held_targets, cost, seed) -> list[float]:
     """Both average precisions on the test rows `held`, trained on the training rows `use`."""
-    return both_precisions(held_targets, decide(train[use], targets, test[held], cost, seed))
+    scores, stopped = decide(train[use], targets, test[held], cost, seed)
+    return [*both_precisions(held_targets, scores), stopped]
 
 
 def low_shot_fitted(train, own, targets, rest, rest_targets, test, held, held_targets, cost, seed):
     """Average precision on training rows that were not drawn, then both on the test rows."""
     others = np.concatenate([train[rest], test[held]])
-    scores = decide(train[own], targets, others, cost, seed)
+    scores, stopped = decide(train[own], targets, others, cost, seed)
     if scores is None:
-        return [math.nan] * 3
+        return [math.nan] * 3 + [stopped]
     return [average_precision(rest_targets, scores[: len(rest)]),
-            *both_precisions(held_targets, scores[len(rest) :])]
+            *both_precisions(held_targets, scores[len(rest) :]), stopped]
 
 
 def noted(path: str | None, key: str, function, *arguments) -> tuple[str, list[float]]:
@@ -266,6 +284,8 @@ def noted(path: str | None, key: str, function, *arguments) -> tuple[str, list[f
 class Fits:
     """Carries out fits on all processes, and remembers in a folder those that are done.
 
+    The last number of a fit's result says how many of its SVMs stopped before they had converged.
+
     Args:
         folder: where to note them, or None.
         jobs: processes of each process, or None for its share of the cores.
@@ -273,7 +293,7 @@ class Fits:
 
     def __init__(self, folder: str | None, jobs: int | None, world: dist.World):
         self.world, self.path, self.lock, self.known = world, None, None, {}
-        self.jobs = jobs
+        self.jobs, self.stopped = jobs, 0
         if folder is None:
             return
         with dist.together(writing=folder):
@@ -298,7 +318,7 @@ class Fits:
 
         missing = [key for key in tasks if key not in self.known]
         own = missing[self.world.rank :: self.world.size]
-        share = cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        share = cpu_count() // dist.told("LOCAL_WORLD_SIZE", 1)
         jobs = (self.jobs or max(1, share)) if work * len(own) >= MUCH_WORK else 1
         with dist.together(writing=self.path):
             done = dict(Parallel(n_jobs=min(jobs, max(1, len(own))))(
@@ -306,7 +326,16 @@ class Fits:
             ))
         for part in dist.all_gather_objects(done):
             self.known.update(part)
-        return {key: self.known[key] for key in tasks}
+        results = {key: self.known[key] for key in tasks}
+        self.stopped += sum(result[-1] for result in results.values())
+        return results
+
+    def tell_of_stopped(self, name: str):
+        """Warn of the SVMs that had not converged since the last time."""
+        if self.stopped:
+            dist.say(f"warning: {name}: {self.stopped} SVMs, as a rule of high costs, stopped at "
+                     f"the published limit of {SVM['max_iter']} passes before they had converged")
+        self.stopped = 0
 
     def close(self):
         if self.lock:
@@ -395,12 +424,12 @@ def evaluate(found: features.Features, args, fits: Fits, names: list[str]) -> di
         }
         done = list(fits.run(tasks, numbers).values())
         layers.append({
-            "layer": layer, "map": mean(ap for ap, _ in done),
-            "map_11point": mean(ap for _, ap in done),
+            "layer": layer, "map": mean(ap for ap, _, _ in done),
+            "map_11point": mean(ap for _, ap, _ in done),
             "validation_map": mean(max(v for v in values) for values in tried
                                    if not any(map(math.isnan, values))),
             "costs": dict(zip(names, chosen, strict=True)),
-            "per_class": {name: ap for name, (ap, _) in zip(names, done, strict=True)
+            "per_class": {name: ap for name, (ap, *_) in zip(names, done, strict=True)
                           if not math.isnan(ap)},
         })
     counted = [-1 if math.isnan(r["validation_map"]) else r["validation_map"] for r in layers]
@@ -465,7 +494,7 @@ def unit(rows: np.ndarray) -> np.ndarray:
 
 def crc(*values) -> str:
     """A mark by which noted fits are found again: of arrays and settings."""
-    total = 0
+    total = NOTES
     for value in values:
         array = isinstance(value, np.ndarray)
         total = zlib.crc32(np.ascontiguousarray(value) if array else repr(value).encode(), total)
@@ -492,9 +521,10 @@ def main(args):
         return images
 
     def make_view(settings):
-        step, words = WholeImage("bilinear"), "whole image squeezed to a square"
+        resize = features.resize_of(settings, args.resize)
+        step = WholeImage(resize, interpolation="bilinear")
+        words = f"shorter side to {resize}, squeezed to a square"
         if args.resize:
-            resize = features.resize_of(settings, args.resize)
             step = augment.CenterCrop(resize, interpolation="bilinear")
             words = f"shorter side to {resize}, central crop"
         steps = [step, augment.Normalize(settings["mean"], settings["std"])]
@@ -509,6 +539,7 @@ def main(args):
                                             build=backbones.build_frozen, layers=pooled_layers,
                                             default_workers=data.default_workers()):
             results = features.mean_of([evaluate(one, args, fits, names) for one in found])
+            fits.tell_of_stopped(name)
             table.append({"checkpoint": name, **results})
     finally:
         fits.close()

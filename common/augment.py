@@ -226,7 +226,9 @@ class RandomAffine(Step):
 class CenterCrop(Step):
     """Resize the shorter side to `resize` pixels and cut the view's size from the centre.
 
-    The view of the evaluations. `resize` equal to the view's size leaves a square image whole.
+    The view of the evaluations; equal to torchvision's Resize and CenterCrop, black rims where the
+    resized image is smaller than the view included. `resize` equal to the view's size leaves a
+    square image whole.
     """
 
     resize: int
@@ -234,12 +236,16 @@ class CenterCrop(Step):
     geometric = resizes = True
 
     def apply(self, plane, _, size):
-        width, height = plane.size
-        scale = min(width, height) / self.resize
-        w, h = size[1] * scale, size[0] * scale
-        box = ((width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2)
-        box = (max(box[0], 0), max(box[1], 0), min(box[2], width), min(box[3], height))
-        return plane.resize(size[::-1], INTERPOLATION[self.interpolation], box=box)
+        plane = plane.resize(shorter_side_to(self.resize, plane.size),
+                             INTERPOLATION[self.interpolation])
+        extra = [there - wanted for there, wanted in zip(plane.size, size[::-1], strict=True)]
+        left, top = (round(x / 2) if x > 0 else -(-x // 2) for x in extra)
+        return plane.crop((left, top, left + size[1], top + size[0]))
+
+
+def shorter_side_to(resize: int, size: tuple[int, int]) -> tuple[int, int]:
+    """The size to which torchvision resizes one; of the longer side it drops the fraction."""
+    return tuple(int(resize * side / min(size)) for side in size)
 
 
 @dataclass

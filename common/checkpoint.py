@@ -6,6 +6,7 @@ written beside its place, synced and renamed, so a kill at any moment leaves a w
 """
 
 import contextlib
+import errno
 import fcntl
 import importlib.metadata
 import json
@@ -28,6 +29,9 @@ from common.dist import RunError, World
 
 RECORD = {"step", "settings", "identity", "processes", "state"}  # what a checkpoint holds
 DESCRIBED = ("arch", "stem", "patch_size", "image_size", "in_chans", "mean", "std")
+NOT_THERE = {  # what a file system answers that cannot do what it was asked
+    errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL,
+}
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -110,7 +114,8 @@ class Run:
             raise KeyboardInterrupt
         self.stop_requested, self.interrupted = True, number == signal.SIGINT
         if self.world.is_main:
-            os.write(2, b"\nstopping after this step; interrupt again to stop at once\n")
+            with contextlib.suppress(OSError):  # Ctrl-C ends a `| tee` as well
+                os.write(2, b"\nstopping after this step; interrupt again to stop at once\n")
 
     # ---------------------------------------------------------------------------------- starting
 
@@ -309,10 +314,14 @@ def described(weights: OrderedDict, settings: dict) -> OrderedDict:
 
 
 def hold(path: str):
-    """Lock a file until it is closed or this process ends; forked loader workers do not keep it."""
+    """Lock a file until it is closed or this process ends; forked loader workers do not keep it.
+
+    Where the file system has no locks, this is said, and the run goes on without.
+    """
     file = open(path, "a+")  # noqa: SIM115  held for the whole run
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with unless_missing("locks, so see that no second run writes there", path):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
         holder = file.read().strip() or "unknown"
@@ -328,6 +337,19 @@ def hold(path: str):
 
 
 @contextlib.contextmanager
+def unless_missing(what: str | None = None, path: str = ""):
+    """Pass over what a file system does not have, such as Lustre without locks; say it, if told."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NOT_THERE:
+            raise
+        if what:
+            dist.say(f"warning: the file system of {os.path.dirname(path)} has no {what} "
+                     f"({error.strerror})")
+
+
+@contextlib.contextmanager
 def replacing(path: str, previous: str | None = None):
     """Open a file that takes the place of `path` once it is whole and on the disk.
 
@@ -338,13 +360,17 @@ def replacing(path: str, previous: str | None = None):
         with open(temporary, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            with unless_missing():
+                os.fsync(file.fileno())
         if previous and os.path.exists(path):
             os.replace(path, previous)
         os.replace(temporary, path)
         folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
-        os.fsync(folder)  # the names too
-        os.close(folder)
+        try:
+            with unless_missing():
+                os.fsync(folder)  # the names too
+        finally:
+            os.close(folder)
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)

@@ -10,6 +10,8 @@ import math
 import os
 import sys
 
+from common import dist
+
 # Settings that do not change what is computed beyond rounding: they may differ when a run resumes.
 RUN_FLAGS = {
     "accum_steps", "amp", "compile", "data_root", "deterministic", "device", "download",
@@ -22,10 +24,18 @@ MANY = 6  # choices that are listed once, in the help text
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, printed by one process."""
 
+    def parse_known_args(self, args=None, namespace=None):
+        dist.print_any_character()
+        return super().parse_known_args(args, namespace)
+
     def error(self, message):
-        if int(os.environ.get("RANK", 0)) == 0:
+        if dist.speaks():
             print(f"{self.prog}: error: {message} (--help lists the flags)", file=sys.stderr)
         raise SystemExit(2)
+
+    def exit(self, status=0, message=None):
+        dist.end_output()  # --help | head
+        super().exit(status, message)
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -255,7 +265,7 @@ def parse_evaluation(made: Parser, argv=None) -> argparse.Namespace:
 
 def processes() -> int:
     """Number of processes that torchrun started."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return max(1, dist.told("WORLD_SIZE", 1))
 
 
 def peek(argv, flag: str, kind=int):

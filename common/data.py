@@ -7,11 +7,13 @@ contiguous share. So the number of processes, of loader workers, and an interrup
 """
 
 import atexit
+import contextlib
 import functools
 import gc
 import math
 import multiprocessing
 import os
+import re
 import signal
 import time
 import zlib
@@ -20,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torchvision
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from common import dist
@@ -28,11 +30,19 @@ from common.dist import RunError, World
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+# What turns a photograph upright, by its EXIF orientation.
+TURNS = dict(enumerate((
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90), start=2))
+# Folders of a system or of an archiver, not of images. So is what begins with a dot.
+NO_DATA = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
 TORCHVISION = {
     "cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "svhn": "SVHN",
     "mnist": "MNIST",
 }
 FATAL = -1  # in a worker's report: stop the run
+HELD_OUT = ("val", "test")  # folders that are not trained on
 BUILT_IN = ("digits", *TORCHVISION, "fake")
 # Streams of random numbers that never meet.
 SAMPLE, ORDER, FAKE, SHUFFLE, CLUSTERS, MASK, NEGATIVES, DEPTH = range(1, 9)
@@ -160,25 +170,42 @@ class FileImages:
         return f"{len(self)} files, crc32 of the names {zlib.crc32(names):08x}"
 
     def read(self, index: int) -> list[Image.Image]:
-        """The image as Pillow planes: one RGB or L image, or one L image per channel.
+        """The upright image as Pillow planes: one RGB or L image, or one L image per channel.
 
         Raises:
             RefusedImage: more than 8 bits a channel: to cut them down is the user's choice.
             Exception: whatever Pillow raises for a file that it cannot decode.
         """
         with Image.open(self.name(index)) as image:
-            # Pillow opens 16-bit RGB as 8-bit RGB; only the decoder's arguments tell.
-            deep = any(";16" in str(tile) for tile in image.tile)
-            if deep or image.mode.startswith("I") or image.mode == "F":
+            if is_deep(image):
                 raise RefusedImage(f"{self.name(index)} has more than 8 bits a channel "
                                    f"(Pillow mode {image.mode}); convert it to 8 bits")
-            image = image.convert(MODES[self.channels])
-        return list(image.split()) if self.channels == 4 else [image]
+            pixels = image.convert(MODES[self.channels])
+            turn = None
+            with contextlib.suppress(Exception):  # a broken tag does not make a broken image
+                turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        pixels = pixels if turn is None else pixels.transpose(turn)
+        return list(pixels.split()) if self.channels == 4 else [pixels]
 
     def subset(self, indices: np.ndarray) -> "FileImages":
         labels = None if self.labels is None else self.labels[indices]
         return FileImages(self.paths[indices], labels, self.channels, self.root,
                           self.index[indices])
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether an opened file has more than 8 bits a channel.
+
+    Pillow opens 16-bit RGB as 8-bit RGB; only the decoder's arguments tell. "BGR;16" is a pixel
+    of 5, 6 and 5 bits; the decoder of PPM is told the largest value.
+    """
+    if image.mode.startswith("I") or image.mode == "F":
+        return True
+    for decoder, _, _, args in image.tile:
+        values = [v for v in args if isinstance(v, int)] if decoder.startswith("ppm") else []
+        if max(values, default=0) > 255 or re.search(r"(?<!BGR);16", str(args)):
+            return True
+    return False
 
 
 def open_images(
@@ -200,7 +227,7 @@ def open_images(
     """
     if data in TORCHVISION and download:
         with dist.together(writing=root):  # one process a machine fetches, the others wait for it
-            if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            if dist.told("LOCAL_RANK", 0) == 0:
                 torchvision_images(data, split, channels, root, download=True)
     with dist.together():
         if data == "digits":
@@ -274,53 +301,128 @@ def torchvision_images(name: str, split: str, channels: int, root: str, download
 def folder(root: str, split: str, channels: int) -> FileImages:
     """Image files below a folder, or below its `train`, `val` or `test` folder if it has one.
 
-    Labels are the class folders, if every file lies in one; pre-training never looks at them.
+    Labels are the class folders; pre-training never looks at them. A file beside class folders has
+    no label and is left out with them, as are hidden files and folders in any case.
+
+    Raises:
+        RunError: no image; no such split; a class of the test split that is not in the training
+            split, where it has another number or none.
     """
-    names = ("val", "test") if split == "test" else ("train",)
+    names = HELD_OUT if split == "test" else ("train",)
     found = [os.path.join(root, n) for n in names if os.path.isdir(os.path.join(root, n))]
+    if split == "pretrain" and found and train_is_a_class(root):
+        found = []
     if split != "pretrain" and not found:
         raise RunError(f"--data {root}: no {' or '.join(names)} folder in it to evaluate with")
     top = found[0] if found else os.path.normpath(root)
-    held_out = [] if found else [os.path.join(top, name, "") for name in ("val", "test")]
-    paths = sorted(
-        os.path.join(parent, file)
-        for parent, files in walk(top)
-        if not os.path.join(parent, "").startswith(tuple(held_out))
-        for file in files
-        if file.lower().endswith(EXTENSIONS)
-    )
+    held_out = [] if found else [n for n in HELD_OUT if holds_images(os.path.join(root, n))]
+    paths = sorted(os.path.join(parent, file)
+                   for parent, files in walk(top, [os.path.join(top, n) for n in held_out])
+                   for file in files)
+    beside = f", {' and '.join(held_out)} held out" if held_out else ""
     if not paths:
-        raise RunError(f"--data {top}: no image file in it ({' '.join(EXTENSIONS)})")
+        raise RunError(f"--data {top}: no image file in it{beside} ({' '.join(EXTENSIONS)})")
+    if held_out:
+        dist.say(f"warning: {top}: {' and '.join(held_out)} taken for held-out images and not "
+                 "trained on; a class needs another name")
     inside = [path[len(os.path.join(top, "")) :].split(os.sep) for path in paths]
-    if split == "pretrain" or any(len(parts) == 1 for parts in inside):
+    if split == "pretrain" or all(len(parts) == 1 for parts in inside):
         return FileImages(paths, None, channels, top)
-    # A class has the same number in every split: the training split's classes come first.
+    stray = [path for path, parts in zip(paths, inside, strict=True) if len(parts) == 1]
+    if stray:
+        dist.say(f"warning: left out, for no class folder holds it: {some(stray)}")
+        paths = [path for path, parts in zip(paths, inside, strict=True) if len(parts) > 1]
+    classes = [parts[0] for parts in inside if len(parts) > 1]
+    # A class has the same number in every split: that of the training split.
     train = os.path.join(root, "train")
-    known = sorted(e.name for e in os.scandir(train) if e.is_dir()) if os.path.isdir(train) else []
-    names = known + sorted({parts[0] for parts in inside} - set(known))
-    number = {name: label for label, name in enumerate(names)}
-    labels = np.array([number[parts[0]] for parts in inside])
-    return FileImages(paths, labels, channels, top)
+    known = subfolders(train) if os.path.isdir(train) else sorted(set(classes))
+    unknown, empty = set(classes) - set(known), set(known) - set(classes)
+    if unknown:
+        raise RunError(f"--data {root}: class folders of {top} that {train} does not have: "
+                       f"{some(unknown)}; a class has one name in both")
+    if empty and split == "train":
+        dist.say(f"warning: class folders of {train} without an image: {some(empty)}")
+    number = {name: label for label, name in enumerate(known)}
+    return FileImages(paths, np.array([number[name] for name in classes]), channels, top)
 
 
-def walk(top: str):
-    """Folders below `top` and their files; a link to a folder that holds it is not followed."""
-    for parent, folders, files in os.walk(top, followlinks=True):
+def train_is_a_class(root: str) -> bool:
+    """Whether the folder `train` is a class: one flat folder of images among others.
+
+    With a test split beside it, or with class folders in it, it is the training split.
+    """
+    own = os.path.join(root, "train")
+    beside = [name for name in subfolders(root)
+              if name not in ("train", *HELD_OUT) and holds_images(os.path.join(root, name))]
+    nested = any(holds_images(os.path.join(own, name)) for name in subfolders(own))
+    if not beside:
+        return False
+    if nested or any(os.path.isdir(os.path.join(root, name)) for name in HELD_OUT):
+        dist.say(f"warning: {own} is taken for the training split; beside it, not trained on: "
+                 f"{some(beside)}")
+        return False
+    dist.say(f"warning: {own} is taken for a class like {some(beside)}; for the training split "
+             f"pass --data {own}")
+    return True
+
+
+def some(names) -> str:
+    """Names in order, of many the first and how many there are."""
+    names = sorted(names)
+    return " ".join(names) if len(names) <= 5 else f"{' '.join(names[:3])} ... ({len(names)})"
+
+
+def subfolders(top: str) -> list[str]:
+    """Names of the folders in a folder that may hold images, in order."""
+    return sorted(entry.name for entry in os.scandir(top)
+                  if entry.is_dir() and not is_hidden(entry.name))
+
+
+def holds_images(top: str) -> bool:
+    """Whether there is an image below a folder, as far as it can be read."""
+    try:
+        return any(files for _, files in walk(top))
+    except RunError:
+        return os.path.isdir(top)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is no data, but something that a system has put there."""
+    return name.startswith(".") or name in NO_DATA
+
+
+def walk(top: str, without=()):
+    """Folders below `top` and their image files; a link to a folder that holds it is not followed.
+
+    Args:
+        top: a folder.
+        without: paths of folders below it that are left out.
+
+    Raises:
+        RunError: a folder cannot be read; `os.walk` alone would pass over it in silence.
+    """
+
+    def stop(error):
+        raise RunError(f"{error.filename}: {error.strerror}; make the folder readable, or move it "
+                       "out of --data")
+
+    for parent, folders, files in os.walk(top, followlinks=True, onerror=stop):
         inside = os.path.join(os.path.realpath(parent), "")
-        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
-        for name in links:
-            if inside.startswith(os.path.join(os.path.realpath(os.path.join(parent, name)), "")):
+        for name in list(folders):
+            path = os.path.join(parent, name)
+            loops = os.path.islink(path) and inside.startswith(
+                os.path.join(os.path.realpath(path), ""))
+            if loops or is_hidden(name) or path in without:
                 folders.remove(name)
-        yield parent, files
+        yield parent, [file for file in files
+                       if file.lower().endswith(EXTENSIONS) and not is_hidden(file)]
 
 
 def text_list(path: str, channels: int) -> FileImages:
     """Image files listed in a text file, `path` or `path label` a line, relative to its folder."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = [line.strip() for line in file if line.strip()]
-    except UnicodeDecodeError as error:
-        raise RunError(f"--data {path}: neither a text list nor a .npy file") from error
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:  # as file names are
+        text = file.read()
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
     if not lines:
         raise RunError(f"--data {path}: no line in it")
     labels = None
@@ -329,7 +431,9 @@ def text_list(path: str, channels: int) -> FileImages:
     if all(len(parts) == 2 and parts[1].lstrip("-").isdecimal() for parts in split):
         lines, labels = [parts[0] for parts in split], np.array([int(parts[1]) for parts in split])
     paths = [os.path.join(here, line) for line in lines]
-    if not any(map(os.path.exists, paths[:100])):
+    if not any(os.path.exists(path) for path in paths[:100] if "\0" not in path):
+        if "\0" in text or not os.fsencode(text).decode(errors="ignore") == text:
+            raise RunError(f"--data {path}: neither a text list nor a .npy file")
         raise RunError(f"--data {path}: its first line names no file, {paths[0]}; a line is a "
                        "path, or a path and a whole number, relative to the list's folder")
     return FileImages(paths, labels, channels, here or ".")
@@ -472,7 +576,7 @@ class Loader:
                 batch_size=None,  # an item is a whole batch already
                 sampler=steps,
                 num_workers=workers,
-                worker_init_fn=leave_signals_to_the_main_process,
+                worker_init_fn=start_worker,
                 prefetch_factor=(1 if large else 2) if workers else None,
                 pin_memory=world.device.type == "cuda",
                 multiprocessing_context=context,
@@ -519,17 +623,18 @@ class Loader:
 def default_workers() -> int:
     """This process's share of the cores, at most 16."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return min(16, cores // dist.told("LOCAL_WORLD_SIZE", 1))
 
 
-def leave_signals_to_the_main_process(_worker: int) -> None:
-    """Ignore stop signals in a worker.
+def start_worker(worker: int) -> None:
+    """Ignore stop signals in a worker, and see that it does not live on without sending.
 
     One sent to every process (Slurm, Ctrl-C) must not take the loader from under a step that is to
     be finished. Workers end with the main process: `end_workers`, or torch's own watch on it.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    dist.end_if_unsent(worker)
 
 
 def end_workers() -> None:

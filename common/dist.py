@@ -11,9 +11,11 @@ rows keeps it by gathering or summing them with `all_gather_with_grad` or `all_r
 import contextlib
 import ctypes
 import multiprocessing
+import multiprocessing.queues
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -48,10 +50,13 @@ def setup(device: str = "auto", deterministic: bool = False) -> World:
         deterministic: ask torch for deterministic kernels (slower on CUDA).
 
     Raises:
-        RunError: "cuda" was asked for and there is none, or fewer GPUs than processes.
+        RunError: "cuda" was asked for and there is none, or fewer GPUs than processes; the
+            environment describes no group of processes, or none that can be joined.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if environment_fault():
+        raise RunError(environment_fault())
+    local_rank = told("LOCAL_RANK", 0)
+    local_size = max(told("LOCAL_WORLD_SIZE", 1), local_rank + 1)
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     target = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
@@ -67,10 +72,53 @@ def setup(device: str = "auto", deterministic: bool = False) -> World:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    if told("WORLD_SIZE", 1) > 1 and not dist.is_initialized():
         # gloo beside NCCL, in one group: flags on the CPU are exchanged without touching the GPU.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+        except (RuntimeError, ValueError, OverflowError) as error:
+            address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            message = (f"process {told('RANK', 0)} cannot join the others at {address}: "
+                       f"{str(error).splitlines()[0]}")
+            if not speaks():
+                alone(message)
+            raise RunError(message) from error
     return World(rank(), size(), target)
+
+
+def told(name: str, missing: int) -> int:
+    """A number of torchrun's environment; unset and empty are the same."""
+    value = os.environ.get(name, "").strip()
+    return int(value) if value.isdecimal() else missing
+
+
+def environment_fault() -> str | None:
+    """What keeps the environment from describing this process among others, if anything.
+
+    Platforms set some of torchrun's variables without it. Alone, none of them makes a group.
+    """
+    given = {name: os.environ.get(name, "").strip() for name in (
+        "WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE", "LOCAL_RANK")}
+    remedy = "; start with torchrun, or unset what it would set: " + " ".join(given)
+    for name, value in given.items():
+        if value and name != "MASTER_ADDR" and not value.isdecimal():
+            return f"{name} is {value!r} in the environment, no whole number{remedy}"
+    for number, of in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if number == "LOCAL_RANK" and not given[of]:
+            continue
+        if told(number, 0) >= max(1, told(of, 1)):
+            return (f"{number} is {given[number]} in the environment and {of} is "
+                    f"{given[of] or 'not set'}{remedy}")
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not given[name]]
+    if told("WORLD_SIZE", 1) > 1 and missing and not dist.is_initialized():
+        return (f"WORLD_SIZE is {given['WORLD_SIZE']} in the environment and {' '.join(missing)} "
+                f"not set{remedy}")
+    return None
+
+
+def speaks() -> bool:
+    """Whether this process prints: the first of a group, and any that belongs to none."""
+    return told("RANK", 0) == 0 or environment_fault() is not None
 
 
 def keep_freed_memory() -> None:
@@ -112,6 +160,22 @@ def worker_context(patience: float = 5.0):
     return multiprocessing.get_context("fork")
 
 
+def end_if_unsent(_worker: int) -> None:
+    """End a loader process, of which this is the start, with a batch that it cannot send.
+
+    It goes through shared memory, of which containers have little. multiprocessing would print a
+    traceback and keep the process, for whose batch the main process would wait for ever.
+    """
+
+    def end(error, item):
+        if not isinstance(error, (RuntimeError, OSError)):
+            report(error, item)
+        os._exit(1)
+
+    report = multiprocessing.queues.Queue._on_queue_feeder_error
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end)
+
+
 def task_states() -> dict[str, str]:
     """For each thread of this process, whether it runs, and how often it has stopped to."""
     states = {}
@@ -136,8 +200,10 @@ def launch(main, args) -> int:
     """Run `main(args)` as a program.
 
     Returns:
-        The exit status: 0, or 2 after one line that names the error, or 130 if interrupted.
+        The exit status: 0, or 2 after one line that names the error, or 130 if interrupted, or 141
+        if whoever reads the output has left before its end (`| head`).
     """
+    print_any_character()
     try:
         main(args)
         status = 0
@@ -149,19 +215,67 @@ def launch(main, args) -> int:
         if dist.is_initialized():  # others may wait in a collective, until torchrun ends them
             os._exit(status)
     except torch.OutOfMemoryError:  # of this process alone, likewise
-        print(f"error: process {rank()} is out of GPU memory; lower --batch-size or pass "
-              "--amp bf16", file=sys.stderr, flush=True)
+        alone(f"process {rank()} is out of GPU memory; lower --batch-size or pass --amp bf16")
         os._exit(2)
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):  # torch's word for one that is dead
+            raise
+        reason = str(error).splitlines()[0].removesuffix(".")
+        alone(f"process {rank()} has lost a loader process ({reason}): shared memory "
+              f"({free_bytes('/dev/shm'):,} bytes free in /dev/shm; Docker: --shm-size) or memory "
+              "is short; lower --workers (0: none) or --batch-size")
+        status = 2
+        if dist.is_initialized():
+            os._exit(status)
+    except OSError as error:  # raised by `print`?
+        lost = end_output("\n")
+        if lost is None or (lost.errno, error.filename) != (error.errno, None):
+            raise
+        status = 128 + signal.SIGPIPE
+        if not isinstance(lost, BrokenPipeError):
+            say(f"error: cannot print the results: {lost.strerror or error}", sys.stderr)
+            status = 2
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()  # leaving it to the interpreter's exit can abort
+    end_output()
     return status
+
+
+def alone(message: str) -> None:
+    """Print an error of this process, of which the others may not know."""
+    with contextlib.suppress(OSError):
+        print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def print_any_character() -> None:
+    """Have \\x escapes printed for what a terminal or log cannot take, such as names of files."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # a notebook's takes all
+            stream.reconfigure(errors="backslashreplace")
+
+
+def end_output(last: str = "") -> OSError | None:
+    """Write what waits to be printed, and a last word. If nobody takes it, return the error.
+
+    Then it is dropped: the interpreter would try once more at its end, print a traceback and change
+    the exit status.
+    """
+    try:
+        print(last, end="", flush=True)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # no file of the system
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
+        return error
+    return None
 
 
 def say(message: str, stream=None, stays: bool = True):
     """Print a line on one process. On a terminal, one that does not stay gives way to the next."""
     stream = stream or sys.stdout
-    if int(os.environ.get("RANK", 0)) != 0:
+    if stream is None or not speaks():  # None: started with its output closed
         return
     with contextlib.suppress(OSError):  # a terminal that has gone away does not end a run
         if stream.isatty():

@@ -591,7 +591,8 @@ class Chunks(torch.utils.data.Dataset):
 
 @torch.no_grad()
 def extract(
-    function, images, view, world: World, *, batch_size: int, workers: int
+    function, images, view, world: World, *, batch_size: int, workers: int,
+    labels: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Apply `function` to one view of every image, each process taking a contiguous part.
 
@@ -601,6 +602,7 @@ def extract(
     Args:
         function: images (n, C, H, W) on the device to rows (n, D) by name; called without gradient.
         view: an `augment.View` that draws no random numbers.
+        labels: (len(images),), where the function takes those of its images as well.
 
     Returns:
         By name, float32 rows (len(images), D) on the CPU in data-set order, equal on every process.
@@ -615,7 +617,7 @@ def extract(
     workers = min(workers, len(own))
     loader = torch.utils.data.DataLoader(
         Chunks(images, view, own, batch_size), batch_size=None, num_workers=workers,
-        pin_memory=world.device.type == "cuda",
+        pin_memory=world.device.type == "cuda", worker_init_fn=dist.end_if_unsent,
         multiprocessing_context=dist.worker_context() if workers else None,
     )
     found, widths = {}, {}
@@ -623,7 +625,10 @@ def extract(
         for chunk, loaded in zip(own, loader, strict=True):
             if isinstance(loaded, str):
                 raise RunError(loaded)
-            for name, rows in function(view.finish(*loaded, world.device)).items():
+            given = [view.finish(*loaded, world.device)]
+            if labels is not None:
+                given.append(labels[chunk * batch_size :][: len(given[0])].to(world.device))
+            for name, rows in function(*given).items():
                 if name not in found:
                     found[name] = torch.empty(n, rows.shape[1])
                 kept = found[name][chunk * batch_size :][: len(rows)]
@@ -644,6 +649,26 @@ def check_finite(rows: Tensor, words: str, first: int = 0) -> None:
     if len(wrong):
         raise RunError(f"the features {words} are not finite, first of image "
                        f"{first + wrong[0].item()}; no number can be made of them")
+
+
+def share_right(scores: Tensor, truth: Tensor, k: int) -> Tensor:
+    """How far the true class is among the k of the highest scores: 1 if it is, 0 if not.
+
+    Where equal scores stand on both sides of the border, which of them are among the k is chance:
+    it is the chance of the true class. So no order of classes, images or a sort decides.
+
+    Args:
+        scores: (..., C). One that is not a number is above all others, and right is none of them.
+        truth: int64 (...), in [0, C).
+        k: at most C.
+
+    Returns:
+        Float64 (...), in [0, 1].
+    """
+    own = scores.gather(-1, truth[..., None])
+    above = scores.shape[-1] - (scores <= own).sum(-1)
+    equal = (scores == own).sum(-1).clamp(min=1)
+    return ((k - above).double() / equal).clamp(0, 1)
 
 
 # -------------------------------------------------------------------------------------------- files

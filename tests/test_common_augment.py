@@ -365,8 +365,8 @@ def test_an_affine_view_of_another_size_is_resized():
     np.testing.assert_array_equal(view.crop([image], [geometry[0][0]]), wanted)
 
 
-def center_crop(image, resize, size):
-    view = augment.View(size, [augment.CenterCrop(resize, interpolation="bicubic")], channels=3)
+def center_crop(image, resize, size, interpolation="bicubic"):
+    view = augment.View(size, [augment.CenterCrop(resize, interpolation=interpolation)], channels=3)
     geometry, _ = view.draw(np.empty((1, 0)), np.array([image.size[::-1]]))
     return view.crop([image], [geometry[0][0]])
 
@@ -378,14 +378,25 @@ def test_a_center_crop_leaves_a_square_image_whole_when_resize_is_the_size(side)
     np.testing.assert_array_equal(center_crop(image, 16, 16), wanted)
 
 
-@pytest.mark.parametrize("height, width", [(300, 400), (500, 333), (256, 256)])
-def test_a_center_crop_is_close_to_torchvisions_on_a_smooth_image(height, width):
-    y, x = np.mgrid[:height, :width] / max(height, width)
-    smooth = np.stack([200 * x, 200 * y, 120 + 80 * np.sin(4 * x + 3 * y)], axis=-1)
-    image = Image.fromarray(smooth.round().astype(np.uint8))
-    resized = reference.resize(image, 256, reference.InterpolationMode.BICUBIC)
-    wanted = np.asarray(reference.center_crop(resized, 224)).transpose(2, 0, 1).astype(int)
-    assert np.abs(center_crop(image, 256, 224) - wanted).max() <= 2
+SIDES = np.random.default_rng(14).integers(9, 400, (30, 2)).tolist()  # height and width
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("resize, size", [(256, 224), (36, 32), (32, 32), (30, (37, 24))])
+def test_a_center_crop_is_torchvisions(resize, size, interpolation):
+    """Also of small images, of those that need no resizing, and of those that a crop surpasses."""
+    mode = reference.InterpolationMode(interpolation)
+    for height, width in [*SIDES, (resize, resize + 7), (resize + 20, resize), (12, 9), (600, 30)]:
+        image = picture(height, width)
+        wanted = reference.center_crop(reference.resize(image, resize, mode), size)
+        got = center_crop(image, resize, size, interpolation)
+        np.testing.assert_array_equal(got, np.asarray(wanted).transpose(2, 0, 1))
+
+
+def test_a_center_crop_of_an_image_of_the_right_size_only_cuts():
+    image = picture(32, 45)
+    wanted = np.asarray(image)[4:28, 10:34].transpose(2, 0, 1)  # 10.5 goes to the even number
+    np.testing.assert_array_equal(center_crop(image, 32, 24), wanted)
 
 
 # ------------------------------------------------------------------------------------------- colour

@@ -360,6 +360,33 @@ def test_another_processs_folder_is_refused_with_its_pid_and_free_once_it_is_kil
         assert (tmp_path / ".lock").read_text() == str(os.getpid())
 
 
+def refusing(number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+    return refuse
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_told_and_used(number, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint.fcntl, "flock", refusing(number))
+    with opened(tmp_path):
+        assert (tmp_path / ".lock").read_text() == str(os.getpid())
+    said = capsys.readouterr().out
+    assert f"warning: the file system of {tmp_path} has no locks" in said
+
+
+@pytest.mark.parametrize("number, fine", [(errno.EINVAL, True), (errno.ENOSYS, True),
+                                          (errno.EIO, False), (errno.ENOSPC, False)])
+def test_a_file_system_without_syncing_is_used_but_no_failure_to_sync_is_passed_over(
+    number, fine, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(os, "fsync", refusing(number))
+    outcome = contextlib.nullcontext() if fine else pytest.raises(OSError)
+    with outcome, checkpoint.replacing(str(tmp_path / "file")) as file:
+        file.write(b"whole")
+    assert os.listdir(tmp_path) == (["file"] if fine else [])
+
+
 def test_a_forked_child_does_not_keep_the_folder(tmp_path):
     with contextlib.ExitStack() as children:
         with opened(tmp_path):

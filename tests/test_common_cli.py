@@ -221,7 +221,9 @@ def test_many_choices_are_listed_once_few_as_they_are():
 def test_only_the_first_process_prints_an_error(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     assert "--lr" in refused(capsys, "--lr", "nan")
-    monkeypatch.setenv("RANK", "3")
+    group = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in group.items():
+        monkeypatch.setenv(name, value)
     for flags in (["--lr", "nan"], ["--data"], ["--epochs", "1", "--warmup-epochs", "1"]):
         with pytest.raises(SystemExit) as ended:
             parse(*flags)

@@ -1,3 +1,4 @@
+import errno
 import os
 import pickle
 import shutil
@@ -7,7 +8,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from common import augment, data, dist
 from common.dist import RunError, World
@@ -472,6 +473,181 @@ def test_held_out_folders_are_never_trained_on(tmp_path):
     assert sorted(os.path.basename(path) for path in names(seen)) == ["0.png", "1.png"]
     with pytest.raises(RunError, match="no train folder"):
         data.open_images(str(tmp_path), "train", 3)
+
+
+def plain(root, *paths):
+    """A folder with a gray PNG at each path, of its number's gray."""
+    for number, path in enumerate(paths):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (4, 4), number).save(root / path)
+    return root
+
+
+def seen(root, split="pretrain"):
+    """What a split uses, relative to its folder."""
+    images = data.open_images(str(root), split, 3)
+    return [os.path.relpath(name, root) for name in names(images)]
+
+
+@pytest.mark.parametrize(
+    "there, used, warned",
+    [
+        ("train/0 val/1 test/2", "train/0", ""),
+        ("train/a/0 val/a/1", "train/a/0", ""),
+        ("train/0", "train/0", ""),
+        ("bus/0 car/1 train/2", "bus/0 car/1 train/2", "train is taken for a class like bus car"),
+        ("train/bus/0 train/train/1 val/bus/2 val/train/3", "train/bus/0 train/train/1", ""),
+        ("train/a/0 more/1", "train/a/0", "not trained on: more"),
+        ("train/0 val/1 more/2", "train/0", "not trained on: more"),
+        ("bus/0 test/1", "bus/0", "test taken for held-out images"),
+        ("bus/0 val/1 test/a/2", "bus/0", "val and test taken for held-out images"),
+        ("bus/0 tests/1 trains/2", "bus/0 tests/1 trains/2", ""),
+    ],
+)
+def test_folders_named_like_splits_are_told_from_classes(there, used, warned, tmp_path, capsys):
+    plain(tmp_path, *[f"{path}.png" for path in there.split()])
+    assert seen(tmp_path) == [f"{path}.png" for path in used.split()]
+    said = capsys.readouterr().out
+    assert warned in said and said.count("warning") == (1 if warned else 0)
+
+
+def test_a_folder_without_images_beside_train_changes_nothing(tmp_path, capsys):
+    plain(tmp_path, "train/0.png")
+    (tmp_path / "annotations").mkdir()
+    assert seen(tmp_path) == ["train/0.png"] and capsys.readouterr().out == ""
+
+
+def test_nothing_but_held_out_images_is_told(tmp_path):
+    with pytest.raises(RunError, match="no image file in it, val held out"):
+        seen(plain(tmp_path, "val/0.png"))
+
+
+@pytest.mark.parametrize("tested", ["ac", "abc", "C", "cab"])
+def test_a_test_class_that_training_does_not_have_is_refused_by_name(tested, tmp_path):
+    plain(tmp_path, "train/a/0.png", "train/b/1.png", *[f"val/{name}/2.png" for name in tested])
+    assert data.open_images(str(tmp_path), "train", 3).labels.tolist() == [0, 1]
+    with pytest.raises(RunError, match="val that .*train does not have: [cC];"):
+        data.open_images(str(tmp_path), "test", 3)
+
+
+def test_a_class_without_a_training_image_is_told(tmp_path, capsys):
+    plain(tmp_path, "train/a/0.png", "train/c/1.png", "val/c/2.png")
+    (tmp_path / "train" / "b").mkdir()
+    assert data.open_images(str(tmp_path), "train", 3).labels.tolist() == [0, 2]
+    assert "without an image: b\n" in capsys.readouterr().out
+    assert data.open_images(str(tmp_path), "test", 3).labels.tolist() == [2]
+    assert capsys.readouterr().out == ""
+
+
+def test_an_image_beside_class_folders_has_no_label_and_is_told(tmp_path, capsys):
+    plain(tmp_path, "train/a/0.png", "train/b/1.png", "train/preview.png", "val/b/2.png")
+    images = data.open_images(str(tmp_path), "train", 3)
+    assert images.labels.tolist() == [0, 1] and "preview" not in " ".join(names(images))
+    assert f"{tmp_path}/train/preview.png" in capsys.readouterr().out
+    assert "train/preview.png" in seen(tmp_path)  # without labels it is an image like any other
+    assert capsys.readouterr().out == ""
+
+
+def test_what_a_system_has_put_beside_images_is_no_data(tmp_path):
+    hidden = ("._0.png", ".ipynb_checkpoints/1.png", "__MACOSX/train/a/2.png", "a/@eaDir/3.png",
+              ".4.jpg", "lost+found/5.png")
+    plain(tmp_path, "train/a/0.png", *[f"train/{path}" for path in hidden],
+          *[f"train/a/{path}" for path in hidden], ".ipynb_checkpoints/x.png", "val/a/0.png")
+    assert seen(tmp_path) == seen(tmp_path, "train") == ["train/a/0.png"]
+    under = plain(tmp_path / ".cache", "b/0.png", ".b/1.png")  # what the user names is data
+    assert seen(under) == ["b/0.png"]
+
+
+@pytest.mark.parametrize("split, closed", [("pretrain", "train/b"), ("train", "train/b/deep"),
+                                           ("test", "val")])
+def test_a_folder_that_cannot_be_read_is_named(split, closed, tmp_path, monkeypatch):
+    plain(tmp_path, "train/a/0.png", "train/b/1.png", "train/b/deep/2.png", "val/a/3.png")
+    scandir = os.scandir
+
+    def refuse(path="."):  # as without the right to read, for root as well
+        if os.fspath(path) == str(tmp_path / closed):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(RunError, match=f"{closed}: Permission denied; make the folder readable"):
+        data.open_images(str(tmp_path), split, 3)
+
+
+def test_held_out_images_need_not_be_readable(tmp_path, monkeypatch):
+    plain(tmp_path, "train/a/0.png", "test/a/1.png")
+    scandir = os.scandir
+
+    def refuse(path="."):
+        if os.fspath(path).startswith(str(tmp_path / "test")):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert seen(tmp_path) == ["train/a/0.png"]
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
+@pytest.mark.parametrize("orientation", range(10))  # 0 and 9 mean nothing
+def test_photographs_are_upright_as_viewers_show_them(orientation, suffix, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(random_images(1)[0][:8]).save(tmp_path / f"x.{suffix}", exif=exif)
+    with Image.open(tmp_path / f"x.{suffix}") as image:
+        upright = ImageOps.exif_transpose(image)
+    for channels, mode in data.MODES.items():
+        planes = data.open_images(str(tmp_path), "pretrain", channels).read(0)
+        assert planes[0].size == ((8, 12) if 5 <= orientation <= 8 else (12, 8))
+        for plane, expected in zip(planes, upright.convert(mode).split() if mode == "RGBA" else
+                                   [upright.convert(mode)], strict=True):
+            assert np.array_equal(np.asarray(plane), np.asarray(expected))
+
+
+def test_a_broken_orientation_does_not_make_a_broken_image(tmp_path):
+    Image.new("RGB", (24, 16)).save(tmp_path / "x.jpg", exif=b"Exif\0\0no header of TIFF")
+    assert data.open_images(str(tmp_path), "pretrain", 3).read(0)[0].size == (24, 16)
+
+
+def write_bmp(path, masks):
+    """A BMP of 2 x 2 pixels with 16 bits a pixel, of the brightest red."""
+    header = struct.pack("<IiiHHIIiiII", 40, 2, 2, 1, 16, 3, 8, 2835, 2835, 0, 0)
+    start = 14 + len(header) + 12
+    content = header + struct.pack("<III", *masks) + struct.pack("<4H", *[masks[0]] * 4)
+    path.write_bytes(b"BM" + struct.pack("<IHHI", start + 8, 0, 0, start) + content)
+
+
+@pytest.mark.parametrize("masks", [(0xF800, 0x07E0, 0x001F), (0x7C00, 0x03E0, 0x001F)])
+def test_16_bits_a_pixel_are_few_not_many(masks, tmp_path):
+    write_bmp(tmp_path / "x.bmp", masks)
+    pixel = data.open_images(str(tmp_path), "pretrain", 3).read(0)[0].getpixel((0, 0))
+    assert pixel == (255, 0, 0)
+
+
+@pytest.mark.parametrize("mode, suffix", [("1", "png"), ("L", "png"), ("P", "png"), ("LA", "png"),
+                                          ("P", "gif"), ("1", "tif"), ("CMYK", "tif"),
+                                          ("CMYK", "jpg"), ("RGBA", "webp"), ("1", "bmp")])
+def test_every_mode_of_8_bits_or_fewer_is_read(mode, suffix, tmp_path):
+    image = Image.new("RGB", (8, 8), "white").convert(mode)
+    image.save(tmp_path / f"x.{suffix}")
+    for channels in (1, 3, 4):
+        planes = data.open_images(str(tmp_path), "pretrain", channels).read(0)
+        assert np.concatenate([np.asarray(p).ravel() for p in planes]).min() >= 250
+
+
+@pytest.mark.parametrize("content", [b"P6 1 1 65535\n" + bytes(6), b"P6 1 1 1023\n" + bytes(6),
+                                     b"P3 1 1 65535\n0 0 0\n", b"P5 1 1 65535\n" + bytes(2)])
+def test_a_portable_pixmap_of_more_than_8_bits_is_refused(content, tmp_path):
+    (tmp_path / "x.ppm").write_bytes(content)
+    with pytest.raises(data.RefusedImage, match="more than 8 bits"):
+        data.open_images(str(tmp_path), "pretrain", 3).read(0)
+
+
+def test_a_list_may_begin_with_a_mark_and_name_files_that_are_not_utf8(tmp_path):
+    plain(tmp_path, "0.png", "1.png")
+    os.rename(tmp_path / "1.png", os.fsencode(tmp_path) + b"/caf\xe9.png")
+    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbf0.png\r\ncaf\xe9.png\n")
+    images = data.open_images(str(tmp_path / "list.txt"), "pretrain", 1)
+    assert [images.read(i)[0].getpixel((0, 0)) for i in range(2)] == [0, 1]
 
 
 def test_identity_sees_every_image_of_a_small_array():

@@ -2,6 +2,10 @@ import contextlib
 import errno
 import hashlib
 import io
+import os
+import re
+import socket
+import subprocess
 import sys
 import threading
 import time
@@ -14,6 +18,7 @@ import torch.distributed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import drill
 from common import dist
 
 CPU = torch.device("cpu")
@@ -51,6 +56,68 @@ def test_more_processes_than_gpus_is_an_error_that_names_both(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(dist.RunError, match="8 processes.*there are 3"):
+        dist.setup("cuda")
+
+
+GROUP = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500",
+         "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets torchrun's variables to given ones, and no others."""
+    def become(given):
+        for name in GROUP:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+    return become
+
+
+@pytest.mark.parametrize(
+    "given, named",
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 .* RANK MASTER_ADDR MASTER_PORT not set"),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, "WORLD_SIZE is 2 .* MASTER_ADDR MASTER_PORT not set"),
+        ({**GROUP, "MASTER_PORT": ""}, "MASTER_PORT not set"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
+        ({**GROUP, "RANK": "-1"}, "RANK is '-1'"),
+        ({"RANK": "1"}, "RANK is 1 .* WORLD_SIZE is not set"),
+        ({**GROUP, "RANK": "2"}, "RANK is 2 .* WORLD_SIZE is 2"),
+        ({**GROUP, "LOCAL_RANK": "3"}, "LOCAL_RANK is 3 .* LOCAL_WORLD_SIZE is 2"),
+        ({**GROUP, "MASTER_PORT": "99999"}, "process 0 cannot join .* localhost:99999"),
+    ],
+)
+def test_an_environment_that_makes_no_group_is_one_line_on_every_process(
+    given, named, environment, capsys
+):
+    environment(given)
+    assert dist.launch(lambda _: dist.setup("cpu"), None) == 2
+    out, err = capsys.readouterr()
+    assert re.search(f"^error: .*{named}", err) and err.count("\n") == 1 and out == ""
+
+
+def test_a_port_in_use_is_one_line(environment, capsys):
+    with socket.create_server(("localhost", 0)) as server:
+        port = str(server.getsockname()[1])
+        environment({**GROUP, "MASTER_PORT": port})
+        assert dist.launch(lambda _: dist.setup("cpu"), None) == 2
+    err = capsys.readouterr().err
+    assert f"localhost:{port}" in err and err.count("error: ") == 1
+
+
+@pytest.mark.parametrize("given", [{"WORLD_SIZE": ""}, dict.fromkeys(GROUP, ""),
+                                   {"WORLD_SIZE": "1", "RANK": "0"}, {"RANK": "0"}])
+def test_an_environment_of_one_process_is_one_process(given, environment):
+    environment(given)
+    assert dist.setup("cpu") == dist.World(0, 1, CPU)
+
+
+def test_a_process_whose_number_has_no_gpu_is_told(environment, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    environment({"LOCAL_RANK": "1"})
+    with pytest.raises(dist.RunError, match="2 processes.*there are 1"):
         dist.setup("cuda")
 
 
@@ -116,6 +183,68 @@ class Gone(io.StringIO):
 
 def test_a_terminal_that_has_gone_away_does_not_end_a_run():
     dist.say("step 1", Gone())
+
+
+ODD = "caf\udce9 \u00b1"  # from a name that is not UTF-8, and a sign beyond ASCII
+
+
+@pytest.mark.parametrize("encoding, printed", [("ascii", rb"caf\udce9 \xb1"),
+                                               ("utf-8", b"caf\\udce9 \xc2\xb1")])
+def test_what_a_terminal_cannot_print_is_escaped(encoding, printed):
+    code = ("import sys; from common import dist\n"
+            f"def main(_): dist.say({ODD!a}); print({ODD!a}); raise dist.RunError({ODD!a})\n"
+            "sys.exit(dist.launch(main, None))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=drill.ROOT, capture_output=True,
+                          env={**os.environ, "PYTHONIOENCODING": f"{encoding}:strict"})
+    assert (done.returncode, done.stdout) == (2, 2 * (printed + b"\n"))
+    assert done.stderr == b"error: " + printed + b"\n"
+
+
+def printing(stdout, body, buffered):
+    """Exit status and errors of a program that prints where nobody takes it."""
+    code = f"import sys; from common import dist\nsys.exit(dist.launch({body}, None))"
+    environment = {**os.environ, "PYTHONUNBUFFERED": "" if buffered else "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=drill.ROOT, env=environment, text=True,
+                          stdout=stdout, stderr=subprocess.PIPE)
+    return done.returncode, done.stderr
+
+
+@pytest.fixture
+def broken_pipe():
+    reader, writer = os.pipe()
+    os.close(reader)
+    yield writer
+    os.close(writer)
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_reader_that_has_left_is_no_error_and_a_full_disk_is_one_line(buffered, broken_pipe):
+    said = "lambda _: dist.say('progress')"
+    result = "lambda _: [dist.say('progress'), print('result', flush=True)]"
+    assert printing(broken_pipe, said, buffered) == (0, "")
+    assert printing(broken_pipe, result, buffered) == (141, "")
+    if os.path.exists("/dev/full"):
+        with open("/dev/full", "w") as full:
+            assert printing(full, said, buffered) == (0, "")
+            status, errors = printing(full, result, buffered)
+        assert status == 2 and errors.startswith("error: cannot print") and errors.count("\n") == 1
+
+
+def test_an_error_of_the_system_that_is_not_of_the_output_keeps_its_traceback():
+    with pytest.raises(BrokenPipeError):
+        dist.launch(raise_it, BrokenPipeError())
+
+
+def test_a_lost_output_hides_no_other_error(broken_pipe):
+    status, errors = printing(broken_pipe, "lambda _: open('/no/such/file')", True)
+    assert status == 1 and "FileNotFoundError" in errors
+
+
+def test_a_closed_output_is_no_error():
+    code = "from common import dist; dist.say('progress'); raise SystemExit(dist.launch(print, 1))"
+    done = subprocess.run(["sh", "-c", 'exec "$0" -c "$1" >&-', sys.executable, code],
+                          cwd=drill.ROOT, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def spoken():
@@ -222,6 +351,15 @@ def test_a_run_without_error_ends_with_status_0(capsys):
 def test_launch_does_not_hide_a_programming_error():
     with pytest.raises(ZeroDivisionError):
         dist.launch(raise_it, ZeroDivisionError())
+
+
+def test_a_loader_process_that_was_killed_is_one_line(capsys):
+    killed = "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible ..."
+    assert dist.launch(raise_it, RuntimeError(killed)) == 2
+    err = capsys.readouterr().err
+    assert "signal: Bus error" in err and "--shm-size" in err and err.count("\n") == 1
+    with pytest.raises(RuntimeError):
+        dist.launch(raise_it, RuntimeError("shapes do not fit"))
 
 
 def fail_on_the_last(_):

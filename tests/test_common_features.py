@@ -1,6 +1,8 @@
 import argparse
 import io
+import itertools
 import json
+import math
 import os
 import pickle
 import struct
@@ -906,3 +908,51 @@ def test_a_layer_that_is_not_in_a_feature_file_is_named_with_those_that_are(tmp_
     features.write(some_features(), str(tmp_path / "file.npz"), WORLD)
     with pytest.raises(RunError, match="no layer res2; there are res4 avgpool"):
         features.read(str(tmp_path / "file.npz"), ["avgpool", "res2"])
+
+
+# ----------------------------------------------------------------------------------- right or wrong
+
+
+def test_a_true_class_is_right_where_it_is_among_the_best():
+    scores = torch.tensor([[3.0, 2.0, 1.0, 0.0], [0.0, 1.0, 2.0, 3.0]])
+    truth = torch.tensor([1, 1])
+    got = [features.share_right(scores, truth, k).tolist() for k in (1, 2, 3, 4)]
+    assert got == [[0, 0], [1, 0], [1, 1], [1, 1]]
+
+
+def test_equal_scores_are_right_by_chance_in_any_order_of_classes():
+    scores = torch.tensor([2.0, 1.0, 1.0, 1.0, 0.0])
+    for order in itertools.permutations(range(5)):
+        order = torch.tensor(order)
+        truth = order.argsort()  # where each class stands now
+        rows = scores[order].expand(5, 5)
+        for k, wanted in ((1, [1, 0, 0, 0, 0]), (2, [1, 1 / 3, 1 / 3, 1 / 3, 0]),
+                          (4, [1, 1, 1, 1, 0]), (5, [1] * 5)):
+            torch.testing.assert_close(features.share_right(rows, truth, k),
+                                       torch.tensor(wanted, dtype=torch.float64))
+    assert features.share_right(torch.zeros(7, 2, 4), torch.ones(7, 2).long(), 1).eq(0.25).all()
+
+
+def test_a_score_that_is_no_number_is_never_right():
+    scores = torch.tensor([[math.nan] * 3, [math.nan, 1.0, 0.0]])
+    for truth in range(3):
+        for k in (1, 2, 3):
+            got = features.share_right(scores, torch.full((2,), truth), k).tolist()
+            assert got == [0, float(truth > 0 and k > truth)]
+
+
+def test_labels_go_along_with_their_images_on_any_number_of_processes(pool):
+    assert pool.run(3, labelled) == [[[i, i] for i in range(11)]] * 3
+
+
+def labelled():
+    """Rows of what an image is and its label, where both are its number."""
+    pixels = np.arange(11, dtype=np.uint8)[:, None, None, None].repeat(4, 1).repeat(4, 2)
+    images = ArrayImages(pixels, None, 1)
+    view = augment.View(4, [augment.CenterCrop(4, interpolation="bicubic")], 1)
+
+    def function(crops, labels):
+        return {"pair": torch.stack([(crops[:, 0, 0, 0] * 255).round(), labels.float()], dim=1)}
+
+    return features.extract(function, images, view, dist.setup("cpu"), batch_size=2, workers=0,
+                            labels=torch.arange(11))["pair"].tolist()

@@ -406,6 +406,38 @@ def test_leaving_out_makes_single_images_of_their_class_wrong():
     assert line["shots"]["1"] == {"mean": 0, "std": 0}
 
 
+def test_classes_with_equally_many_votes_are_right_by_chance():
+    """The neighbours of every query are one of each of three classes, equally near."""
+    bank = torch.eye(9).roll(1, 0) + 1
+    labels, truth = torch.arange(9) // 3, torch.tensor([0, 1, 2, 3])
+    queries = torch.ones(4, 9)
+    for order in (torch.arange(9), torch.arange(9).flip(0)):
+        right, undecided = eval_knn.count_right(bank[order], labels[order], queries, truth,
+                                                [(9, 0.07)], 4, None, 3).tolist()
+        assert right == [pytest.approx(1 / 3 * 3)] and undecided == [0]
+
+
+def test_equally_near_neighbours_that_do_not_vote_are_told_of(tmp_path, capsys):
+    """Images of one colour each; two classes have the same one, in the bank three times each."""
+    for split, copies in (("train", 3), ("test", 1)):
+        for name, colours in (("a", (10, 200)), ("b", (10, 90))):
+            (tmp_path / split / name).mkdir(parents=True)
+            for number, colour in enumerate(colours * copies):
+                pixels = np.full((8, 8, 3), 20, dtype=np.uint8)
+                pixels[0, 0] = colour
+                Image.fromarray(pixels).save(tmp_path / split / name / f"{number}.png")
+    flags = ["--checkpoint", "pixels", "--data", tmp_path, "--image-size", "8", "--workers", "0",
+             "--shots", "--k"]
+
+    def warnings(*ks):
+        eval_knn.main(eval_knn.parse_args([*map(str, flags), *map(str, ks)]))
+        return [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+
+    assert warnings(12) == []
+    (one,) = warnings(3)
+    assert "pixels" in one and "k 3: 2 of 4 images" in one
+
+
 def test_feature_files_stand_for_their_checkpoints(tmp_path, capsys):
     weights = save_backbone(tmp_path / "weights.pth", 1)
     path = tmp_path / "features.npz"

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from sklearn.metrics import average_precision_score
+from torchvision import transforms
 
 import eval_svm
 from common import data
@@ -79,22 +80,39 @@ def test_the_11_points_of_seven_hits_interpolate():
     assert eval_svm.average_precision(targets, falling(5)) == pytest.approx((1 + 2 * 3 / 5) / 3)
 
 
-def test_equal_scores_count_in_the_order_given():
+def test_equal_scores_count_together():
     targets, scores = [0, 0, 0, 1, 1], [0.0, 0.0, 1.0, 0.0, 1.0]
-    assert eval_svm.average_precision(targets, scores) == pytest.approx(0.45)  # order 2 4 0 1 3
-    reversed_ones = targets[::-1], scores[::-1]  # order 0 2 1 3 4
-    assert eval_svm.average_precision(*reversed_ones) == pytest.approx((1 + 2 / 3) / 2)
+    # Above 0: one of two, half of the recall; from 0 on: two of five.
+    assert eval_svm.average_precision(targets, scores) == pytest.approx(1 / 2 / 2 + 2 / 5 / 2)
+    assert eval_svm.average_precision_11_point(targets, scores) == pytest.approx(
+        (6 * 1 / 2 + 5 * 2 / 5) / 11)
+    assert eval_svm.average_precision([0, 1, 1, 0], [3.0] * 4) == 0.5  # the share of the class
+    assert eval_svm.average_precision_11_point([0, 1, 1, 0], [3.0] * 4) == pytest.approx(0.5)
 
 
-def test_the_order_of_many_equal_scores_is_kept():
-    """A sort that is not stable gives itself away from 17 rows on."""
+@pytest.mark.parametrize("precision",
+                         [eval_svm.average_precision, eval_svm.average_precision_11_point])
+def test_the_order_of_the_images_does_not_count(precision):
     rng = np.random.default_rng(0)
     targets, scores = np.arange(1000) % 3 == 0, rng.integers(0, 5, 1000).astype(float)
-    order = [i for level in (4, 3, 2, 1, 0) for i in range(1000) if scores[i] == level]
-    places = np.flatnonzero(targets[order]) + 1
-    precision = np.arange(1, len(places) + 1) / places
-    expected = np.maximum.accumulate(precision[::-1])[::-1].mean()
-    assert eval_svm.average_precision(targets, scores) == pytest.approx(expected, abs=1e-12)
+    orders = [rng.permutation(1000) for _ in range(10)] + [np.argsort(targets, kind="stable")]
+    found = {precision(targets[order], scores[order]) for order in orders}
+    assert len(found) == 1 and 0.3 < found.pop() < 0.4
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_equal_scores_are_scikit_learns_thresholds(seed):
+    """Where precision only falls, interpolation changes nothing."""
+    rng = np.random.default_rng(seed)
+    targets, scores = [], []
+    for level, share in zip(range(9, 0, -1), np.linspace(0.9, 0.1, 9), strict=True):
+        own = rng.integers(10, 20)
+        targets += [1] * round(share * own) + [0] * (own - round(share * own))
+        scores += [level] * own
+    order = rng.permutation(len(targets))
+    targets, scores = np.array(targets)[order], np.array(scores, dtype=float)[order]
+    assert eval_svm.average_precision(targets, scores) == pytest.approx(
+        average_precision_score(targets, scores), abs=1e-12)
 
 
 @pytest.mark.parametrize("precision",
@@ -111,16 +129,25 @@ def test_precision_at_its_ends(precision):
 def test_average_precision_equals_the_loop(seed):
     rng = np.random.default_rng(seed)
     targets, scores = rng.integers(0, 2, 60), rng.normal(size=60)
-    order = sorted(range(60), key=lambda i: -scores[i])
+    scores = scores.round(1) if seed > 2 else scores  # some are equal
     points = []
-    for place in range(1, 61):
-        tp = sum(targets[i] for i in order[:place])
-        points.append((tp / targets.sum(), tp / place))
+    for threshold in sorted(set(scores), reverse=True):
+        tp, taken = sum(targets[scores >= threshold]), sum(scores >= threshold)
+        points.append((tp / targets.sum(), tp / taken))
     area, before = 0, 0
     for recall, _ in points:
         area += (recall - before) * max(p for r, p in points if r >= recall)
         before = recall
     assert eval_svm.average_precision(targets, scores) == pytest.approx(area, abs=1e-12)
+
+
+def test_equal_images_have_equal_scores():
+    """Though the sums of a matrix product are rounded by their place in it."""
+    rng = np.random.default_rng(0)
+    rows, targets = eval_svm.unit(rng.normal(size=(60, 2048))), np.where(np.arange(60) % 3, 1, -1)
+    for n in (3, 5, 17, 32):
+        scores, _ = eval_svm.decide(rows, targets, np.repeat(rows[:1], n, axis=0), 1, 0)
+        assert len(set(scores)) == 1
 
 
 # ------------------------------------------------------------------------------------------- images
@@ -184,13 +211,15 @@ def test_a_missing_voc_file_is_named(remove, named, voc, tmp_path):
         evaluate("--checkpoint", "pixels", "--data", root, *SMALL)
 
 
-def test_the_view_squeezes_the_whole_image():
-    view = eval_svm.augment.View(4, [eval_svm.WholeImage("bilinear")], 3)
-    pixels = np.zeros((8, 16, 3), dtype=np.uint8)
-    pixels[:, 8:] = 255
-    geometry, _ = view.draw(np.empty((1, 0)), np.array([[8, 16]]))
-    crop = view.crop([Image.fromarray(pixels)], [g[0] for g in geometry])
-    assert crop.shape == (3, 4, 4) and (crop[:, :, 0] == 0).all() and (crop[:, :, 3] == 255).all()
+@pytest.mark.parametrize("height, width", [(8, 16), (100, 37), (9, 9)])
+def test_the_view_resizes_the_shorter_side_and_then_squeezes_the_whole_image(height, width):
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    view = eval_svm.augment.View(8, [eval_svm.WholeImage(9, "bilinear")], 3)
+    geometry, _ = view.draw(np.empty((1, 0)), np.array([[height, width]]))
+    twice = transforms.Compose([transforms.Resize(9), transforms.Resize([8, 8])])
+    np.testing.assert_array_equal(view.crop([image], [g[0] for g in geometry]),
+                                  np.asarray(twice(image)).transpose(2, 0, 1))
 
 
 # ----------------------------------------------------------------------------------------- protocol
@@ -261,7 +290,7 @@ def voc_pixels(voc, split):
     images, _ = eval_svm.open_voc(str(voc), split, 3)
     rows = []
     for i in range(len(images)):
-        small = images.read(i)[0].resize((8, 8), Image.Resampling.BILINEAR)
+        small = transforms.Resize([8, 8])(transforms.Resize(8)(images.read(i)[0]))
         pixels = np.asarray(small, dtype=np.float64).transpose(2, 0, 1) / 255
         mean, std = (np.array(x)[:, None, None] for x in
                      ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
@@ -421,6 +450,22 @@ def test_fitting_in_other_processes_changes_nothing(voc, monkeypatch):
     flags = ["--data", voc, *VOC[:-1]]
     monkeypatch.setattr(eval_svm, "MUCH_WORK", 0)
     assert evaluate(*flags, 2) == evaluate(*flags, 1)
+
+
+def test_svms_that_do_not_converge_are_told_of_whenever_they_were_fitted(
+    voc, tmp_path, monkeypatch, capsys
+):
+    def warnings(*costs):
+        flags = [*SMALL, "--data", voc, "--output", tmp_path, "--costs", *costs]
+        eval_svm.main(eval_svm.parse_args(["--checkpoint", "pixels", *map(str, flags)]))
+        return [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+
+    assert warnings(0.01) == []
+    monkeypatch.setitem(eval_svm.SVM, "max_iter", 3)
+    (first,) = warnings(0.01, 1e4)
+    assert "pixels: " in first and "limit of 3 passes" in first
+    assert int(first.split("pixels: ")[1].split()[0]) >= 3 * (3 + 1)  # classes, folds and all
+    assert warnings(0.01, 1e4) == [first]  # as noted
 
 
 def test_class_folders_are_each_class_against_the_rest(image_folder):

@@ -179,3 +179,81 @@ def test_a_closed_terminal_does_not_end_a_run(tmp_path):
     process.stdout.close()
     process.wait(timeout=60)
     assert len(drill.log_of(tmp_path)) == 32 and (tmp_path / "backbone.pth").exists()
+
+
+BUFFERED = {"PYTHONUNBUFFERED": ""}  # what is left in the buffer is tried once more at the end
+
+
+def test_a_pipe_that_has_closed_ends_no_run_and_spoils_no_exit(tmp_path):
+    """As with `| head`: the run goes on in silence, to its whole checkpoint."""
+    process = drill.start("simclr.py", *drill.SMALL, "--epochs", 1, "--warmup-epochs", 0,
+                          "--output", tmp_path, env=BUFFERED)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 16
+
+
+def test_a_stop_signal_saves_though_nobody_reads_what_is_said(tmp_path):
+    """As with Ctrl-C, which ends the `tee` behind a run too."""
+    process = drill.start("simclr.py", *drill.SMALL, "--epochs", 200, "--output", tmp_path)
+    drill.wait_for(lambda: len(drill.log_of(tmp_path)) > 3, process)
+    process.stdout.close()
+    process.terminate()
+    assert process.wait(timeout=60) == 0
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] > 3
+
+
+def little_shared_memory():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+
+
+@pytest.mark.parametrize("script, flags", [
+    ("simclr.py", ["--recipe", "cifar10", "--arch", "resnet_tiny", "--batch-size", 64,
+                   "--crop-sizes", 96, "--limit", 256, "--output", "out"]),
+    ("eval_knn.py", ["--checkpoint", "pixels", "--image-size", 96, "--limit", 256]),
+])
+def test_a_batch_that_a_loader_process_cannot_send_ends_the_run(script, flags, tmp_path):
+    """Shared memory is short, as in a container: the sender must not wait, nor be waited for."""
+    flags = [tmp_path / flag if flag == "out" else flag for flag in flags]
+    status, printed = drill.run(script, "--data", "fake", "--workers", 1, *flags, timeout=60,
+                                preexec_fn=little_shared_memory)
+    assert status == 2 and printed.count("error: ") == 1, printed
+    assert "shared memory" in printed and "--workers" in printed and "Traceback" not in printed
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_names_and_tables_are_printed_on_any_terminal(encoding, tmp_path):
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        folder = os.fsencode(tmp_path) + os.fsencode(f"/caf/{split}/") + b"caf\xe9"
+        os.makedirs(folder)
+        for number in range(8):
+            pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            with open(folder + b"/%d\xe9.png" % number, "wb") as file:
+                Image.fromarray(pixels).save(file, format="PNG")
+    with open(folder.replace(b"/val/", b"/train/") + b"/broken\xe9.png", "wb"):
+        pass
+    env = {"PYTHONIOENCODING": f"{encoding}:strict"}
+    status, printed = drill.run("simclr.py", "--data", tmp_path / "caf", *FROM_FOLDER, "--workers",
+                                0, "--epochs", 1, "--warmup-epochs", 0, "--output",
+                                tmp_path / "out", env=env)
+    assert status == 0 and "broken\\udce9.png" in printed, printed
+    status, printed = drill.run("eval_knn.py", "--checkpoint", "pixels", "--data",
+                                tmp_path / "caf", env=env)
+    assert status == 2 and "broken\\udce9.png" in printed and "Traceback" not in printed, printed
+    for evaluation in ("eval_knn.py", "eval_svm.py"):  # tables with a sign beyond ASCII
+        status, printed = drill.run(evaluation, "--checkpoint", "pixels", "--limit", 100, env=env,
+                                    encoding="utf-8")
+        assert status == 0 and ("\\xb1" if encoding == "ascii" else "\u00b1") in printed, printed
+
+
+@pytest.mark.parametrize("script", ["simclr.py", "convert.py"])  # a long one, and a short one
+def test_help_may_be_cut_short(script):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, drill.ROOT / script, "--help"], stdout=writer,
+                          env={**os.environ, **BUFFERED}, stderr=subprocess.PIPE,
+                          text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
