@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = {  # name: script and flags
     "SimCLR": ["simclr.py"],
+    "SimCLR, multi-crop": ["simclr_multicrop.py"],
     "MoCo v2": ["moco.py"],
     "NPID": ["npid_pirl.py"],
     "PIRL": ["npid_pirl.py", "--method", "pirl"],
@@ -56,7 +57,7 @@ def train(folder: Path, processes: int) -> dict:
     """Seconds that each method took; of earlier commands where it was finished already."""
     seconds = {}
     for name, command in METHODS.items():
-        output = folder / name.lower().replace(" ", "-")
+        output = folder / name.lower().replace(",", "").replace(" ", "-")
         noted = output / f"seconds-{processes}.json"
         if not noted.exists():
             started = time.perf_counter()
@@ -73,7 +74,7 @@ def evaluate(folder: Path) -> dict:
     groups += [(layer, ["random"], [name]) for name, layer in TRANSFORMERS.items()]
     found = {}
     for layer, baselines, names in groups:
-        runs = [folder / name.lower().replace(" ", "-") for name in names]
+        runs = [folder / name.lower().replace(",", "").replace(" ", "-") for name in names]
         suffix = f" ({layer})" if layer else ""
         titles = [b if b == "pixels" else f"random{suffix or ' (ResNet)'}" for b in baselines]
         for script, flags in EVALUATIONS.items():

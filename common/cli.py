@@ -71,7 +71,7 @@ def parser(script: str, description: str) -> Parser:
     data = made.add_argument_group("data")
     data.add_argument("--data", default="digits", metavar="SOURCE",
                       help="digits (built in), cifar10 cifar100 stl10 svhn mnist (torchvision), "
-                      "fake (noise), a folder of images, a text list, or a .npy (README)")
+                      "fake (noise), a folder of images, a text list, or a .npy (docs/guide.md)")
     data.add_argument("--data-root", default="data", metavar="FOLDER",
                       help="where torchvision's data sets are")
     data.add_argument("--download", action=Switch, default=False,

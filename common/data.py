@@ -215,7 +215,7 @@ def open_images(
     """Open the images of one split of a data source.
 
     Args:
-        data: a name of `BUILT_IN`, a folder, a text list, or a `.npy` file (README, own data).
+        data: a name of `BUILT_IN`, a folder, a text list, or a `.npy` file (docs/guide.md).
         split: "pretrain" (all that may be learned from without labels), "train" or "test".
         channels: channel count wanted.
         root: the folder of torchvision's data sets.

@@ -102,7 +102,7 @@ class Log:
         for name, where in sorted(self.out & left.keys() - self.warned):
             self.warned.add((name, where))
             dist.say(f"warning: {name} is {line[name]:.3g}, {where} {left[name, where]:.3g}: the "
-                     "embeddings collapse (README, symptoms)")
+                     "embeddings collapse (docs/guide.md, symptoms)")
         self.out = set(left)
 
     def show(self, line: dict):
