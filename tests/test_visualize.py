@@ -8,7 +8,7 @@ from PIL import Image
 import mae
 import visualize
 from common import dist
-from test_all_scripts import SCRIPTS, TINY
+from helpers import SCRIPTS, TINY
 
 
 def run(*flags):
