@@ -77,7 +77,8 @@ def parse_args(argv=None):
                      f"--decoder-heads {args.decoder_heads}")
     images = args.batch_size // cli.processes()
     if images % args.accum_steps:
-        parser.error(f"--accum-steps {args.accum_steps} does not divide a process's {images} images")
+        parser.error(f"--accum-steps {args.accum_steps} does not divide the {images} images of a "
+                     "process")
     return args
 
 
