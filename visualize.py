@@ -15,7 +15,6 @@ was trained on normalised patches, each patch gets its true mean and variance ba
 import importlib
 import os
 import sys
-import tempfile
 
 import numpy as np
 import torch
@@ -101,40 +100,26 @@ def joined(patches: np.ndarray) -> np.ndarray:
 # -------------------------------------------------------------------------------------------- views
 
 
-class Caught(Exception):
-    """Carries what a script gives to its loader out of the script."""
-
-
-def loader_of(script: str, flags: list[str]):
-    """The images and views that a script would train on, and its settings."""
+def method(name: str):
+    """The module of a method script."""
     try:
-        module = importlib.import_module(os.path.basename(script).removesuffix(".py"))
-        module.RECIPES  # noqa: B018  a method script has them
+        module = importlib.import_module(os.path.basename(name).removesuffix(".py"))
+        module.build_views  # noqa: B018  a method script has it
     except (ImportError, AttributeError, ValueError):
-        raise dist.RunError(f"{script} is no method script; try simclr") from None
-    given = module.parse_args(flags)
-    own = data.Loader
-
-    def catch(images, views, **_):
-        raise Caught(images, views)
-
-    with tempfile.TemporaryDirectory() as folder:
-        given.output, data.Loader = folder, catch
-        try:
-            module.main(given)
-        except Caught as caught:
-            return *caught.args, given
-        finally:
-            data.Loader = own
+        raise dist.RunError(f"{name} is no method script; try simclr") from None
+    return module
 
 
 def views_picture(args) -> Image.Image:
     """Images, and beside each its views in the first epoch."""
-    images, views, given = loader_of(args.script, args.flags)
+    module = method(args.script)
+    given = module.parse_args(args.flags)
+    images = data.open_images(given.data, "pretrain", given.in_chans, root=given.data_root,
+                              download=given.download, limit=given.limit)
     rows = min(args.rows, len(images))
     world = dist.World(0, 1, torch.device("cpu"))
-    loader = data.Loader(images, views, batch_size=rows, epochs=1, seed=given.seed, world=world,
-                         workers=0)
+    loader = data.Loader(images, module.build_views(given), batch_size=rows, epochs=1,
+                         seed=given.seed, world=world, workers=0)
     batch = next(loader.epoch(0))
     pictures = [to_pixels(view, given.mean, given.std) for view in batch.views]
     table = []

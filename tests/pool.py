@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import queue
 import tempfile
+import threading
 import time
 import traceback
 
@@ -12,7 +13,18 @@ PROCESSES = 4
 TIMEOUT = 60
 
 
+def _end_with_parent():
+    """End this process when the one that started it has ended, killed or not."""
+
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _serve(rank, tasks, results):
+    _end_with_parent()
     import torch
     import torch.distributed as dist
 

@@ -1,4 +1,7 @@
-"""What can go wrong for a user ends on every process with one line that says what to do."""
+"""What can go wrong for a user ends on every process with one line that says what to do.
+
+With SimCLR, whose command line, loop and folder are those of all scripts.
+"""
 
 import contextlib
 import importlib
@@ -16,9 +19,7 @@ import torch
 from PIL import Image
 
 import drill
-from test_all_scripts import EXTRA, SCRIPTS, TINY
-
-every_script = pytest.mark.parametrize("script", SCRIPTS)
+from helpers import EXTRA, SCRIPTS, TINY, state_of
 
 
 def launched(script, flags, file_limit=None):
@@ -39,7 +40,7 @@ def launched(script, flags, file_limit=None):
     return status, errors.getvalue()
 
 
-def fails(pool, script, *flags, file_limit=None):
+def fails(pool, *flags, script="simclr", file_limit=None):
     """Run a script that must fail on two processes; the one line it says."""
     flags = [*TINY, *EXTRA.get(script, []), *map(str, flags)]
     started = time.monotonic()
@@ -64,85 +65,83 @@ def pictures(tmp_path):
 FROM_FOLDER = ["--recipe", "digits", "--batch-size", "4"]
 
 
-@every_script
-def test_data_that_is_not_there(script, pool, tmp_path):
+def test_data_that_is_not_there(pool, tmp_path):
     out = ["--output", tmp_path / "out"]
-    assert "nowhere: no such file" in fails(pool, script, "--data", tmp_path / "nowhere", *out)
+    assert "nowhere: no such file" in fails(pool, "--data", tmp_path / "nowhere", *out)
     (tmp_path / "empty").mkdir()
-    assert "no image file" in fails(pool, script, "--data", tmp_path / "empty", *out)
-    said = fails(pool, script, "--data", "cifar10", "--data-root", tmp_path, *out)
+    assert "no image file" in fails(pool, "--data", tmp_path / "empty", *out)
+    said = fails(pool, "--data", "cifar10", "--data-root", tmp_path, *out)
     assert "--download" in said and str(tmp_path) in said
 
 
-@every_script
-def test_data_that_cannot_be_used(script, pool, pictures, tmp_path):
+def test_data_that_cannot_be_used(pool, pictures, tmp_path):
     out = ["--output", tmp_path / "out"]
-    said = fails(pool, script, "--data", pictures, "--recipe", "digits", "--batch-size", 64, *out)
-    assert "64" in said and "10 images" in said and "--batch-size 10 fits" in said
     Image.fromarray(np.full((9, 9), 40_000, dtype=np.uint16)).save(pictures / "deep.png")
-    said = fails(pool, script, "--data", pictures, *FROM_FOLDER, *out)
+    said = fails(pool, "--data", pictures, *FROM_FOLDER, *out)
     assert "deep.png has more than 8 bits" in said
     np.save(tmp_path / "objects.npy", np.array([{"a": 1}]))
-    assert "objects.npy" in fails(pool, script, "--data", tmp_path / "objects.npy", *out)
+    assert "objects.npy" in fails(pool, "--data", tmp_path / "objects.npy", *out)
 
 
-@every_script
-def test_arguments_that_cannot_be(script, pool):
-    assert "--batch-size 7" in fails(pool, script, "--batch-size", 7)
-    assert "resnet51" in fails(pool, script, "--arch", "resnet51")
-    assert "'-1'" in fails(pool, script, "--epochs", -1)
+def test_arguments_that_cannot_be(pool):
+    assert "--batch-size 7" in fails(pool, "--batch-size", 7)
+    assert "resnet51" in fails(pool, "--arch", "resnet51")
+    assert "'-1'" in fails(pool, "--epochs", -1)
 
 
-@every_script
-def test_an_output_that_cannot_be_written(script, pool, tmp_path):
+def test_an_output_that_cannot_be_written(pool, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    said = fails(pool, script, "--output", tmp_path / "file" / "out")
+    said = fails(pool, "--output", tmp_path / "file" / "out")
     assert "cannot write" in said and "bytes free" in said and str(tmp_path / "file") in said
 
 
-@every_script
-def test_a_full_disk_leaves_the_last_checkpoint(script, pool, tmp_path):
+def test_a_full_disk_leaves_the_last_checkpoint(pool, tmp_path):
     flags = ["--output", tmp_path, "--epochs", 3]
-    said = fails(pool, script, *flags, file_limit=20_000)
+    said = fails(pool, *flags, file_limit=20_000)
     assert "cannot write" in said and "bytes free" in said and "backbone.pth" in said
     assert not list(tmp_path.glob("*.tmp")) and not (tmp_path / "checkpoint.pt").exists()
 
     one_epoch = tmp_path / "whole"
     flags = ["--output", one_epoch, "--epochs", 3]
-    pool.run(2, launched, script, [*TINY, *EXTRA.get(script, []), *map(str, flags)])
+    pool.run(2, launched, "simclr", [*TINY, *map(str, flags)])
     kept = torch.load(one_epoch / "checkpoint.prev.pt", weights_only=True)["step"]
     shutil.copy(one_epoch / "checkpoint.prev.pt", one_epoch / "checkpoint.pt")
     os.remove(one_epoch / "checkpoint.prev.pt")
     size = (one_epoch / "backbone.pth").stat().st_size + 1000  # the export fits, the checkpoint not
-    said = fails(pool, script, *flags, file_limit=size)
+    said = fails(pool, *flags, file_limit=size)
     assert "checkpoint.pt" in said and not list(one_epoch.glob("*.tmp"))
     assert torch.load(one_epoch / "checkpoint.pt", weights_only=True)["step"] == kept
 
 
-@every_script
-def test_checkpoints_that_do_not_fit(script, pool, tmp_path):
+def test_checkpoints_that_do_not_fit(pool, tmp_path):
     flags = ["--output", tmp_path]
-    pool.run(2, launched, script, [*TINY, *EXTRA.get(script, []), *map(str, flags)])
-    own = importlib.import_module(script).parse_args([]).arch
-    other = "vit_tiny" if own.startswith("vit") else "resnet18_quarter"
-    assert own != other
-    said = fails(pool, script, *flags, "--arch", other)
-    assert "--arch" in said and other in said and "--no-resume" in said
+    pool.run(2, launched, "simclr", [*TINY, *map(str, flags)])
+    said = fails(pool, *flags, "--arch", "resnet18_quarter")
+    assert "--arch" in said and "resnet18_quarter" in said and "--no-resume" in said
     for path in tmp_path.glob("checkpoint*.pt"):
         path.write_bytes(path.read_bytes()[:500])
-    assert "cannot be read" in fails(pool, script, *flags)
+    assert "cannot be read" in fails(pool, *flags)
 
 
-@every_script
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_loss_that_is_not_finite_stops_all_and_spoils_nothing(script, pool, tmp_path):
-    flags = ["--limit", 256, "--epochs", 3, "--warmup-epochs", 1, "--lr", 1e30]
-    flags += ["--output", tmp_path]
-    assert "not finite" in fails(pool, script, *flags)
+    flags = ["--limit", 64, "--epochs", 3, "--warmup-epochs", 1, "--lr", 1e30]
+    assert "not finite" in fails(pool, *flags, "--output", tmp_path, script=script)
     with contextlib.suppress(FileNotFoundError):
-        saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["state"]
+        saved = state_of(tmp_path)
         tensors = [v for part in saved.values() if isinstance(part, dict) for v in part.values()]
         tensors = [v for v in tensors if isinstance(v, torch.Tensor) and v.is_floating_point()]
         assert tensors and all(v.isfinite().all() for v in tensors)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_batch_of_more_images_than_there_are_is_refused_with_one_that_fits(
+    script, pictures, tmp_path
+):
+    flags = ["--data", pictures, "--recipe", "digits", "--batch-size", 64, "--output", tmp_path]
+    flags = [*EXTRA.get(script, []), *map(str, flags)]
+    status, said = launched(script, flags)
+    assert status == 2 and "64" in said and "10 images" in said and "--batch-size 10 fits" in said
 
 
 @pytest.mark.parametrize("processes", [1, 2])
