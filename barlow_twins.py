@@ -1,6 +1,6 @@
 """Barlow Twins: Self-Supervised Learning via Redundancy Reduction, arXiv 2103.03230.
 
-1. Make two views of every image, of two kinds: the first always blurred, the second solarized at
+1. Make two views of every image, of two kinds: the first always blurred, the second solarised at
    times.
 2. Embed both: backbone h, projector z, one view after the other.
 3. Standardise each dimension over the batch, and correlate the dimensions of the first view with
@@ -11,8 +11,8 @@
 Letters: N images per process, W processes, D embedding size, H backbone width.
 
 Differs from the official code (facebookresearch/barlowtwins): the sum over processes is
-differentiated, so the gradient is the true one; there it is 1/W of it, with W = 16 in the published
-run. With the true gradient its weight decay 1e-6 is 1.6e-5, and its rate .0048 of biases and norms
+differentiated, so the gradient is the true one; there it is 1/W of it, W = 16 GPUs by its README.
+With the true gradient its weight decay 1e-6 is 1.6e-5, and its rate .0048 of biases and norms
 is .0003; LARS hides the factor from all else. The last, short batch of an epoch is kept there. Blur
 is a true Gaussian, there Pillow's chain of box filters.
 
@@ -39,8 +39,8 @@ IMAGENET = dict(  # paper, section 2.2; weight decay and rate of biases and norm
 )
 RECIPES = {
     "imagenet": IMAGENET,
-    # Sizes, batch, rates and decay of solo-learn's CIFAR-10 run, with this script's optimiser. Its
-    # loss is a tenth of this one: decay 1e-4 there is 1e-3 here, and .3 of biases is .03.
+    # Sizes, batch, rates and decay of solo-learn's CIFAR-10 run, with this script's optimiser. It
+    # scales the loss by .1, so its weight decay 1e-4 is 1e-3 here, and its rate .3 of biases .03.
     "cifar10": IMAGENET | dict(
         arch="resnet18", stem="small", image_size=32,
         mean=[0.4914, 0.4822, 0.4465], std=[0.247, 0.2435, 0.2616], blur=False,
@@ -73,14 +73,14 @@ def parse_args(argv=None):
 # -------------------------------------------------------------------------------------------- views
 
 
-def photo_view(image_size, crop_scale, blur_p, solarize_p):
+def photo_view(image_size, crop_scale, blur, blur_p, solarize_p):
     """A view of one of two kinds (paper, section 2.2 and appendix)."""
     steps = [
         augment.RandomResizedCrop(crop_scale, ratio=(3 / 4, 4 / 3), interpolation="bicubic"),
         augment.HorizontalFlip(p=0.5),
         augment.ColorJitter(0.4, 0.4, saturation=0.2, hue=0.1, p=0.8),
         augment.Grayscale(p=0.2),
-        augment.GaussianBlur(sigma=(0.1, 2.0), p=blur_p),
+        augment.GaussianBlur(sigma=(0.1, 2.0), p=blur_p if blur else 0.0),
         augment.Solarize(threshold=128 / 255, p=solarize_p),
     ]
     return image_size, steps
@@ -137,8 +137,8 @@ def off_diagonal(matrix: Tensor) -> Tensor:
 def barlow_twins_loss(z1: Tensor, z2: Tensor, lambda_: float) -> Tensor:
     """Compute the squared distance of the cross-correlation from the identity.
 
-    Every process returns the whole loss, that of the joined batch; so is the gradient that DDP
-    averages.
+    Every process returns the loss of the joined batch, and DDP averages to its gradient. Uses the
+    three functions above.
 
     Args:
         z1, z2: embeddings (N, D) of the two views; standardised here over the global batch.
@@ -156,7 +156,7 @@ def barlow_twins_loss(z1: Tensor, z2: Tensor, lambda_: float) -> Tensor:
 
 
 def chance_loss(count: int, embedding_dim: int, lambda_: float) -> float:
-    """Expect this loss of `count` images whose embeddings are independent noise."""
+    """The loss to expect of `count` images whose embeddings are independent noise."""
     off = embedding_dim * (embedding_dim - 1) / count
     return embedding_dim * (1 + 1 / count) + lambda_ * off
 
@@ -180,10 +180,9 @@ def build_views(args):
     if args.views == "digits":
         views = augment.digit_views([(2, args.image_size, args.crop_scale)], 0.5, args.blur)
     else:
-        views = [
-            photo_view(args.image_size, args.crop_scale, blur_p=1.0 * args.blur, solarize_p=0.0),
-            photo_view(args.image_size, args.crop_scale, blur_p=0.1 * args.blur, solarize_p=0.2),
-        ]
+        size, scale, blur = args.image_size, args.crop_scale, args.blur
+        views = [photo_view(size, scale, blur, blur_p=1.0, solarize_p=0.0),
+                 photo_view(size, scale, blur, blur_p=0.1, solarize_p=0.2)]
     return augment.normalized(views, args.in_chans, args.mean, args.std)
 
 

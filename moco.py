@@ -2,8 +2,8 @@
 
 1. Make two views of every image: the query's and the key's.
 2. Embed the query with the encoder, which is trained.
-3. Move the key encoder a little towards the encoder (EMA), then embed the key with it. No gradient
-   goes there.
+3. Momentum update: the key encoder is an EMA of the encoder. Embed the key with it, without a
+   gradient.
 4. The key of the same image is the positive; the negatives are a queue of keys of past batches.
 5. Put the new keys into the queue in the place of the oldest.
 
@@ -11,13 +11,13 @@ Letters: N images per process, W processes, D embedding size, K queue length.
 
 Batch-norm statistics would leak which key belongs to a query, because both are normalised in the
 same batch. So both are normalised in groups (`--bn-groups`, over all processes), and the keys'
-groups are drawn anew each step (shuffle-BN). One GPU reproduces the statistics of `--bn-groups`.
+groups are drawn anew each step (shuffle-BN). One GPU with `--bn-groups 8` computes what 8 GPUs do.
 
 Differs from the official code (facebookresearch/moco): the queue is (K, D), and its length need not
 be a multiple of the batch; the permutation comes from (seed, step), not from process 0; with
 `--symmetric` the keys of the second view enter the queue first, in the authors' notebook last. Blur
-is a true Gaussian, there Pillow's chain of box filters. The official runs are float32; here CUDA
-has bf16 unless `--amp none`.
+is a true Gaussian, there Pillow's chain of box filters. Running statistics are means over all
+groups, there those of GPU 0. The official runs are float32; here CUDA has bf16 unless `--amp none`.
 
     python moco.py
     torchrun --nproc_per_node=8 moco.py --data /path/to/imagenet --output runs/moco
@@ -44,7 +44,8 @@ IMAGENET = V2 | dict(  # the papers, v2 unless `--version 1`
 )
 RECIPES = {
     "imagenet": IMAGENET,
-    # The authors' notebook: linear head, v2's colours without blur; symmetric: --symmetric.
+    # The authors' CIFAR-10 notebook: linear head, v2's colours without blur, its std; its symmetric
+    # loss: --symmetric.
     "cifar10": IMAGENET | dict(
         arch="resnet18", stem="small", image_size=32,
         mean=[0.4914, 0.4822, 0.4465], std=[0.2023, 0.1994, 0.2010],
@@ -68,7 +69,7 @@ def parse_args(argv=None):
     recipes = {name: recipe | version for name, recipe in RECIPES.items()}
     parser, group = cli.method_parser(__file__, __doc__, backbones.RESNETS, crops="one")
     group.add_argument("--version", type=int, choices=(1, 2),
-                       help="sets views, head, temperature and schedule as in that paper")
+                       help="sets views, head, temperature, schedule as in that paper")
     group.add_argument("--views", choices=("v1", "v2", "digits"), help="kind of augmentation")
     group.add_argument("--blur", action=cli.Switch, help="Gaussian blur of the views")
     group.add_argument("--mlp-head", action=cli.Switch, help="a hidden layer in the head")
@@ -80,7 +81,7 @@ def parse_args(argv=None):
     group.add_argument("--bn-groups", type=cli.count, help="batch-norm groups of the whole batch; "
                        "as many as the paper had GPUs")
     group.add_argument("--schedule", choices=("cosine", "step"),
-                       help="once an epoch: a cosine to 0, or a tenth at 60 %% and at 80 %%")
+                       help="once an epoch: a cosine to 0, or divided by 10 at 60 %% and 80 %%")
     args = cli.parse(parser, recipes, argv)
     keys = args.batch_size * (2 if args.symmetric else 1)
     if keys > args.queue_length:
@@ -96,7 +97,7 @@ def parse_args(argv=None):
 # -------------------------------------------------------------------------------------------- views
 
 
-def photo_views(image_size, crop_scale, blur, version):
+def photo_views(image_size, crop_scale, blur, kind):
     """Two views of the same kind (v1, section 3.3; v2, section 3)."""
     colors = {
         "v1": [augment.Grayscale(p=0.2), augment.ColorJitter(0.4, 0.4, 0.4, 0.4, p=1.0)],
@@ -105,7 +106,7 @@ def photo_views(image_size, crop_scale, blur, version):
     steps = [
         augment.RandomResizedCrop(crop_scale, ratio=(3 / 4, 4 / 3), interpolation="bilinear"),
         augment.HorizontalFlip(p=0.5),
-        *colors[version],
+        *colors[kind],
         augment.GaussianBlur(sigma=(0.1, 2.0), p=0.5 if blur else 0.0),
     ]
     return [(image_size, steps)] * 2
@@ -133,7 +134,7 @@ class MoCo(nn.Module):
 class GroupedBatchNorm(nn.BatchNorm2d):
     """Batch norm over `groups` contiguous parts of the batch, each with its own statistics.
 
-    Running statistics follow the mean of the parts'.
+    Running statistics follow the mean over the parts.
     """
 
     groups = 1
@@ -153,7 +154,7 @@ class GroupedBatchNorm(nn.BatchNorm2d):
 
 
 def group_batchnorm(module: nn.Module, groups: int) -> nn.Module:
-    """Let every batch norm work in so many groups of this process's batch."""
+    """Let every batch norm work on so many parts of this process's batch."""
     for layer in module.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.__class__, layer.groups = GroupedBatchNorm, groups

@@ -114,7 +114,7 @@ def parse_args(argv=None):
     group.add_argument("--temperature", type=cli.positive, help="lower: hard negatives count more")
     group.add_argument("--memory-momentum", type=cli.share, help="EMA momentum of the bank's rows")
     group.add_argument("--schedule", choices=("cosine", "step"), help="once an epoch: a cosine to "
-                       "a thousandth, or a tenth at 60 %% and at 80 %%")
+                       "a thousandth, or divided by 10 at 60 %% and 80 %%")
     group.add_argument("--decay-norms", action=cli.Switch, help="decay biases and norms as well")
     args = cli.parse(parser, recipes, argv)
     if args.method == "pirl" and cli.peek(argv, "--output", str) is None:

@@ -11,8 +11,8 @@ Letters: N images per process, W processes, D embedding size, H backbone width.
 Differs from the official code (google-research/simclr, TensorFlow): there the two directions of the
 loss are added, so it is twice ours, which is the paper's mean over the 2N rows (LARS does not see
 the factor); and there the learning rate is inside the momentum buffer, so a changed rate acts with
-a delay. Weight decay is on weights only, as there. Layers start as torch's do, there as
-TensorFlow's; contrast changes about the mean gray of an image, there about each channel's mean.
+a delay. Weight decay is on weights only, as there. The backbone starts as torchvision's does, there
+as TensorFlow's; contrast changes about the mean gray of an image, there about each channel's mean.
 Left out: the square-root rule for the learning rate, .075 sqrt(batch size), which the paper prefers
 for short runs of small batches (pass its value times 256 / batch size as --lr). Multi-crop and
 gradient caching: `simclr_multicrop.py`.
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from common import augment, backbones, cli, data, dist, optim
 from common.training import Training
 
-IMAGENET = dict(  # paper, section 2 and appendix B.9; input not normalised, as in the official code
+IMAGENET = dict(  # paper, sections 2 and 3; inputs not normalised, as in the official code
     arch="resnet50", stem="imagenet", image_size=224, in_chans=3,
     mean=[0.0], std=[1.0],
     views="photo", crop_scale=[0.08, 1.0], jitter_strength=1.0, blur=True,
@@ -114,8 +114,7 @@ class SimCLR(nn.Module):
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     """Compute the normalised temperature-scaled cross-entropy of two views.
 
-    The mean over processes of the result is the loss of the joined batch, and so is the gradient
-    that DDP averages.
+    Averaged over processes, the loss and its gradient are those of the joined batch.
 
     Args:
         z1, z2: embeddings (N, D) of the two views; normalised here.
@@ -127,7 +126,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
 
     Reference: section 2.1 and algorithm 1.
     """
-    z = F.normalize(dist.upcast(torch.stack([z1, z2], dim=1)), dim=-1)  # (N, 2, D)
+    z = F.normalize(dist.upcast(torch.stack([z1, z2], dim=1)), dim=-1)  # (N, 2, D): pairs adjacent
     z_all = dist.all_gather_with_grad(z).flatten(0, 1)  # (W*N*2, D)
     z_local = z.flatten(0, 1)  # (N*2, D)
     logits = z_local @ z_all.T / temperature  # (2N, 2WN)

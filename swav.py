@@ -3,10 +3,10 @@
 1. Scale the prototypes to unit norm.
 2. Make two global crops and some local ones of every image, embed all of them, one pass per crop
    size: backbone h, projector z on the unit sphere, scores = cosines of z with the prototypes.
-3. Assign each global crop a code: Sinkhorn's iterations turn its scores into assignments that use
-   every prototype equally over the batch of all processes (and the queue, where batches are small).
+3. Assign each global crop a code: Sinkhorn-Knopp turns its scores into assignments that use every
+   prototype equally over the batch of all processes (and the queue, where batches are small).
 4. Predict the code of each global crop from every other crop of the same image.
-5. Step; the prototypes are frozen for some epochs.
+5. Step; the prototypes stay frozen for the first epochs.
 6. Put the embeddings of the global crops into the queue, over the oldest.
 
 Letters: N images per process, W processes, V crops of an image, A of them global, D embedding size,
@@ -234,7 +234,7 @@ def compute_codes(scores: Tensor, queue: Tensor | None, prototypes: Tensor, epsi
              iterations: int) -> Tensor:
     """Codes (A, N, K) of the global crops with scores (A, N, K), beside this process's queue share.
 
-    The queue (A, L, D), where there is one, is scored with the prototypes (K, D) of today.
+    The queue (A, L, D), where there is one, is scored with the current prototypes (K, D).
     """
     codes = []
     for a, own in enumerate(scores):
@@ -316,7 +316,7 @@ def main(args):
             with autocast():
                 z, all_scores = ddp_model(batch.views)  # 2. embeddings and scores
             num_queued = max(0, step - queue_start) * args.batch_size
-            queue_or_none = queue if 0 < args.queue_length <= num_queued else None
+            queue_or_none = queue if 0 < args.queue_length <= num_queued else None  # once full
             losses = []
             for scores, layer in zip(all_scores, model.prototypes, strict=True):
                 codes = compute_codes(scores[:num_global].detach(), queue_or_none, layer.weight,

@@ -77,7 +77,7 @@ def parser(script: str, description: str) -> Parser:
     data.add_argument("--download", action=Switch, default=False,
                       help="fetch a torchvision data set that is not there")
     data.add_argument("--limit", type=count, metavar="N", help="take N evenly spaced images only")
-    run = made.add_argument_group("run (none of these changes what is computed beyond rounding)")
+    run = made.add_argument_group("run (none of these changes the method; --amp its precision)")
     run.add_argument("--output", metavar="FOLDER", help="default: runs/<script>-<data>-<arch>")
     run.add_argument("--resume", action=Switch, default=True,
                      help="go on from the checkpoint in the output folder, where there is one; "

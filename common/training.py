@@ -6,7 +6,7 @@
             ...
             run.log(loss, lr, indicators, z)
 
-A run saves and stops between two steps: at the end of every epoch, on the clock, on a signal.
+A run saves between two steps: at every epoch's end, every --save-every-minutes, on a stop signal.
 """
 
 from common import cli, data, dist
@@ -54,7 +54,7 @@ class Training:
 
     def steps(self, export):
         """Yield (step, batch) to the end; `export` is the backbone that every save writes."""
-        if self.folder.stopping:  # in `first_epoch` already
+        if self.folder.stopping:  # a stop signal came during `first_epoch`
             return
         args = self.args
         self.loader = self.load(self.views, epochs=args.epochs, start_step=self.step)
@@ -73,7 +73,7 @@ class Training:
                     return
 
     def first_epoch(self, views):
-        """Yield the images of the first epoch before it, in crops that no epoch trains on."""
+        """Yield the first epoch's images once more before it, in crops that no epoch trains on."""
         loader = self.load(views, epochs=self.args.epochs + 1, start_step=self.total_steps,
                            order_epoch=0)
         for batch in loader.epoch(self.args.epochs):

@@ -28,7 +28,7 @@ def test_the_imagenet_recipe_is_the_papers():
         (["--mask-ratio", "0"], "keeps 16 of 16 patches"),
         (["--mask-ratio", "0.95"], "keeps 0 of 16 patches"),
         (["--decoder-heads", "3"], "--decoder-dim 64"),
-        (["--batch-size", "10", "--accum-steps", "4"], "--accum-steps 4 does not divide the 10"),
+        (["--batch-size", "10", "--accum-steps", "4"], "--accum-steps 4 does not divide 10"),
         (["--arch", "resnet18"], "resnet18"),
         (["--sync-bn"], "--sync-bn"),
     ],
