@@ -50,7 +50,7 @@ def of_barlow_twins(z):
 def of_swav(z):
     prototypes = unit(K, D)
     scores = nn.functional.normalize(z, dim=-1) @ prototypes.T
-    codes = swav.codes_of(scores[:2].detach(), None, prototypes, 0.05, 3)
+    codes = swav.compute_codes(scores[:2].detach(), None, prototypes, 0.05, 3)
     peer = SwaVLoss(temperature=0.1, sinkhorn_epsilon=0.05, sinkhorn_iterations=3)
     ours = swav.swapped_prediction_loss(scores, codes, 0.1)
     return ours, peer(list(scores[:2]), list(scores[2:]))

@@ -21,7 +21,7 @@ from torch import nn
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-from throughput import cpu_name  # noqa: E402
+from throughput import machine_name  # noqa: E402
 
 import npid_pirl  # noqa: E402
 from common import backbones, optim  # noqa: E402
@@ -62,7 +62,7 @@ def backbone_step(args, device: torch.device) -> float:
     """A step without the bank: backbone and head, forward, backward, SGD."""
     backbone = backbones.build_backbone(args.arch, stem=args.stem, in_chans=3,
                                         zero_init_residual=False)
-    model = npid_pirl.Encoder(backbone, False, False, args.embedding_dim)
+    model = npid_pirl.NPID(backbone, False, False, args.embedding_dim)
     model = model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9, fused=True)
     autocast, _ = optim.precision("auto", device)
@@ -110,7 +110,7 @@ def bank_parts(args, num_images: int, num_negatives: int, device: torch.device) 
 
 def main(args):
     device = torch.device(args.device)
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else cpu_name()
+    machine = machine_name()
     print(f"{machine}; {torch.get_num_threads()} threads; torch {torch.__version__}")
     backbone = backbone_step(args, device)
     print(f"{args.arch} at {args.image_size} px, batch {args.batch_size}: {1000 * backbone:.1f} ms")

@@ -4,6 +4,7 @@ Each function takes the settings of our script of that name, as its `parse_args`
 returns lightly's views, modules and loss at the same backbone, sizes and strengths.
 """
 
+import itertools
 import math
 import os
 from collections.abc import Callable
@@ -84,7 +85,7 @@ def normalize(args) -> dict:
 def simclr(args) -> Method:
     criterion = NTXentLoss(temperature=args.temperature, gather_distributed=GATHER)
     transform = SimCLRTransform(
-        input_size=args.image_size, cj_strength=args.jitter_strength, min_scale=args.crop_scales[0],
+        input_size=args.image_size, cj_strength=args.jitter_strength, min_scale=args.crop_scale[0],
         gaussian_blur=0.0, normalize=normalize(args),
     )
 
@@ -291,13 +292,13 @@ def make_loader(data: str, transform: Callable, batch_size: int, workers: int, p
     )
 
 
-def loop(args, part: str, tick: Callable, method: Method, optimizer: str):
-    """Load, augment and train as lightly's examples do until `tick` raises, one process or several.
+def loop(args, part: str, limit: Callable, method: Method, optimizer: str):
+    """Load, augment and train as lightly's examples do, on one process or several.
 
     Args:
         args: of `throughput.py`.
         part: "data" (the loader alone), "step" (one fixed batch) or "both".
-        tick: called before every batch.
+        limit: batches without end to those of the loop.
         optimizer: lars, sgd or adamw.
     """
     size = int(os.environ.get("WORLD_SIZE", 1))
@@ -306,10 +307,11 @@ def loop(args, part: str, tick: Callable, method: Method, optimizer: str):
     if size > 1:
         torch.distributed.init_process_group("nccl" if cuda else "gloo")
     loader = make_loader(args.data, method.transform, args.batch_size // size, args.workers, cuda)
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
     if part == "data":
-        while True:
-            for _ in loader:
-                tick()
+        for _ in limit(batches):
+            pass
+        return
     model = method.build().to(device)
     if size > 1:
         model = torch.nn.parallel.DistributedDataParallel(model)
@@ -321,21 +323,13 @@ def loop(args, part: str, tick: Callable, method: Method, optimizer: str):
         optimizer = kind(trained, lr=0.1, momentum=0.9, weight_decay=1e-6)
     autocast = torch.autocast("cuda" if cuda else "cpu", torch.bfloat16, args.peer_amp == "bf16")
 
-    def batches():
-        def to_device(batch):
-            return [view.to(device, non_blocking=True) for view in batch[0]]
+    def to_device(batch):
+        return [view.to(device, non_blocking=True) for view in batch[0]]
 
-        fixed = to_device(next(iter(loader))) if part == "step" else None
-        while fixed is not None:
-            tick()
-            yield fixed
-        while True:
-            iterator = iter(loader)
-            for _ in range(len(loader)):
-                tick()
-                yield to_device(next(iterator))
-
-    for views in batches():
+    batches = map(to_device, batches)
+    if part == "step":
+        batches = itertools.repeat(next(batches))
+    for views in limit(batches):
         with autocast:
             loss = method.step(model, views, 0.5)
         loss.backward()

@@ -122,15 +122,11 @@ def make_optimizer(script: str, args, model, steps_per_epoch: int):
     else:
         plain = {"params": others, "decay": False, "adapt": False}
         optimizer = optim.LARS([{"params": weights}, plain], trust_coefficient=0.001, **same)
-    for group in optimizer.param_groups:
-        group["factor"] = 1.0
     if script == "barlow_twins":
-        optimizer.param_groups[1]["factor"] = args.lr_biases / args.lr
+        optimizer.param_groups[1]["lr_scale"] = args.lr_biases / args.lr
     if script == "moco":
-        from moco import lr_schedule
-
-        return optimizer, lr_schedule(lr, args.schedule, args.epochs, args.warmup_epochs,
-                                      steps_per_epoch)
+        return optimizer, optim.lr_by_epoch(lr, args.schedule, args.epochs, args.warmup_epochs,
+                                            steps_per_epoch)
     return optimizer, optim.warmup_cosine(
         start=getattr(args, "start_lr", 0.0) * scale, base=lr,
         final=0.001 * lr if script == "barlow_twins" else getattr(args, "final_lr", 0.0) * scale,
@@ -157,6 +153,7 @@ def train_lightly(script: str, settings, workers: int):
     import peers
     import torch
 
+    from common import optim
     from dino import clip_per_parameter
 
     cuda = torch.cuda.is_available() and settings.device != "cpu"
@@ -177,8 +174,7 @@ def train_lightly(script: str, settings, workers: int):
     step = 0
     for epoch in range(settings.epochs):
         for views, *_ in loader:
-            for group in optimizer.param_groups:
-                group["lr"] = lr_of_step[step] * group["factor"]
+            optim.set_lr(optimizer, lr_of_step[step])
             loss = method.step(model, [view.to(device) for view in views], step / len(lr_of_step))
             optimizer.zero_grad()
             loss.backward()

@@ -11,6 +11,7 @@ JSON object. On CUDA the kernels' time is counted.
 
 import contextlib
 import functools
+import itertools
 import json
 import sys
 import time
@@ -49,19 +50,16 @@ def step_shares(args) -> dict[str, float]:
     profiler = torch.profiler.profile(activities=activities)
     found = {}
 
-    def feed(loader, batches):
-        fixed = next(batches)
-        for _ in range(args.warmup):
-            yield fixed
+    def feed(run, steps):
+        batches = throughput.repeated(run, steps)
+        yield from itertools.islice(batches, args.warmup)
         profiler.start()
         started = time.perf_counter()
-        for _ in range(args.steps):
-            yield fixed
+        yield from itertools.islice(batches, args.steps)
         if on_cuda:
             torch.cuda.synchronize()
         found["seconds"] = time.perf_counter() - started
         profiler.stop()
-        raise throughput.Done
 
     throughput.run_script(args, "step", feed)
     totals = {}
@@ -90,15 +88,15 @@ def data_shares(args) -> dict[str, float]:
                 spent[stage] = spent.get(stage, 0.0) + time.perf_counter() - started
         return inner
 
-    def feed(loader, batches):
+    def feed(run, steps):
+        batches = throughput.loaded(run)
         next(batches)  # warm
         spent.clear()
         started = time.perf_counter()
         for _ in range(args.steps):
             next(batches)
         spent["all"] = time.perf_counter() - started
-        raise throughput.Done
-        yield  # a generator, like every feed
+        yield from ()
 
     stages = [(data.StepShares, "read_slot", "read and decode"), (data, "philox", "generators"),
               (augment.View, "draw", "parameters"), (augment.View, "crop", "crop and resize"),

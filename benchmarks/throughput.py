@@ -27,6 +27,7 @@ Without --data, small JPEGs are made first (smooth random fields).
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -38,6 +39,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
@@ -62,7 +64,7 @@ ALL = {  # what `all` measures: script, flags; the last ones have no peer
 ALONE = ("DeepCluster v2 2x32", "NPID", "PIRL")
 SMALL_CROP_SCALES = {  # of the full and of the small crops, as the peer's
     "swav": (0.14, 1, 0.05, 0.14), "deepcluster_v2": (0.14, 1, 0.05, 0.14),
-    "dino": (0.4, 1, 0.05, 0.4), "simclr": (0.08, 1, 0.05, 0.14),
+    "dino": (0.4, 1, 0.05, 0.4), "simclr_multicrop": (0.08, 1, 0.05, 0.14),
 }
 
 
@@ -80,7 +82,7 @@ def parse_args(argv):
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--small-crops", type=int, default=0,
-                        help="swav, dino, deepcluster_v2: crops of half the size beside the two")
+                        help="of scripts with multi-crop: crops of half the size beside the two")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--threads", type=int, help="default: cores / processes")
@@ -102,83 +104,81 @@ def parse_args(argv):
 # -------------------------------------------------------------------------------- inside a process
 
 
-class Done(BaseException):
-    """Ends the script's loop once enough steps are counted."""
-
-
 class Clock:
-    """Times at which batches were asked for; the device is waited for at both ends only."""
+    """Limits a loop to some steps and times them; the device is waited for at both ends."""
 
     def __init__(self, warmup: int, steps: int):
-        self.warmup, self.steps, self.count = warmup, steps, 0
+        self.warmup, self.steps, self.seconds = warmup, steps, None
 
-    def tick(self):
-        if self.count in (self.warmup, self.warmup + self.steps):
-            import torch
+    def limit(self, batches):
+        """Pass on the batches of the warm-up and of the steps that count."""
+        batches = iter(batches)
+        yield from itertools.islice(batches, self.warmup)
+        started = self.now()
+        yield from itertools.islice(batches, self.steps)
+        self.seconds = self.now() - started
 
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            now = time.perf_counter()
-            if self.count == self.warmup:
-                self.started = now
-            else:
-                self.seconds = now - self.started
-                raise Done
-        self.count += 1
+    @staticmethod
+    def now() -> float:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
 
 def run_script(args, part: str, feed) -> None:
-    """Run the script's own `main`, its training loop fed by `feed`, until that raises `Done`.
+    """Run the script's own `main`, whose loop gets what `feed` yields.
 
     Args:
-        feed: (loader, its batches of an epoch) to the batches that the loop gets instead. Other
-            loaders, such as the one that fills DeepCluster's bank, are left alone.
+        feed: (`Training`, its own steps) to the (step, batch) pairs that the loop gets instead.
     """
     import importlib
 
-    from common import data
+    from common.training import Training
 
-    class FedLoader(data.Loader):
-        def __init__(self, *given, **named):
-            super().__init__(*given, **named)
-            self.trains = self.step == 0
-            if self.trains and part == "step":  # no epoch ends and saves while it counts
-                self.steps_per_epoch = max(self.steps_per_epoch, args.warmup + args.steps + 2)
+    module, steps = importlib.import_module(args.script), Training.steps
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(
+            Training, "steps", lambda run, export: feed(run, steps(run, export))):
+        module.main(module.parse_args(script_flags(args, part, folder)))
 
-        def epoch(self, epoch):
-            batches = super().epoch(epoch)
-            return feed(self, batches) if self.trains else batches
 
-    module = importlib.import_module(args.script)
-    plain, data.Loader = data.Loader, FedLoader
-    try:
-        with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Done):
-            module.main(module.parse_args(script_flags(args, part, folder)))
-    finally:
-        data.Loader = plain
+def repeated(run, steps):
+    """The first batch again and again, in an epoch without end: nothing is saved."""
+    _, batch = next(steps)
+    run.steps_per_epoch = sys.maxsize
+    while True:
+        yield run.step, batch
+        run.step += 1
+        run.folder.agree(False)
+
+
+def loaded(run):
+    """Batches of a loader of its own, nothing else."""
+    loader = run.load(run.views, epochs=run.args.epochs, start_step=0)
+    return itertools.chain.from_iterable(map(loader.epoch, range(run.args.epochs)))
 
 
 def measure_ours(args, part: str) -> dict:
     """Time the script's loop, on its loader or on one fixed batch, or its loader alone."""
     clock = Clock(args.warmup, args.steps)
-    waited = {}
+    waited = [0.0]  # for images, in all, when each batch had come
 
-    def feed(loader, batches):
+    def noted(run, steps):
+        for pair in steps:
+            waited.append(run.loader.waited)
+            yield pair
+
+    def feed(run, steps):
         if part == "data":
-            for _ in batches:
-                clock.tick()
-            return
-        fixed = next(batches) if part == "step" else None
-        for _ in range(loader.steps_per_epoch):
-            clock.tick()
-            if clock.count == args.warmup + 1:
-                waited["before"] = loader.waited
-            waited["after"] = loader.waited
-            yield fixed or next(batches)
+            for _ in clock.limit(loaded(run)):
+                pass
+        else:
+            yield from clock.limit(repeated(run, steps) if part == "step" else noted(run, steps))
 
     run_script(args, part, feed)
-    share = (waited.get("after", 0) - waited.get("before", 0)) / clock.seconds
-    return {"seconds": clock.seconds, "data_wait": share if part == "both" else None}
+    share = (waited[-1] - waited[args.warmup]) / clock.seconds if part == "both" else None
+    return {"seconds": clock.seconds, "data_wait": share}
 
 
 def count_flops(args, part: str) -> dict:
@@ -189,12 +189,11 @@ def count_flops(args, part: str) -> dict:
     args.flags = [flag for flag in args.flags if flag not in ("--compile", "--grad-checkpoint")]
     counter = FlopCounterMode(display=False)
 
-    def feed(loader, batches):
-        fixed = next(batches)
-        yield fixed  # the first step is logged, with indicators of its own
+    def feed(run, steps):
+        batches = repeated(run, steps)
+        yield next(batches)  # the first step is logged, with indicators of its own
         with counter:
-            yield fixed
-        raise Done
+            yield next(batches)
 
     run_script(args, "step", feed)
     return {"gflop": counter.get_total_flops() / args.batch_size / 1e9}
@@ -245,9 +244,8 @@ def measure_lightly(args, part: str) -> dict:
 
     clock = Clock(args.warmup, args.steps)
     settings = importlib.import_module(args.script).parse_args(script_flags(args, part, "unused"))
-    with contextlib.suppress(Done):
-        peers.loop(args, part, clock.tick, peers.LIGHTLY[args.script](settings),
-                   {"moco": "sgd", "dino": "adamw", "mae": "adamw"}.get(args.script, "lars"))
+    peers.loop(args, part, clock.limit, peers.LIGHTLY[args.script](settings),
+               {"moco": "sgd", "dino": "adamw", "mae": "adamw"}.get(args.script, "lars"))
     return {"seconds": clock.seconds, "data_wait": None}
 
 
