@@ -25,8 +25,9 @@ from common import checkpoint  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden_digits.json"
 RECIPES = {
-    "simclr": ["simclr"], "moco": ["moco"], "npid": ["npid_pirl"],
-    "pirl": ["npid_pirl", "--method", "pirl"], "deepcluster_v2": ["deepcluster_v2"],
+    "simclr": ["simclr"], "simclr_multicrop": ["simclr_multicrop"], "moco": ["moco"],
+    "npid": ["npid_pirl"], "pirl": ["npid_pirl", "--method", "pirl"],
+    "deepcluster_v2": ["deepcluster_v2"],
     "swav": ["swav"], "dino": ["dino"], "barlow_twins": ["barlow_twins"], "mae": ["mae"],
 }
 STEPS = 5
