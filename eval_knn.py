@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import augment, backbones, cli, data, dist, features
+from common import cli, dist, features
 
 SPARE = 8  # candidates beyond k, so that rounding does not decide who is among the k
 TIE = 1e-6  # cosines nearer than this are computed again in float64
@@ -41,7 +41,7 @@ BLOCK = 2**15  # rows of a bank on the GPU that queries are compared with at a t
 
 
 def parse_args(argv=None):
-    parser = cli.evaluation_parser(__file__, __doc__, backbones.NAMES)
+    parser = features.parser(__file__, __doc__)
     group = parser.add_argument_group("protocol")
     group.add_argument("--k", type=cli.count, nargs="+", default=[20], help="neighbours")
     group.add_argument("--temperature", type=cli.positive, nargs="+", default=[0.07],
@@ -54,7 +54,7 @@ def parse_args(argv=None):
                        help="few-label banks to average over, at least 50")
     group.add_argument("--chunk", type=cli.count, default=2048,
                        help="queries at a time, which bounds the memory")
-    args = cli.parse_evaluation(parser, argv)
+    args = features.parse(parser, argv)
     if args.shots and args.draws < 50:
         parser.error(f"--draws {args.draws} is too few to trust their mean; take 50 or more, or "
                      "none with an empty --shots")
@@ -248,32 +248,15 @@ def evaluate(given: features.Features, args, world) -> dict:
 
 def main(args):
     world = dist.setup(args.device, deterministic=True)
-
-    def open_split(settings, split):
-        return data.open_images(settings["data"], split, settings["in_chans"],
-                                root=args.data_root, download=args.download,
-                                limit=args.limit)
-
-    def make_view(settings):
-        resize = features.resize_of(settings, args.resize)
-        steps = [
-            augment.CenterCrop(resize, interpolation="bicubic"),
-            augment.Normalize(settings["mean"], settings["std"]),
-        ]
-        view = augment.View(settings["image_size"], steps, settings["in_chans"])
-        return view, f"shorter side to {resize}, central crop"
-
     # 1. Features; 2. neighbours and 3. votes of each checkpoint
     bank = f", in the {args.leave_one_out} split without the image itself"
     few = f"; few labels: mean and standard deviation of {args.draws} draws"
     dist.say(f"k-NN by cosine, k {args.k[0]}, votes exp(cosine / {args.temperature[0]})"
              f"{bank if args.leave_one_out else ''}{few if args.shots else ''}")
     table = []
-    for name, found in features.sources(args, world, open_split=open_split, make_view=make_view,
-                                        build=backbones.build_frozen, layers=backbones.flat_layers,
-                                        default_workers=data.default_workers()):
-        results = features.mean_of([evaluate(one, args, world) for one in found])
-        table.append({"checkpoint": name, **results})
+    for source in features.sources(args, world, interpolation="bicubic"):
+        runs = [evaluate(source.features(backbone), args, world) for backbone in source.backbones()]
+        table.append({"checkpoint": source.name, **features.mean_of(runs)})
 
     if world.is_main:
         print_table(table)

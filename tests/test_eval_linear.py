@@ -13,7 +13,7 @@ from torch import nn
 
 import drill
 import eval_linear
-from common import backbones, data, features
+from common import backbones, checkpoint, data, features, solver
 from common.dist import RunError, World
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -26,7 +26,7 @@ ALONE = World(0, 1, torch.device("cpu"))
     [
         (["--epochs", "3"], "--epochs does not go with --protocol auto"),
         (["--lr", "3"], "--lr does not go"),
-        (["--protocol", "moco", "--save-features", "x.npz"], "--save-features goes with"),
+        (["--protocol", "moco", "--save-features", "x.npz"], "--save-features does not go"),
         (["--protocol", "nobody"], "nobody"),
         (["--train-fraction", "0"], "--train-fraction 0"),
         (["--train-fraction", "1.5"], "'1.5'"),
@@ -43,7 +43,7 @@ def test_a_bad_argument_is_one_line_with_its_value(flags, named, capsys):
 def test_feature_files_go_with_auto_only(capsys):
     with pytest.raises(SystemExit):
         eval_linear.parse_args(["--features", "x.npz", "--protocol", "mae"])
-    assert "--features goes with --protocol auto only" in capsys.readouterr().err
+    assert "--features does not go with --protocol mae" in capsys.readouterr().err
 
 
 def test_a_batch_that_does_not_divide_is_refused(monkeypatch, capsys):
@@ -138,10 +138,10 @@ def written_out(point, rows, labels, shares, decay):
 
 @pytest.mark.parametrize("at_a_time", [7, 2**25])
 def test_value_and_gradient_equal_autograds(at_a_time, monkeypatch):
-    monkeypatch.setattr(eval_linear, "LOGITS_AT_A_TIME", at_a_time)
+    monkeypatch.setattr(solver, "LOGITS_AT_A_TIME", at_a_time)
     rows, labels, shares, decays = problem()
     points = torch.randn(2, 6, 3, dtype=torch.float64, requires_grad=True)
-    function = eval_linear.cross_entropies(rows, labels, shares, decays, 3)
+    function = solver.cross_entropies(rows, labels, shares, decays, 3)
     values, gradients = function(points.detach().view(2, -1), torch.arange(2))
     expected = [written_out(points[h], rows, labels, shares[:, h], decays[h]) for h in range(2)]
     torch.testing.assert_close(values, torch.stack(expected).detach(), rtol=1e-12, atol=0)
@@ -172,12 +172,12 @@ def test_several_functions_are_minimised_at_once_and_each_as_if_alone():
     start, curvatures = torch.zeros_like(least) + 3, hessians.diagonal(dim1=1, dim2=2)
     options = dict(tolerance=1e-16, iterations=200)
     each = torch.linalg.eigvalsh(hessians)[:, 0]
-    found = eval_linear.minimise(function, start, curvatures, least=each, **options)
+    found = solver.minimise(function, start, curvatures, least=each, **options)
     torch.testing.assert_close(found, least, rtol=1e-6, atol=1e-6)
-    found = eval_linear.minimise(function, start, torch.ones_like(start), least=each, **options)
+    found = solver.minimise(function, start, torch.ones_like(start), least=each, **options)
     torch.testing.assert_close(found, least, rtol=1e-6, atol=1e-6)
     for h in range(len(least)):
-        alone = eval_linear.minimise(lambda x, which, h=h: function(x, which + h), start[:1],
+        alone = solver.minimise(lambda x, which, h=h: function(x, which + h), start[:1],
                                      curvatures[h : h + 1], least=each[h : h + 1], **options)
         torch.testing.assert_close(alone[0], found[h], rtol=1e-6, atol=1e-6)
 
@@ -192,22 +192,22 @@ def test_a_known_curvature_saves_the_steps():
 
     start = torch.zeros(1, 40, dtype=torch.float64)
     options = dict(least=scales[:, 0], tolerance=1e-12, iterations=500)
-    found = eval_linear.minimise(function, start, scales, **options)
+    found = solver.minimise(function, start, scales, **options)
     torch.testing.assert_close(found, start + 1)
     assert len(calls) == 2  # the start, and one step to the end
     calls.clear()
-    eval_linear.minimise(function, start, start + 1, **options)
+    solver.minimise(function, start, start + 1, **options)
     assert len(calls) > 40
 
 
 def test_principal_axes_turn_the_rows_and_know_their_variances():
     x = torch.randn(50, 7, dtype=torch.float64) @ torch.randn(7, 7, dtype=torch.float64)
     x -= x.mean(0)
-    axes, variances = eval_linear.principal_axes(x, 50)
+    axes, variances = solver.principal_axes(x, 50)
     torch.testing.assert_close(axes.T @ axes, torch.eye(7, dtype=torch.float64))
     torch.testing.assert_close((x @ axes).square().mean(0), variances)
     torch.testing.assert_close(((x @ axes).T @ (x @ axes)) / 50, variances.diag())
-    axes, variances = eval_linear.principal_axes(torch.cat([x, x, 0 * x], dim=1), 50)
+    axes, variances = solver.principal_axes(torch.cat([x, x, 0 * x], dim=1), 50)
     assert axes.shape == (21, 7) and variances.shape == (7,)  # what varies is in seven
 
 
@@ -217,7 +217,7 @@ def test_features_of_little_rank_are_fitted_to_the_end():
     labels = np.arange(150) % 3
     hidden = np.eye(3)[labels] + 0.7 * rng.normal(size=(150, 3))
     rows = hidden @ rng.normal(size=(3, 40)) * 10 + 0.05 * rng.normal(size=(150, 40)) + 7
-    decay, fold = 1e-5, eval_linear.fold_of(labels, 5, 0)
+    decay, fold = 1e-5, eval_linear.assign_folds(labels, 5, 0)
     rows = torch.tensor(rows, dtype=torch.float32)
     got = auto(rows, labels, rows, labels, decays=[decay])
     x = rows.double().numpy()
@@ -247,7 +247,7 @@ def test_separable_features_are_fitted_to_the_end(decay):
 
 def test_a_small_loss_is_exact_in_float32():
     row, one = torch.zeros(1, 1), torch.ones(1, 1)
-    function = eval_linear.cross_entropies(row, torch.tensor([0]), one, one[0], 2)
+    function = solver.cross_entropies(row, torch.tensor([0]), one, one[0], 2)
     values, _ = function(torch.tensor([[0.0, 0.0, 100.0, 91.0]]), torch.tensor([0]))
     assert values.item() == pytest.approx(math.log1p(math.exp(-9)), rel=1e-3)
 
@@ -262,16 +262,16 @@ def test_what_is_not_minimised_is_told_of(capsys):
         values, gradients = function(points, which)
         return values + 1, gradients
 
-    eval_linear.minimise(shifted, start, torch.ones_like(start), iterations=2, **options)
+    solver.minimise(shifted, start, torch.ones_like(start), iterations=2, **options)
     assert "warning: 5 of 6 heads are not trained to the end" in capsys.readouterr().out
-    eval_linear.minimise(shifted, start, torch.ones_like(start), iterations=200, **options)
+    solver.minimise(shifted, start, torch.ones_like(start), iterations=200, **options)
     assert capsys.readouterr().out == ""
 
     def rising(points, which):
         values, gradients = shifted(points, which)
         return values, -gradients  # no step falls
 
-    eval_linear.minimise(rising, start, torch.ones_like(start), iterations=200, **options)
+    solver.minimise(rising, start, torch.ones_like(start), iterations=200, **options)
     assert "warning: 5 of 6 heads are not trained to the end" in capsys.readouterr().out
 
 
@@ -279,7 +279,7 @@ def test_it_needs_few_passes_over_the_images():
     rows, _, _, _ = problem(n=200, d=20, c=4)
     labels = rows[:, :4].argmax(1)  # which a linear layer can tell: large weights, many steps
     decays = torch.tensor([1e-6, 1e-3, 1.0], dtype=torch.float64)
-    function = eval_linear.cross_entropies(rows, labels, rows.new_full((200, 3), 1 / 200), decays,
+    function = solver.cross_entropies(rows, labels, rows.new_full((200, 3), 1 / 200), decays,
                                            4)
     calls = []
 
@@ -287,7 +287,7 @@ def test_it_needs_few_passes_over_the_images():
         calls.append(len(which))
         return function(points, which)
 
-    eval_linear.minimise(counted, rows.new_zeros(3, 84), rows.new_ones(3, 84), least=decays,
+    solver.minimise(counted, rows.new_zeros(3, 84), rows.new_ones(3, 84), least=decays,
                          tolerance=1e-4, iterations=300)
     assert len(calls) < 150 and calls[0] == 3 and calls[-1] < 3  # what is done is left out
 
@@ -298,8 +298,8 @@ def test_every_head_is_scikit_learns_logistic_regression():
     decays = torch.tensor([1e-3, 1e-1], dtype=torch.float64)
     used = torch.arange(120)[:, None] % 5 != torch.tensor([0, 3])
     shares = used / used.sum(0).double()
-    function = eval_linear.cross_entropies(rows, labels, shares, decays, 3)
-    points = eval_linear.minimise(function, rows.new_zeros(2, 21), rows.new_ones(2, 21),
+    function = solver.cross_entropies(rows, labels, shares, decays, 3)
+    points = solver.minimise(function, rows.new_zeros(2, 21), rows.new_ones(2, 21),
                                   least=decays, tolerance=1e-12, iterations=500)
     for h in range(2):
         theirs = LogisticRegression(C=1 / (decays[h].item() * 96), tol=1e-10, max_iter=10_000)
@@ -312,18 +312,18 @@ def test_every_head_is_scikit_learns_logistic_regression():
 
 def test_features_are_standardised_and_constant_ones_left_out():
     rows = torch.tensor([[1.0, 5, 100], [3, 5, 300], [5, 5, 500]])
-    center, scale = eval_linear.standardisation(rows)
+    center, scale = solver.standardisation(rows)
     assert center.tolist() == [3, 5, 300] and scale[1] == 0
     torch.testing.assert_close(scale[[0, 2]], 1 / rows.double().std(0, correction=0)[[0, 2]])
 
 
 def test_folds_have_equally_many_of_every_class():
     labels = np.random.default_rng(0).integers(0, 4, 203)
-    fold = eval_linear.fold_of(labels, 5, 0)
+    fold = eval_linear.assign_folds(labels, 5, 0)
     for c in range(4):
         counts = np.bincount(fold[labels == c], minlength=5)
         assert counts.max() - counts.min() <= 1
-    assert not np.array_equal(fold, eval_linear.fold_of(labels, 5, 1))
+    assert not np.array_equal(fold, eval_linear.assign_folds(labels, 5, 1))
 
 
 def auto(train, labels, test, truth, **options):
@@ -342,7 +342,7 @@ def test_the_decay_is_chosen_by_cross_validation_and_counted_by_hand():
     (train, labels), (test, truth) = blobs(90, 0), blobs(60, 1)
     got = auto(train, labels, test, truth)
     x = ((train.double() - train.double().mean(0)) / train.double().std(0, correction=0)).numpy()
-    fold = eval_linear.fold_of(labels, 5, 0)
+    fold = eval_linear.assign_folds(labels, 5, 0)
     shares = {}
     for decay in eval_linear.DECAYS:
         right = 0
@@ -364,8 +364,8 @@ def test_the_test_images_choose_nothing():
 
 
 def test_many_images_leave_out_one_fifth_only(monkeypatch):
-    heads, minimise = [], eval_linear.minimise
-    monkeypatch.setattr(eval_linear, "minimise",
+    heads, minimise = [], solver.minimise
+    monkeypatch.setattr(solver, "minimise",
                         lambda f, x, c, **o: heads.append(len(x)) or minimise(f, x, c, **o))
     auto(*blobs(90, 0), *blobs(60, 1))
     monkeypatch.setattr(eval_linear, "MANY_IMAGES", 50)
@@ -427,7 +427,7 @@ def test_published_pooling_gives_the_published_sizes():
 def test_layers_stand_side_by_side():
     vit, images = tiny("vit_micro"), torch.randn(2, 3, 16, 16)
     got = eval_linear.probed_layers(vit, images, ["cls+patches", "cls"])
-    parts = backbones.flat_layers(vit, images, ["cls", "patches"])
+    parts = features.flat_layers(vit, images, ["cls", "patches"])
     assert torch.equal(got["cls+patches"], torch.cat([parts["cls"], parts["patches"]], 1))
     assert torch.equal(got["cls"], parts["cls"])
     resnet = tiny()
@@ -669,14 +669,14 @@ def test_stopped_at_any_moment_it_ends_with_the_same_numbers(weights, tmp_path, 
     flags = ["--checkpoint", weights, "--protocol", "vissl", "--limit", 64, "--epochs", 3,
              "--train-batch-size", 16, "--output"]
     whole = evaluate(*flags, tmp_path / "whole")
-    agree = eval_linear.Run.agree
+    agree = checkpoint.Run.agree
 
     def stop_at_six(self, epoch_ends, steps=[]):  # noqa: B006
         steps.append(1)
         self.stop_requested = len(steps) == 6
         return agree(self, epoch_ends)
 
-    monkeypatch.setattr(eval_linear.Run, "agree", stop_at_six)
+    monkeypatch.setattr(checkpoint.Run, "agree", stop_at_six)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         eval_linear.main(eval_linear.parse_args([str(f) for f in (*flags, tmp_path / "cut")]))
