@@ -2,7 +2,7 @@
 
 Every backbone maps images (N, C, H, W) to pooled features (N, num_features). Without a head, the
 state dict of a ResNet has torchvision's keys and that of a transformer timm's, so `backbone.pth`
-loads there as it is. `layers` gives what lies inside, by name, for the evaluations.
+loads there as it is.
 """
 
 from collections import OrderedDict

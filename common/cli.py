@@ -79,11 +79,7 @@ def parser(script: str, description: str) -> Parser:
     data.add_argument("--limit", type=count, metavar="N", help="take N evenly spaced images only")
     run = made.add_argument_group("run (none of these changes what is computed beyond rounding)")
     run.add_argument("--output", metavar="FOLDER", help="default: runs/<script>-<data>-<arch>")
-    run.add_argument("--resume", action=Switch, default=True,
-                     help="go on from the checkpoint in the output folder, where there is one; "
-                     "--no-resume starts anew and replaces what the folder holds")
-    run.add_argument("--save-every-minutes", type=positive, default=15.0, metavar="M",
-                     help="save within an epoch as well; every epoch's end saves")
+    run_flags(run)
     run.add_argument("--workers", type=whole, metavar="N",
                      help="loader processes a training process; default: its share of cores")
     run.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto",
@@ -94,9 +90,18 @@ def parser(script: str, description: str) -> Parser:
                      help="torch.compile of the backbone: minutes to start, then faster on CUDA")
     run.add_argument("--deterministic", action=Switch, default=False,
                      help="deterministic kernels on CUDA (slower)")
-    run.add_argument("--log-every", type=count, default=20, metavar="STEPS",
-                     help="steps between two log lines")
     return made
+
+
+def run_flags(group) -> None:
+    """The flags of whatever trains, saves and resumes."""
+    group.add_argument("--resume", action=Switch, default=True,
+                       help="go on from the checkpoint in the output folder, where there is one; "
+                       "--no-resume starts anew and replaces what the folder holds")
+    group.add_argument("--save-every-minutes", type=positive, default=15.0, metavar="M",
+                       help="save within an epoch as well; every epoch's end saves")
+    group.add_argument("--log-every", type=count, default=20, metavar="STEPS",
+                       help="steps between two log lines")
 
 
 def method_parser(script: str, description: str, archs, *, crops: str, batch_norm: bool = True):

@@ -8,6 +8,7 @@ through a backbone once. The pieces serve alone as well: `find_checkpoint`, `eva
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import statistics
@@ -207,84 +208,9 @@ def assumed(checkpoint: Checkpoint, settings: dict) -> str:
     return line
 
 
-def resize_of(settings: dict, resize: int | None) -> int:
-    """Shorter side before the crop: as given, else the image size up to 96 px, 8/7 of it above.
-
-    Raises:
-        RunError: less than the image size.
-    """
-    size = settings["image_size"]
-    resize = resize or (size if size <= 96 else round(size * 256 / 224))
-    if resize < size:
-        raise RunError(f"--resize {resize} is less than --image-size {size}")
-    return resize
-
-
 # ------------------------------------------------------------------------------------------ sources
 
 RANDOM_INITIALISATIONS = 5
-
-
-class Pixels(nn.Module):
-    """The baseline that learns nothing: the normalised image is its feature."""
-
-    def layer_widths(self) -> dict:
-        return {"pixels": None}
-
-    def layers(self, images: Tensor, _names) -> dict[str, Tensor]:
-        return {"pixels": images.flatten(1)}
-
-
-def sources(
-    args, world: World, *, interpolation: str, crop=augment.CenterCrop,
-    open_images=None, resnet_layer: str = "avgpool",
-):
-    """Yield a `Source` for each of what `--checkpoint` or `--features` name.
-
-    Args:
-        args: of a parser made by `parser`.
-        interpolation, crop: the geometric step of the view, before normalisation.
-        open_images: takes the place of `data.open_images`.
-        resnet_layer: what `Source.features` takes of a ResNet where `--layers` is not given.
-
-    Raises:
-        RunError: something named is not there, does not fit or has no labels.
-    """
-    for path in args.features or ():
-        yield Source(path, args, world)
-    checkpoints = [find_checkpoint(name) for name in args.checkpoint or ()]
-    shared = evaluation_settings(args, checkpoints) if checkpoints else {}
-    opened, said = {}, set()
-    for checkpoint in checkpoints:
-        settings = dict(shared)
-        if checkpoint.weights is not None:
-            settings = evaluation_settings(args, [checkpoint], shared["data"])
-            trained_on = checkpoint.settings.get("data", shared["data"])
-            if trained_on != shared["data"] and not args.data:
-                dist.say(f"warning: {checkpoint.name} was trained on {trained_on}, and is "
-                         f"evaluated on {shared['data']} like the first run; --data chooses")
-        channels, size = settings["in_chans"], settings["image_size"]
-        settings["trained_size"] = checkpoint.settings.get("image_size", size)
-        if channels not in opened:
-            opened[channels] = [
-                (open_images or data.open_images)(
-                    settings["data"], split, channels, root=args.data_root,
-                    download=args.download, limit=args.limit)
-                for split in ("train", "test")
-            ]
-            if any(images.labels is None for images in opened[channels]):
-                raise RunError(f"--data {settings['data']}: no class folders, so no labels")
-        train, test = opened[channels]
-        step = crop(resize_of(settings, args.resize), interpolation=interpolation)
-        steps = [step, augment.Normalize(settings["mean"], settings["std"])]
-        protocol = (f"{settings['data']}: {len(train)} training and {len(test)} test images of "
-                    f"{size} px, {step}")
-        if protocol not in said:
-            dist.say(protocol)
-            said.add(protocol)
-        arch = f" ({settings['arch']})" if checkpoint.name == "random" else ""
-        yield Source(checkpoint.name + arch, args, world, checkpoint, settings, train, test,
-                     augment.View(size, steps, channels), protocol, resnet_layer)
 
 
 @dataclass(frozen=True)
@@ -294,30 +220,45 @@ class Source:
     name: str
     args: argparse.Namespace
     world: World
-    checkpoint: Checkpoint | None = None  # None for a feature file, and so is all that follows
-    settings: dict | None = None  # of `evaluation_settings`; "trained_size": of its images
-    train: object = None  # images of `data`
+    checkpoint: Checkpoint | None = None  # None for a feature file, which has nothing but a name
+    settings: dict | None = None  # `evaluation_settings`, and the "trained_size" of images
+    train: object = None  # images, as `data.open_images` opens them
     test: object = None
     view: augment.View | None = None  # without random numbers
-    protocol: str = ""  # in words
+    protocol: str = ""  # what the images are, in words
     resnet_layer: str = ""
 
     @property
     def workers(self) -> int:
-        """Loader processes: as given, else this process's share of the cores where files are."""
+        """Loader processes: as given, else this process's share of the cores if there are files."""
         if self.args.workers is not None:
             return self.args.workers
         return data.default_workers() if self.train.reads_files else 0
 
     def backbones(self):
         """Yield the frozen backbone: five untrained ones of `random`, None of a feature file."""
-        if self.checkpoint is None:
+        checkpoint, settings = self.checkpoint, self.settings
+        if checkpoint is None:
             yield None
+        elif checkpoint.name == "pixels":
+            yield freeze(Pixels(), None, self.world)
+        elif checkpoint.weights is None:
+            for number in range(RANDOM_INITIALISATIONS):
+                torch.manual_seed(self.args.seed + number)
+                yield freeze(build(settings), None, self.world)
         else:
-            yield from models(self.checkpoint, self.settings, self.args.seed, self.world)
+            line = assumed(checkpoint, settings)
+            if line:
+                dist.say(line)
+            for name in ("mean", "std"):
+                said, now = checkpoint.settings.get(name, settings[name]), settings[name]
+                if list(said) != list(now) and len({*said, *now}) > 1:
+                    dist.say(f"warning: {as_flag(name, settings)}, and {checkpoint.name} was "
+                             f"trained with {as_flag(name, checkpoint.settings)}")
+            yield freeze(build(settings), checkpoint.weights, self.world)
 
     def features(self, backbone: nn.Module | None) -> "Features":
-        """Features of both splits under one of the backbones; saved if `--save-features` says so.
+        """Features of both splits under one of the backbones; `--save-features` writes them.
 
         Raises:
             RunError: the backbone has no such layer; an image, a file or a number is broken.
@@ -330,15 +271,9 @@ class Source:
         names = None if self.checkpoint.name == "pixels" else self.args.layers
         if names is None and backbones.is_resnet(backbone):
             names = [self.resnet_layer]
-
-        def rows(images):
-            try:
-                return flat_layers(backbone, images, names)
-            except ValueError as error:
-                raise RunError(f"{self.checkpoint.name}: {error}") from error
-
+        function = functools.partial(layers, backbone, names=names)
         splits = [
-            Split(extract(rows, images, self.view, self.world, workers=self.workers,
+            Split(extract(function, images, self.view, self.world, workers=self.workers,
                           batch_size=self.args.batch_size),
                   np.asarray(images.labels, dtype=np.int64), images.index)
             for images in (self.train, self.test)
@@ -349,28 +284,65 @@ class Source:
         return found
 
 
-def models(checkpoint: Checkpoint, settings: dict, seed: int, world: World):
-    """Yield a checkpoint's frozen backbone; for `random` five untrained ones, of seeds from `seed`.
+def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
+            resnet_layer: str = "avgpool", open_images=None):
+    """Yield a `Source` for each of what `--checkpoint` or `--features` name.
 
     Args:
-        settings: of `evaluation_settings`, and "trained_size", the size of its images.
+        args: of `parse`.
+        interpolation, crop: of the view, which is this step and the normalisation. The shorter side
+            becomes `--resize`, else the image size up to 96 px, 8/7 of it above.
+        resnet_layer: what `Source.features` takes of a ResNet without `--layers`.
+        open_images: takes the place of `data.open_images`.
+
+    Raises:
+        RunError: something named is not there, does not fit or has no labels.
     """
-    if checkpoint.name == "pixels":
-        yield freeze(Pixels(), None, world)
-    elif checkpoint.weights is None:
-        for number in range(RANDOM_INITIALISATIONS):
-            torch.manual_seed(seed + number)
-            yield freeze(build(settings), None, world)
-    else:
-        line = assumed(checkpoint, settings)
-        if line:
-            dist.say(line)
-        for name in ("mean", "std"):
-            said, now = checkpoint.settings.get(name, settings[name]), settings[name]
-            if list(said) != list(now) and len({*said, *now}) > 1:
-                dist.say(f"warning: {as_flag(name, settings)}, and {checkpoint.name} was trained "
-                         f"with {as_flag(name, checkpoint.settings)}")
-        yield freeze(build(settings), checkpoint.weights, world)
+    for path in args.features or ():
+        yield Source(path, args, world)
+    checkpoints = [find_checkpoint(name) for name in args.checkpoint or ()]
+    shared = evaluation_settings(args, checkpoints) if checkpoints else {}
+    opened, said = {}, set()  # both splits by channel count; protocols
+    for checkpoint in checkpoints:
+        settings = dict(shared)
+        if checkpoint.weights is not None:
+            settings = evaluation_settings(args, [checkpoint], shared["data"])
+            trained_on = checkpoint.settings.get("data", shared["data"])
+            if trained_on != shared["data"] and not args.data:
+                dist.say(f"warning: {checkpoint.name} was trained on {trained_on}, and is "
+                         f"evaluated on {shared['data']} like the first run; --data chooses")
+        channels, size = settings["in_chans"], settings["image_size"]
+        settings["trained_size"] = checkpoint.settings.get("image_size", size)
+        resize = args.resize or (size if size <= 96 else round(size * 256 / 224))
+        if resize < size:
+            raise RunError(f"--resize {resize} is less than --image-size {size}")
+        if channels not in opened:
+            options = dict(root=args.data_root, download=args.download, limit=args.limit)
+            opened[channels] = [
+                (open_images or data.open_images)(settings["data"], split, channels, **options)
+                for split in ("train", "test")
+            ]
+            if any(images.labels is None for images in opened[channels]):
+                raise RunError(f"--data {settings['data']}: no class folders, so no labels")
+        train, test = opened[channels]
+        step = crop(resize, interpolation=interpolation)
+        view = augment.View(size, [step, augment.Normalize(settings["mean"], settings["std"])],
+                            channels)
+        protocol = (f"{settings['data']}: {len(train)} training and {len(test)} test images of "
+                    f"{size} px, {step}")
+        if protocol not in said:
+            dist.say(protocol)
+            said.add(protocol)
+        arch = f" ({settings['arch']})" if checkpoint.name == "random" else ""
+        yield Source(checkpoint.name + arch, args, world, checkpoint, settings, train, test, view,
+                     protocol, resnet_layer)
+
+
+class Pixels(nn.Module):
+    """The baseline that learns nothing: the normalised image is its feature."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1)
 
 
 def build(settings: dict) -> nn.Module:
@@ -403,6 +375,7 @@ def mean_of(runs: list):
 
 
 # ---------------------------------------------------------------------------------- layers, by name
+
 RESNET_LAYERS = ("conv1", "res2", "res3", "res4", "res5", "avgpool")
 # Average pooling to about 9,000 numbers, as the linear and SVM protocols have it for 224 px: side
 # of the map, side of what is left of it, and kernel, stride and padding in between.
@@ -412,20 +385,20 @@ GRIDS = {
 }
 
 
-def layer_widths(backbone: nn.Module) -> dict[str, int]:
-    """Channels of every layer that `layers` knows by name; the last one is the usual feature.
+def layer_widths(backbone: nn.Module) -> dict[str, int | None]:
+    """Channels of every layer of a backbone by name; the last one is the usual feature.
 
     A ResNet has `conv1` (after batch norm and ReLU, before the pool), its stages `res2` to `res5`,
     and `avgpool`, the mean of `res5`. A transformer has `patches`, the mean of the last patch
     tokens, `cls`, the last class token, and `cls2` and up: those of so many last blocks side by
-    side. Any other module says its own with a method `layer_widths`.
+    side.
     """
+    if isinstance(backbone, Pixels):
+        return {"pixels": None}
     if isinstance(backbone, backbones.VisionTransformer):
         d = backbone.num_features
         several = {f"cls{n}": n * d for n in range(len(backbone.blocks), 1, -1)}
         return {**several, "patches": d, "cls": d}
-    if not backbones.is_resnet(backbone):
-        return backbone.layer_widths()
     widths = {"conv1": backbone.conv1.out_channels}
     for number in (2, 3, 4, 5):
         last = getattr(backbone, f"layer{number - 1}")[-1]
@@ -434,49 +407,52 @@ def layer_widths(backbone: nn.Module) -> dict[str, int]:
     return {**widths, "avgpool": backbone.num_features}
 
 
-def layers(backbone: nn.Module, images: Tensor, names) -> dict[str, Tensor]:
-    """Compute several layers of a backbone in one pass, which ends with the deepest one asked for.
+def layers(backbone: nn.Module, images: Tensor, names=None) -> dict[str, Tensor]:
+    """Compute layers as rows (n, D), in one pass that ends with the deepest one asked for.
 
     Args:
-        images: (N, C, H, W).
-        names: of `layer_widths`.
-
-    Returns:
-        By name, in the order asked for: maps (N, width, H', W') of `conv1` to `res5`, rows
-        (N, width) of the others.
+        images: (n, C, H, W).
+        names: of `layer_widths`, a map being averaged over all of its places; or with `-grid`
+            behind, as in `res4-grid`, averaged to a few cells by `pool_to_grid`. None: the usual
+            feature.
 
     Raises:
-        ValueError: the backbone has no layer of that name.
+        RunError: the backbone has no layer of that name.
     """
     known = layer_widths(backbone)
-    for name in names:
-        if name not in known:
-            raise ValueError(f"no layer {name}; there are {' '.join(known)}")
+    plain = {name: name.removesuffix("-grid") for name in names or list(known)[-1:]}
+    for name, layer in plain.items():
+        if layer not in known or (name != layer and layer not in GRIDS):
+            raise RunError(f"no layer {name}; there are {' '.join(known)}, and with -grid "
+                           f"{' '.join(GRIDS)}")
+    if isinstance(backbone, Pixels):
+        return {"pixels": backbone(images)}
     if isinstance(backbone, backbones.VisionTransformer):
-        last = max([int(name[3:]) for name in names if name[3:].isdecimal()], default=1)
-        tokens = backbone.tokens(images, last)
-        found = {"patches": tokens[-1][:, 1:].mean(1), "cls": tokens[-1][:, 0]}
-        for name in names:
-            if name not in found:
-                found[name] = torch.cat([t[:, 0] for t in tokens[-int(name[3:]) :]], dim=1)
-        return {name: found[name] for name in names}
-    if not backbones.is_resnet(backbone):
-        return backbone.layers(images, names)
+        depths = {name: int(name[3:]) for name in plain if name[3:].isdecimal()}
+        tokens = backbone.tokens(images, max(depths.values(), default=1))
+        rows = {"patches": tokens[-1][:, 1:].mean(1), "cls": tokens[-1][:, 0]}
+        rows |= {name: torch.cat([t[:, 0] for t in tokens[-n:]], 1) for name, n in depths.items()}
+        return {name: rows[name] for name in plain}
+    maps = resnet_maps(backbone, images, plain.values())
+    return {name: (pool_to_grid(layer, maps[layer]) if name != layer else
+                   nn.functional.adaptive_avg_pool2d(maps[layer], 1)).flatten(1)
+            for name, layer in plain.items()}
+
+
+def resnet_maps(backbone: nn.Module, images: Tensor, names) -> dict[str, Tensor]:
+    """The maps (n, width, H', W') of a ResNet down to the deepest asked for; `avgpool` is res5."""
     x = backbone.relu(backbone.bn1(backbone.conv1(images)))
-    found = {"conv1": x}
+    maps = {"conv1": x}
     x = backbone.maxpool(x)
     for number in (2, 3, 4, 5):
-        if found.keys() >= set(names):
+        if maps.keys() >= set(names):
             break
-        x = getattr(backbone, f"layer{number - 1}")(x)
-        found[f"res{number}"] = x
-    if "avgpool" in names:
-        found["avgpool"] = nn.functional.adaptive_avg_pool2d(x, 1).flatten(1)
-    return {name: found[name] for name in names}
+        x = maps[f"res{number}"] = getattr(backbone, f"layer{number - 1}")(x)
+    return maps | {"avgpool": x}
 
 
 def pool_to_grid(name: str, x: Tensor) -> Tensor:
-    """Average a map (N, width, H, W) of a ResNet's layer down to a few cells (N, width, S, S).
+    """Average a map (n, width, H, W) of a ResNet's layer down to a few cells (n, width, S, S).
 
     At 224 px with the protocols' own kernels; at other sizes to as many cells, which then share the
     map evenly, or to the map itself where it has fewer.
@@ -487,35 +463,6 @@ def pool_to_grid(name: str, x: Tensor) -> Tensor:
     if tuple(x.shape[2:]) == (side, side):
         return nn.functional.avg_pool2d(x, *window)
     return nn.functional.adaptive_avg_pool2d(x, [min(cells, s) for s in x.shape[2:]])
-
-
-def flat_layers(backbone: nn.Module, images: Tensor, names=None) -> dict[str, Tensor]:
-    """Compute layers as rows (N, D), in one pass.
-
-    Args:
-        names: of `layer_widths`, a map being averaged over all of its places; or with `-grid`
-            behind, as in `res4-grid`, averaged to a few cells by `pool_to_grid`. None: the usual
-            feature.
-
-    Raises:
-        ValueError: the backbone has no layer of that name.
-    """
-    if names is None:
-        names = list(layer_widths(backbone))[-1:]
-    plain = {name: name.removesuffix("-grid") for name in names}
-    for name, layer in plain.items():
-        if name != layer and layer not in GRIDS:
-            raise ValueError(f"no layer {name}; with -grid there are {' '.join(GRIDS)}")
-    found = layers(backbone, images, dict.fromkeys(plain.values()))
-    flat = {}
-    for name, layer in plain.items():
-        x = found[layer]
-        if name != layer:
-            x = pool_to_grid(layer, x)
-        elif x.dim() == 4:
-            x = nn.functional.adaptive_avg_pool2d(x, 1)
-        flat[name] = x.flatten(1)
-    return flat
 
 
 # ----------------------------------------------------------------------------------------- one pass
@@ -606,6 +553,22 @@ def check_finite(rows: Tensor, words: str, first: int = 0) -> None:
     if len(wrong):
         raise RunError(f"the features {words} are not finite, first of image "
                        f"{first + wrong[0].item()}; no number can be made of them")
+
+
+def class_balanced(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Rising rows of a fraction of the images, class-balanced, at least one image of every class.
+
+    A smaller fraction is part of a larger one.
+    """
+    if fraction == 1:
+        return np.arange(len(labels))
+    rng = np.random.default_rng(seed)
+    classes = np.unique(labels)
+    members = [rng.permutation(np.flatnonzero(labels == c)) for c in classes]
+    order = rng.permutation(len(classes))  # who gets one of what does not divide
+    rounds = range(max(len(rows) for rows in members))
+    taken = [members[c][i] for i in rounds for c in order if i < len(members[c])]
+    return np.sort(np.array(taken[: max(round(fraction * len(labels)), len(classes))]))
 
 
 def share_right(scores: Tensor, truth: Tensor, k: int) -> Tensor:

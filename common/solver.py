@@ -1,19 +1,94 @@
-"""Multinomial logistic regression by L-BFGS: many heads at once, on the rows of all processes.
+"""Logistic regression on features, its weight decay chosen by cross-validation; L-BFGS for it.
 
-`fit` trains a linear head for every weight decay and every weighting of the rows together: one
-matrix product serves them all. Rows are standardised and turned to their principal axes before, so
-that the curvature along each coordinate is known.
+`cross_validated` is the linear probe without settings. `fit` trains the heads of many weight decays
+and folds at once on the rows of all processes: one matrix product serves them all. Rows are
+standardised and turned to their principal axes before, so that the curvature along each coordinate
+is known.
 
-Letters: N rows of this process, H heads, C classes, D feature size, P = (D + 1) C.
+Letters: N rows, H heads, C classes, D feature size, P = (D + 1) C.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from common import dist
+from common import dist, features
 
 LOGITS_AT_A_TIME = 2**25
+MANY_ROWS = 20_000  # from here on, one fold left out tells enough
 P_SPREAD = 0.05  # p (1 - p) of a usual probability p: the curvature that a logit is taken to have
+
+
+def cross_validated(
+    train, labels, test, truth, *, decays: list[float], folds: int, num_classes: int, seed: int,
+    world: dist.World,
+) -> dict:
+    """Choose a weight decay on the training rows, train on all of them, count on the test rows.
+
+    Args:
+        train: (N, D) and test: (M, D) on the CPU; every process has them and takes its part.
+        labels: int64 (N,). truth: int64 (M,).
+        decays: rising.
+    """
+    # 1. Standardise; on the CPU in float64, so that no sum's order decides near a border
+    dtype = torch.float64 if world.device.type == "cpu" else torch.float32
+    mean, scale = standardisation(train)
+
+    def local(rows, numbers):
+        """This process's part, its standardised rows and its labels."""
+        part = slice(*(len(rows) * r // world.size for r in (world.rank, world.rank + 1)))
+        x = rows[part].to(world.device, dtype, copy=True)
+        x.sub_(mean.to(x)).mul_(scale.to(x))
+        return part, x, torch.from_numpy(numbers[part]).to(world.device)
+
+    part, x, y = local(train, labels)
+    axes, variances = principal_axes(x, len(labels))
+    x = x @ axes.to(x)
+
+    # 2. Many heads: every weight decay, with every fold left out
+    folds = min(folds, len(labels))
+    fold = torch.from_numpy(assign_folds(labels, folds, seed))
+    held_out = range(1 if len(labels) > MANY_ROWS else folds)
+    used = torch.stack([fold != out for _ in decays for out in held_out], dim=1)  # (N, H)
+    shares = (used.double() / used.sum(0))[part].to(x)
+    points = fit(x, y, shares, x.new_tensor(decays).repeat_interleave(len(held_out)),
+                 variances, num_classes)
+
+    # 3. The best of them; once more on all training images
+    correct = count_correct(points, x, y, ~used[part].to(world.device), 1, num_classes)
+    accuracy = correct.view(len(decays), -1).sum(1) / (~used).sum(0)[: len(held_out)].sum().item()
+    validation, decay = max(zip(accuracy.tolist(), decays, strict=True))  # a tie: the largest decay
+    shares = x.new_full((len(x), 1), 1 / len(labels))
+    points = fit(x, y, shares, x.new_tensor([decay]), variances, num_classes)
+    _, x, y = local(test, truth)
+    x, every = x @ axes.to(x), torch.ones(len(y), 1, device=world.device)
+    top1, top5 = ((count_correct(points, x, y, every, k, num_classes) / len(truth)).item()
+                  for k in (1, 5))
+    return {"top1": top1, "top5": top5, "validation": validation, "weight_decay": decay}
+
+
+def assign_folds(labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
+    """A fold (N,) for every image; each has equally many of every class, or one more."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]
+    fold = np.empty(len(labels), dtype=np.int64)
+    fold[order] = np.arange(len(labels)) % folds
+    return fold
+
+
+def count_correct(points: Tensor, x, y, rows: Tensor, k: int, num_classes: int) -> Tensor:
+    """On how many of its rows (N, H) each head has the true class among its best k: (H,)."""
+    heads = points.view(len(points), -1, num_classes)
+    weights, offsets = heads[:, :-1], heads[:, -1:]
+    count = torch.zeros(len(points), dtype=torch.float64, device=x.device)
+    step = max(1, LOGITS_AT_A_TIME // offsets.numel())
+    for start in range(0, len(x), step):
+        part = slice(start, start + step)
+        logits = (x[part] @ weights + offsets).transpose(0, 1)  # (n, H, C)
+        truth = y[part, None].expand(-1, len(points))
+        hits = features.share_right(logits, truth, min(k, num_classes))
+        count += (hits * rows[part]).sum(0)
+    return dist.sum_over_processes(count)
 
 
 def standardisation(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,12 +277,3 @@ def minimise(
         dist.say(f"warning: {failed} of {len(points)} heads are not trained to the end (in "
                  f"{iterations} steps, or as far as rounding lets it)")
     return solution * unit
-
-
-def iter_logits(points: Tensor, rows: Tensor, num_classes: int):
-    """Yield where a part of the rows starts and the logits (n, H, C) of all heads on it."""
-    heads = points.view(len(points), -1, num_classes)
-    weights, offsets = heads[:, :-1], heads[:, -1:]
-    step = max(1, LOGITS_AT_A_TIME // offsets.numel())
-    for start in range(0, len(rows), step):
-        yield start, (rows[start : start + step] @ weights + offsets).transpose(0, 1)

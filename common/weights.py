@@ -1,10 +1,11 @@
 """Weights files: foreign layouts, safetensors and pickles, read without running code in them.
 
 `load_backbone` loads any of `LAYOUTS` into a backbone, every tensor or none; `load_tensors` reads
-a file as it is.
+a file as it is; `fingerprint` tells whether weights have changed.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import pickle
@@ -294,3 +295,13 @@ def abbreviate(keys: list[str]) -> list[str]:
         groups.setdefault(start, []).append(key)
     return [text for start, own in groups.items()
             for text in (own if len(own) <= 4 else [f"{start}.* ({len(own)})"])]
+
+
+def fingerprint(module: nn.Module | None) -> str | None:
+    """Twelve hexadecimal digits of all parameters and buffers, bit for bit; None without any."""
+    state = module.state_dict() if module is not None else {}
+    digest = hashlib.sha256()
+    for name, value in state.items():
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12] if state else None

@@ -128,7 +128,7 @@ def loaded(settings, tmp_path, **flags):
     args = SimpleNamespace(**{**dict.fromkeys(features.DIGITS), **flags})
     found = features.find_checkpoint(str(tmp_path / "tiny.pth"))
     wanted = dict(features.evaluation_settings(args, [found]), trained_size=16)
-    return next(features.models(found, wanted, 0, WORLD))
+    return next(features.Source("tiny", args, WORLD, found, wanted).backbones())
 
 
 def test_what_is_assumed_of_a_file_is_printed(tmp_path, capsys):
@@ -194,13 +194,16 @@ def shuffled(net):
 def test_the_layers_of_a_resnet_have_the_widths_it_names(arch, widths):
     with META:
         net = build(arch)
-        found = features.layers(net, torch.empty(2, 3, 224, 224), features.RESNET_LAYERS)
+        images = torch.empty(2, 3, 224, 224)
+        maps = features.resnet_maps(net, images, features.RESNET_LAYERS)
+        rows = features.layers(net, images, features.RESNET_LAYERS)
     assert tuple(features.layer_widths(net).items()) == tuple(
         zip(features.RESNET_LAYERS, widths, strict=True)
     )
-    sides = (112, 56, 28, 14, 7)
-    shapes_wanted = [(2, w, s, s) for w, s in zip(widths, sides, strict=False)]
-    assert [tuple(x.shape) for x in found.values()] == [*shapes_wanted, (2, widths[-1])]
+    sides = (112, 56, 28, 14, 7, 7)
+    shapes_wanted = [(2, w, s, s) for w, s in zip(widths, sides, strict=True)]
+    assert [tuple(x.shape) for x in maps.values()] == shapes_wanted
+    assert [tuple(x.shape) for x in rows.values()] == [(2, w) for w in widths]
 
 
 @pytest.mark.parametrize("stem", ["imagenet", "small"])
@@ -216,11 +219,14 @@ def test_layers_are_what_the_modules_give_in_one_pass(arch, stem):
     net.conv1.register_forward_hook(lambda *_: passes.append(1))
     images = torch.rand(2, 3, 48, 32)
     with torch.no_grad():
-        seen_avgpool = net(images)
-        found = features.layers(net, images, features.RESNET_LAYERS)
-    assert len(passes) == 2
-    for name, x in found.items():
-        assert torch.equal(x, seen_avgpool if name == "avgpool" else seen[name]), name
+        seen["avgpool"] = net(images)
+        maps = features.resnet_maps(net, images, features.RESNET_LAYERS)
+        rows = features.layers(net, images, features.RESNET_LAYERS)
+    assert len(passes) == 3
+    for name in features.RESNET_LAYERS[:-1]:
+        assert torch.equal(maps[name], seen[name]), name
+        torch.testing.assert_close(rows[name], seen[name].mean((2, 3)))
+    assert torch.equal(rows["avgpool"], seen["avgpool"])
 
 
 def test_a_pass_ends_with_the_deepest_layer_asked_for():
@@ -234,7 +240,7 @@ def test_naming_layers_leaves_the_keys_alone():
     net = build("resnet50")
     assert not any("res2" in key or "layers" in key for key in net.state_dict())
     for names in (["res6"], ["cls"], ["layer4"]):
-        with pytest.raises(ValueError, match=f"no layer {names[0]}; there are conv1 res2"):
+        with pytest.raises(RunError, match=f"no layer {names[0]}; there are conv1 res2"):
             features.layers(net, torch.rand(1, 3, 32, 32), names)
 
 
@@ -242,7 +248,7 @@ def test_grids_at_224_px_are_those_of_the_protocol():
     with META:
         net = build("resnet50")
         names = [f"{name}-grid" for name in features.RESNET_LAYERS[:-1]]
-        found = features.flat_layers(net, torch.empty(2, 3, 224, 224), [*names, "res5", "conv1"])
+        found = features.layers(net, torch.empty(2, 3, 224, 224), [*names, "res5", "conv1"])
     assert [x.shape[1] for x in found.values()] == [9216, 9216, 8192, 9216, 8192, 2048, 64]
     x = torch.rand(2, 5, 14, 14)
     wanted = torch.stack([
@@ -260,23 +266,23 @@ def test_grids_at_other_sizes_have_as_many_cells_or_the_whole_map():
     assert torch.equal(features.pool_to_grid("res4", small), small)
 
 
-def test_flat_layers_average_a_map_over_its_places():
+def test_layers_average_a_map_over_its_places():
     net, images = shuffled(build("resnet_tiny", "small")).eval(), torch.rand(3, 3, 16, 16)
     with torch.no_grad():
-        maps = features.layers(net, images, ["res3", "avgpool"])
-        flat = features.flat_layers(net, images, ["res3-grid", "res3", "res5", "avgpool"])
+        maps = features.resnet_maps(net, images, ["res3"])
+        flat = features.layers(net, images, ["res3-grid", "res3", "res5", "avgpool"])
     assert list(flat) == ["res3-grid", "res3", "res5", "avgpool"]
     torch.testing.assert_close(flat["res3"], maps["res3"].mean((2, 3)))
     torch.testing.assert_close(flat["res3-grid"].view(3, 32, 16).mean(2), flat["res3"])
     assert torch.equal(flat["res5"], flat["avgpool"]) and torch.equal(flat["avgpool"], net(images))
     for name in ("avgpool-grid", "res6-grid", "nothing"):
-        with pytest.raises(ValueError, match=f"no layer {name}"):
-            features.flat_layers(net, images, [name])
+        with pytest.raises(RunError, match=f"no layer {name}"):
+            features.layers(net, images, [name])
 
 
 def test_the_layers_of_a_transformer_are_its_tokens():
     net, images = build("vit_micro").eval(), torch.rand(2, 3, 16, 16)
-    found = features.flat_layers(net, images, ["cls3", "patches", "cls"])
+    found = features.layers(net, images, ["cls3", "patches", "cls"])
     tokens = net.tokens(images, 3)
     assert torch.equal(found["cls"], net(images))
     assert torch.equal(found["patches"], tokens[-1][:, 1:].mean(1))
@@ -284,8 +290,8 @@ def test_the_layers_of_a_transformer_are_its_tokens():
     widths = features.layer_widths(net)
     assert widths == {"cls4": 384, "cls3": 288, "cls2": 192, "patches": 96, "cls": 96}
     assert list(widths)[-1] == "cls"
-    with pytest.raises(ValueError, match="no layer cls5"):
-        features.flat_layers(net, images, ["cls5"])
+    with pytest.raises(RunError, match="no layer cls5"):
+        features.layers(net, images, ["cls5"])
 
 
 # ------------------------------------------------------------------------------------------ extract
@@ -320,7 +326,7 @@ def extracted(n, batch_size, workers=0, backbone=False):
         frozen = features.freeze(tiny(1), None, world)
 
         def function(images):
-            return features.flat_layers(frozen, images, ["res3", "avgpool", "res2-grid"])
+            return features.layers(frozen, images, ["res3", "avgpool", "res2-grid"])
 
     found = features.extract(
         function, images, centre_view(8), world, batch_size=batch_size, workers=workers
@@ -520,6 +526,10 @@ def test_a_layer_that_is_not_in_a_feature_file_is_named_with_those_that_are(tmp_
     features.write(some_features(), str(tmp_path / "file.npz"), WORLD)
     with pytest.raises(RunError, match="no layer res2; there are res4 avgpool"):
         features.read(str(tmp_path / "file.npz"), ["avgpool", "res2"])
+
+
+# ----------------------------------------------------------------------------------- class-balanced
+
 
 
 # ----------------------------------------------------------------------------------- right or wrong
