@@ -372,7 +372,7 @@ def test_every_k_temperature_and_layer_is_printed(capsys):
 
 
 def test_a_layer_that_is_not_there_is_named():
-    assert "random: no layer res7; there are conv1 res2" in refused(
+    assert "no layer res7; there are conv1 res2" in refused(
         "--checkpoint", "random", "--layers", "res7", *FEW
     )
 
