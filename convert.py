@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import backbones, checkpoint, cli, dist, features
+from common import backbones, checkpoint, cli, dist, features, weights
 
 DETECTRON2_NAMES = (  # what stands in torchvision's names, and in detectron2's
     (r"^(conv1|bn1)\.", r"stem.\1."),
@@ -56,10 +56,10 @@ def parse_args(argv=None):
     return args
 
 
-def to_detectron2(weights: dict[str, Tensor]) -> dict[str, np.ndarray]:
+def to_detectron2(state: dict[str, Tensor]) -> dict[str, np.ndarray]:
     """Give a ResNet's state dict detectron2's names; counters of batches are left out."""
     renamed = {}
-    for key, value in weights.items():
+    for key, value in state.items():
         if key.endswith("num_batches_tracked"):
             continue
         for pattern, replacement in DETECTRON2_NAMES:
@@ -95,7 +95,7 @@ def main(args):
     if source.weights is None:
         raise dist.RunError(f"{args.source} has no weights to convert")
     args.data = source.settings.get("data", "folder")  # what is not described is as for photos
-    settings = features.resolve(args, [source])
+    settings = features.evaluation_settings(args, [source])
     arch = settings["arch"]
     if arch in backbones.VITS and args.to != "timm":
         raise dist.RunError(f"{arch} goes --to timm only: {args.to} has no transformer in this "
@@ -113,23 +113,23 @@ def main(args):
         image_size=image_size, patch_size=settings["patch_size"], positions="learned",
         drop_path=0.0,
     )
-    features.load_backbone(backbone, source.weights)
+    weights.load_backbone(backbone, source.weights)
     # What is assumed is no fact about the weights: the file does not say it.
     known = {name: settings[name] for name in ("arch", "in_chans")}
     if arch in backbones.VITS:
         known["patch_size"] = settings["patch_size"]
     known |= {name: value for name, value in vars(args).items() if value is not None}
-    weights = checkpoint.described(backbone.state_dict(), known | source.settings)
+    state = checkpoint.described(backbone.state_dict(), known | source.settings)
 
     folder = os.path.dirname(args.out) or "."
     with dist.together(writing=folder):
         os.makedirs(folder, exist_ok=True)
         with open(f"{args.out}.tmp", "wb") as file:
             if args.to == "detectron2":
-                pickle.dump({"model": to_detectron2(weights), "__author__": "converted by "
+                pickle.dump({"model": to_detectron2(state), "__author__": "converted by "
                              "convert.py", "matching_heuristics": True}, file)
             else:
-                torch.save(weights, file)
+                torch.save(state, file)
         os.replace(f"{args.out}.tmp", args.out)
     dist.say("\n  ".join([f"{args.out}: {arch} for {args.to}", *advice(args.to, settings),
                          *filter(None, [features.assumed(source, settings)])]))

@@ -32,16 +32,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import augment, backbones, cli, data, dist, features
+from common import cli, dist, features
 
-SPARE = 8  # candidates beyond k, so that rounding does not decide who is among the k
-TIE = 1e-6  # cosines nearer than this are computed again in float64
+EXTRA = 8  # candidates beyond k, so that rounding does not decide who is among the k
+TOLERANCE = 1e-6  # cosines nearer than this are computed again in float64
 SMALL_BANK = 256  # rows that are compared in float64 at once
 BLOCK = 2**15  # rows of a bank on the GPU that queries are compared with at a time
 
 
 def parse_args(argv=None):
-    parser = cli.evaluation_parser(__file__, __doc__, backbones.NAMES)
+    parser = features.parser(__file__, __doc__)
     group = parser.add_argument_group("protocol")
     group.add_argument("--k", type=cli.count, nargs="+", default=[20], help="neighbours")
     group.add_argument("--temperature", type=cli.positive, nargs="+", default=[0.07],
@@ -54,7 +54,7 @@ def parse_args(argv=None):
                        help="few-label banks to average over, at least 50")
     group.add_argument("--chunk", type=cli.count, default=2048,
                        help="queries at a time, which bounds the memory")
-    args = cli.parse_evaluation(parser, argv)
+    args = features.parse(parser, argv)
     if args.shots and args.draws < 50:
         parser.error(f"--draws {args.draws} is too few to trust their mean; take 50 or more, or "
                      "none with an empty --shots")
@@ -65,7 +65,7 @@ def parse_args(argv=None):
 
 
 def nearest(
-    bank: Tensor, queries: Tensor, k: int, itself: Tensor | None = None
+    bank: Tensor, queries: Tensor, k: int, self_index: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Find each query's k nearest bank rows by cosine, nearest first, of equal ones the lower row.
 
@@ -76,31 +76,33 @@ def nearest(
         bank: unit rows (N, D).
         queries: unit rows (M, D).
         k: at most N.
-        itself: int64 (M,), a bank row for each query that does not count; -1 for none.
+        self_index: int64 (M,), a bank row for each query that does not count; -1 for none.
 
     Returns:
         Float64 cosines and bank rows (M, k); cosine -inf where there are fewer than k.
     """
     if len(bank) <= SMALL_BANK:
         rows = torch.arange(len(bank), device=bank.device).expand(len(queries), -1)
-        cosines, rows = by_cosine(queries.double() @ bank.double().T, rows, itself)
+        cosines, rows = sort_by_similarity(queries.double() @ bank.double().T, rows, self_index)
     else:
-        cosines, rows = candidates(bank, queries, min(k + SPARE, len(bank)))
-        cosines, rows = by_cosine(cosines.double(), rows, itself)
-        close = (cosines[:, : k + 1].diff(dim=1) > -TIE).any(1).nonzero()[:, 0]
+        cosines, rows = candidates(bank, queries, min(k + EXTRA, len(bank)))
+        cosines, rows = sort_by_similarity(cosines.double(), rows, self_index)
+        close = (cosines[:, : k + 1].diff(dim=1) > -TOLERANCE).any(1).nonzero()[:, 0]
         for part in close.split(64):
             near = rows[part].sort(dim=1).values
             exact = (bank[near].double() @ queries[part].double()[:, :, None])[..., 0]
-            left_out = None if itself is None else itself[part]
-            cosines[part], rows[part] = by_cosine(exact, near, left_out)
+            left_out = None if self_index is None else self_index[part]
+            cosines[part], rows[part] = sort_by_similarity(exact, near, left_out)
     return cosines[:, :k], rows[:, :k]
 
 
-def by_cosine(cosines: Tensor, rows: Tensor, itself: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sort float64 cosines and their rows (M, C), the highest first; `itself` becomes -inf."""
+def sort_by_similarity(
+    cosines: Tensor, rows: Tensor, self_index: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Sort float64 cosines and their rows (M, C), the highest first; `self_index` becomes -inf."""
     cosines = cosines.round(decimals=13)  # equal images have equal cosines, up to rounding
-    if itself is not None:
-        cosines = cosines.masked_fill(rows == itself[:, None], -math.inf)
+    if self_index is not None:
+        cosines = cosines.masked_fill(rows == self_index[:, None], -math.inf)
     cosines, order = cosines.sort(dim=1, descending=True, stable=True)
     return cosines, rows.gather(1, order)
 
@@ -131,7 +133,7 @@ def vote(cosines: Tensor, labels: Tensor, temperature: float, num_classes: int) 
 
 def knn_predict(
     bank: Tensor, labels: Tensor, queries: Tensor, k: int, temperature: float, num_classes: int,
-    itself: Tensor | None = None, chunk: int = 2048,
+    self_index: Tensor | None = None, chunk: int = 2048,
 ) -> Tensor:
     """Classify queries by their k nearest bank rows.
 
@@ -141,7 +143,7 @@ def knn_predict(
         queries: features (M, D), normalised here.
         k: neighbours; clipped to N.
         temperature: a neighbour votes exp(cosine / temperature).
-        itself: int64 (M,), a bank row for each query that does not vote; -1 for none.
+        self_index: int64 (M,), a bank row for each query that does not vote; -1 for none.
         chunk: queries at a time.
 
     Returns:
@@ -150,9 +152,9 @@ def knn_predict(
     bank, queries = (torch.nn.functional.normalize(x, dim=1) for x in (bank, queries))
     scores = []
     for start in range(0, len(queries), chunk):
-        own = slice(start, start + chunk)
-        skipped = None if itself is None else itself[own]
-        cosines, rows = nearest(bank, queries[own], min(k, len(bank)), skipped)
+        part = slice(start, start + chunk)
+        left_out = None if self_index is None else self_index[part]
+        cosines, rows = nearest(bank, queries[part], min(k, len(bank)), left_out)
         scores.append(vote(cosines, labels[rows], temperature, num_classes))
     return torch.cat(scores) if scores else bank.new_zeros(0, num_classes, dtype=torch.float64)
 
@@ -171,7 +173,7 @@ def few_label_bank(members: list[np.ndarray], shots: int, *seed: int) -> np.ndar
 
 def count_right(
     bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, settings: list, num_classes: int,
-    itself: Tensor | None, chunk: int,
+    self_index: Tensor | None, chunk: int,
 ) -> Tensor:
     """How many queries each (k, T) of `settings` classifies rightly, and how many are undecided.
 
@@ -183,11 +185,12 @@ def count_right(
     counts = torch.zeros(2, len(settings), dtype=torch.float64, device=bank.device)
     most = min(max(k for k, _ in settings) + 1, len(bank))
     for start in range(0, len(queries), chunk):
-        own = slice(start, start + chunk)
-        cosines, rows = nearest(bank, queries[own], most, None if itself is None else itself[own])
+        part = slice(start, start + chunk)
+        left_out = None if self_index is None else self_index[part]
+        cosines, rows = nearest(bank, queries[part], most, left_out)
         for number, (k, temperature) in enumerate(settings):
             scores = vote(cosines[:, :k], labels[rows[:, :k]], temperature, num_classes)
-            counts[0, number] += features.share_right(scores, truth[own], 1).sum()
+            counts[0, number] += features.share_right(scores, truth[part], 1).sum()
             last, after = cosines[:, k - 1 : k], cosines[:, k : k + 1]
             if after.shape[1]:
                 counts[1, number] += ((last == after) & last.isfinite()).sum()
@@ -202,28 +205,28 @@ def evaluate(given: features.Features, args, world) -> dict:
     if train.labels.ndim != 1:
         raise dist.RunError(f"{given.checkpoint}: k-NN needs images of one class each")
     n, m = len(train.labels), len(test.labels)
-    own = slice(m * world.rank // world.size, m * (world.rank + 1) // world.size)
+    shard = slice(m * world.rank // world.size, m * (world.rank + 1) // world.size)
     labels = torch.from_numpy(train.labels).to(world.device)
-    truth = torch.from_numpy(test.labels[own]).to(world.device)
+    truth = torch.from_numpy(test.labels[shard]).to(world.device)
     num_classes = int(max(train.labels.max(), test.labels.max())) + 1
     settings = [(k, temperature) for k in args.k for temperature in args.temperature]
 
     def accuracies(bank, queries, chosen, settings):
         """Share of right and of undecided ones for each (k, T), with these rows of the bank."""
-        itself = None
+        self_index = None
         if args.leave_one_out:  # where each query stands among the chosen rows, if it does
-            itself = torch.full((n,), -1, device=world.device)
-            itself[chosen] = torch.arange(len(itself[chosen]), device=world.device)
-            itself = itself[own]
+            self_index = torch.full((n,), -1, device=world.device)
+            self_index[chosen] = torch.arange(len(self_index[chosen]), device=world.device)
+            self_index = self_index[shard]
         counts = count_right(bank[chosen], labels[chosen], queries, truth, settings, num_classes,
-                             itself, args.chunk)
+                             self_index, args.chunk)
         return (dist.sum_over_processes(counts) / m).tolist()
 
     results, shots = [], {}
     members, everything = class_members(train.labels), slice(None)
     for number, (layer, rows) in enumerate(train.layers.items()):
         bank = torch.nn.functional.normalize(rows.to(world.device), dim=1)
-        queries = torch.nn.functional.normalize(test.layers[layer][own].to(world.device), dim=1)
+        queries = torch.nn.functional.normalize(test.layers[layer][shard].to(world.device), dim=1)
         found, undecided = accuracies(bank, queries, everything, settings)
         for (k, temperature), top1 in zip(settings, found, strict=True):
             results.append({"layer": layer, "k": k, "temperature": temperature, "top1": top1})
@@ -248,32 +251,15 @@ def evaluate(given: features.Features, args, world) -> dict:
 
 def main(args):
     world = dist.setup(args.device, deterministic=True)
-
-    def open_split(settings, split):
-        return data.open_images(settings["data"], split, settings["in_chans"],
-                                root=args.data_root, download=args.download,
-                                limit=args.limit)
-
-    def make_view(settings):
-        resize = features.resize_of(settings, args.resize)
-        steps = [
-            augment.CenterCrop(resize, interpolation="bicubic"),
-            augment.Normalize(settings["mean"], settings["std"]),
-        ]
-        view = augment.View(settings["image_size"], steps, settings["in_chans"])
-        return view, f"shorter side to {resize}, central crop"
-
     # 1. Features; 2. neighbours and 3. votes of each checkpoint
     bank = f", in the {args.leave_one_out} split without the image itself"
     few = f"; few labels: mean and standard deviation of {args.draws} draws"
     dist.say(f"k-NN by cosine, k {args.k[0]}, votes exp(cosine / {args.temperature[0]})"
              f"{bank if args.leave_one_out else ''}{few if args.shots else ''}")
     table = []
-    for name, found in features.sources(args, world, open_split=open_split, make_view=make_view,
-                                        build=backbones.build_frozen, layers=backbones.flat_layers,
-                                        default_workers=data.default_workers()):
-        results = features.mean_of([evaluate(one, args, world) for one in found])
-        table.append({"checkpoint": name, **results})
+    for source in features.sources(args, world, interpolation="bicubic"):
+        runs = [evaluate(source.features(backbone), args, world) for backbone in source.backbones()]
+        table.append({"checkpoint": source.name, **features.mean_of(runs)})
 
     if world.is_main:
         print_table(table)

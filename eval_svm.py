@@ -44,7 +44,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from common import augment, backbones, checkpoint, cli, data, dist, features
+from common import augment, checkpoint, cli, data, dist, features
 
 # What the VOC07 benchmark of VISSL sets, beside the costs and the shots.
 SVM = dict(
@@ -58,8 +58,8 @@ MUCH_WORK = 2**26  # numbers that fits go through, from which on more processes 
 
 
 def parse_args(argv=None):
-    parser = cli.evaluation_parser(
-        __file__, __doc__, backbones.NAMES, layers="res5-grid or cls",
+    parser = features.parser(
+        __file__, __doc__, layers="res5-grid or cls",
         resize="the whole image, squeezed to a square",
     )
     group = parser.add_argument_group("protocol")
@@ -76,7 +76,7 @@ def parse_args(argv=None):
                        help="note every fit here and do not repeat those noted")
     group.add_argument("--jobs", type=cli.count, metavar="N",
                        help="processes that fit; default: the share of the cores")
-    args = cli.parse_evaluation(parser, argv)
+    args = features.parse(parser, argv)
     if args.folds < 2:
         parser.error(f"--folds {args.folds}: a cross-validation has at least 2")
     return args
@@ -150,13 +150,6 @@ class WholeImage(augment.Step):
         resample = augment.INTERPOLATION[self.interpolation]
         plane = plane.resize(augment.shorter_side_to(self.resize, plane.size), resample)
         return plane.resize(size[::-1], resample)
-
-
-def pooled_layers(backbone, images, names):
-    """Rows of the layers asked for; by default a ResNet's last map, averaged to a few cells."""
-    if names is None and backbones.is_resnet(backbone):
-        names = ["res5-grid"]
-    return backbones.flat_layers(backbone, images, names)
 
 
 # ---------------------------------------------------------------------------------------- precision
@@ -509,38 +502,27 @@ def main(args):
     world = dist.setup(args.device, deterministic=True)
     names = []
 
-    def open_split(settings, split):
-        if not is_voc(settings["data"]):
-            return data.open_images(settings["data"], split, settings["in_chans"],
-                                    root=args.data_root, download=args.download,
-                                    limit=args.limit)
+    def open_images(source, split, channels, **options):
+        if not is_voc(source):
+            return data.open_images(source, split, channels, **options)
         with dist.together():
-            images, names[:] = open_voc(settings["data"], split, settings["in_chans"])
+            images, names[:] = open_voc(source, split, channels)
         if args.limit is not None and args.limit < len(images):
             images = images.subset(np.arange(args.limit) * len(images) // args.limit)
         return images
-
-    def make_view(settings):
-        resize = features.resize_of(settings, args.resize)
-        step = WholeImage(resize, interpolation="bilinear")
-        words = f"shorter side to {resize}, squeezed to a square"
-        if args.resize:
-            step = augment.CenterCrop(resize, interpolation="bilinear")
-            words = f"shorter side to {resize}, central crop"
-        steps = [step, augment.Normalize(settings["mean"], settings["std"])]
-        return augment.View(settings["image_size"], steps, settings["in_chans"]), words
 
     treated = "absent in training" if args.vissl_labels else "ignored"
     dist.say(f"linear SVM of each class against the rest, unit-norm features; cost of "
              f"{len(args.costs)} by {args.folds}-fold cross-validation; difficult: {treated}")
     fits, table = Fits(args.output, args.jobs, world), []
     try:
-        for name, found in features.sources(args, world, open_split=open_split, make_view=make_view,
-                                            build=backbones.build_frozen, layers=pooled_layers,
-                                            default_workers=data.default_workers()):
-            results = features.mean_of([evaluate(one, args, fits, names) for one in found])
-            fits.tell_of_stopped(name)
-            table.append({"checkpoint": name, **results})
+        for source in features.sources(args, world, interpolation="bilinear",
+                                       crop=augment.CenterCrop if args.resize else WholeImage,
+                                       open_images=open_images, resnet_layer="res5-grid"):
+            runs = [evaluate(source.features(backbone), args, fits, names)
+                    for backbone in source.backbones()]
+            fits.tell_of_stopped(source.name)
+            table.append({"checkpoint": source.name, **features.mean_of(runs)})
     finally:
         fits.close()
 

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common import augment, backbones, checkpoint, cli, data, dist, features
+from common import augment, backbones, checkpoint, cli, data, dist, features, weights
 
 TILE = 96  # smallest side of an image in a picture, in pixels
 GAP = 4
@@ -191,7 +191,7 @@ def attention_picture(args) -> Image.Image:
         settings["arch"], in_chans=settings["in_chans"], image_size=settings["image_size"],
         patch_size=settings["patch_size"], positions="learned", drop_path=0.0,
     )
-    features.load_backbone(backbone, features.find_checkpoint(args.checkpoint).weights)
+    weights.load_backbone(backbone, features.find_checkpoint(args.checkpoint).weights)
     images = some_images(args, settings)
     heads = backbone.eval().attention(images)[:, :, 1:]  # (n, heads, L)
     low, high = heads.amin(2, keepdim=True), heads.amax(2, keepdim=True)
@@ -213,7 +213,7 @@ def reconstruction_picture(args) -> Image.Image:
         raise dist.RunError(f"--checkpoint {args.checkpoint} is no run of mae.py")
     path = os.path.join(args.checkpoint, "checkpoint.pt")
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)["state"]["model"]
+        state = torch.load(path, map_location="cpu", weights_only=True)["state"]["model"]
     except Exception as error:
         raise dist.RunError(f"{path} cannot be read: {type(error).__name__}") from error
     patch = settings["patch_size"]
@@ -223,7 +223,7 @@ def reconstruction_picture(args) -> Image.Image:
     )
     model = mae.MAE(backbone, settings["mask_ratio"], settings["in_chans"],
                     settings["decoder_dim"], settings["decoder_depth"], settings["decoder_heads"])
-    model.load_state_dict(weights)
+    model.load_state_dict(state)
     images = some_images(args, settings)
     noise = mae.mask_noise(torch.arange(len(images)), len(backbone.pos_embed[0]) - 1,
                            seed=0, epoch=0)

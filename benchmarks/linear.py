@@ -22,7 +22,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import eval_linear
-from common import dist, features
+from common import dist, features, solver
 
 
 def main():
@@ -35,7 +35,7 @@ def main():
         found = features.read(path)
         for layer, rows in found.train.layers.items():
             start = time.perf_counter()
-            ours = eval_linear.auto_probe(
+            ours = solver.cross_validated(
                 rows, found.train.labels, found.test.layers[layer], found.test.labels,
                 decays=eval_linear.DECAYS, folds=5, seed=0, world=world,
                 num_classes=int(found.train.labels.max()) + 1,

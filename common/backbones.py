@@ -2,7 +2,7 @@
 
 Every backbone maps images (N, C, H, W) to pooled features (N, num_features). Without a head, the
 state dict of a ResNet has torchvision's keys and that of a transformer timm's, so `backbone.pth`
-loads there as it is. `layers` gives what lies inside, by name, for the evaluations.
+loads there as it is.
 """
 
 from collections import OrderedDict
@@ -65,15 +65,6 @@ def build_backbone(
     return build_resnet(arch, in_chans=in_chans, **needed)
 
 
-def build_frozen(settings: dict) -> nn.Module:
-    """Build the backbone of an evaluation: for weights from a file, or to be taken untrained."""
-    return build_backbone(
-        settings["arch"], in_chans=settings["in_chans"], stem=settings["stem"],
-        zero_init_residual=False, image_size=settings["trained_size"],
-        patch_size=settings["patch_size"], positions="sincos", drop_path=0.0,
-    )
-
-
 # ------------------------------------------------------------------------------------------ ResNets
 
 
@@ -127,123 +118,6 @@ class SmallResNet(nn.Module):
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1)
-
-
-# --------------------------------------------------------------------------------- layers, by name
-
-RESNET_LAYERS = ("conv1", "res2", "res3", "res4", "res5", "avgpool")
-# Average pooling to about 9,000 numbers, as the linear and SVM protocols have it for 224 px: side
-# of the map, side of what is left of it, and kernel, stride and padding in between.
-GRIDS = {
-    "conv1": (112, 12, (10, 10, 4)), "res2": (56, 6, (16, 8, 0)), "res3": (28, 4, (13, 5, 0)),
-    "res4": (14, 3, (8, 3, 0)), "res5": (7, 2, (6, 1, 0)),
-}
-
-
-def layer_widths(backbone: nn.Module) -> dict[str, int]:
-    """Channels of every layer that `layers` knows by name; the last one is the usual feature.
-
-    A ResNet has `conv1` (after batch norm and ReLU, before the pool), its stages `res2` to `res5`,
-    and `avgpool`, the mean of `res5`. A transformer has `patches`, the mean of the last patch
-    tokens, `cls`, the last class token, and `cls2` and up: those of so many last blocks side by
-    side. Any other module says its own with a method `layer_widths`.
-    """
-    if isinstance(backbone, VisionTransformer):
-        d = backbone.num_features
-        several = {f"cls{n}": n * d for n in range(len(backbone.blocks), 1, -1)}
-        return {**several, "patches": d, "cls": d}
-    if not is_resnet(backbone):
-        return backbone.layer_widths()
-    widths = {"conv1": backbone.conv1.out_channels}
-    for number in (2, 3, 4, 5):
-        last = getattr(backbone, f"layer{number - 1}")[-1]
-        norms = [m for name, m in last.named_children() if name.startswith("bn")]
-        widths[f"res{number}"] = norms[-1].num_features
-    return {**widths, "avgpool": backbone.num_features}
-
-
-def layers(backbone: nn.Module, images: Tensor, names) -> dict[str, Tensor]:
-    """Compute several layers of a backbone in one pass, which ends with the deepest one asked for.
-
-    Args:
-        images: (N, C, H, W).
-        names: of `layer_widths`.
-
-    Returns:
-        By name, in the order asked for: maps (N, width, H', W') of `conv1` to `res5`, rows
-        (N, width) of the others.
-
-    Raises:
-        ValueError: the backbone has no layer of that name.
-    """
-    known = layer_widths(backbone)
-    for name in names:
-        if name not in known:
-            raise ValueError(f"no layer {name}; there are {' '.join(known)}")
-    if isinstance(backbone, VisionTransformer):
-        last = max([int(name[3:]) for name in names if name[3:].isdecimal()], default=1)
-        tokens = backbone.tokens(images, last)
-        found = {"patches": tokens[-1][:, 1:].mean(1), "cls": tokens[-1][:, 0]}
-        for name in names:
-            if name not in found:
-                found[name] = torch.cat([t[:, 0] for t in tokens[-int(name[3:]) :]], dim=1)
-        return {name: found[name] for name in names}
-    if not is_resnet(backbone):
-        return backbone.layers(images, names)
-    x = backbone.relu(backbone.bn1(backbone.conv1(images)))
-    found = {"conv1": x}
-    x = backbone.maxpool(x)
-    for number in (2, 3, 4, 5):
-        if found.keys() >= set(names):
-            break
-        x = getattr(backbone, f"layer{number - 1}")(x)
-        found[f"res{number}"] = x
-    if "avgpool" in names:
-        found["avgpool"] = nn.functional.adaptive_avg_pool2d(x, 1).flatten(1)
-    return {name: found[name] for name in names}
-
-
-def pool_to_grid(name: str, x: Tensor) -> Tensor:
-    """Average a map (N, width, H, W) of a ResNet's layer down to a few cells (N, width, S, S).
-
-    At 224 px with the protocols' own kernels; at other sizes to as many cells, which then share the
-    map evenly, or to the map itself where it has fewer.
-
-    Reference: Goyal et al., arXiv 1905.01235; the numbers are those of VISSL's linear evaluation.
-    """
-    side, cells, window = GRIDS[name]
-    if tuple(x.shape[2:]) == (side, side):
-        return nn.functional.avg_pool2d(x, *window)
-    return nn.functional.adaptive_avg_pool2d(x, [min(cells, s) for s in x.shape[2:]])
-
-
-def flat_layers(backbone: nn.Module, images: Tensor, names=None) -> dict[str, Tensor]:
-    """Compute layers as rows (N, D), in one pass.
-
-    Args:
-        names: of `layer_widths`, a map being averaged over all of its places; or with `-grid`
-            behind, as in `res4-grid`, averaged to a few cells by `pool_to_grid`. None: the usual
-            feature.
-
-    Raises:
-        ValueError: the backbone has no layer of that name.
-    """
-    if names is None:
-        names = list(layer_widths(backbone))[-1:]
-    plain = {name: name.removesuffix("-grid") for name in names}
-    for name, layer in plain.items():
-        if name != layer and layer not in GRIDS:
-            raise ValueError(f"no layer {name}; with -grid there are {' '.join(GRIDS)}")
-    found = layers(backbone, images, dict.fromkeys(plain.values()))
-    flat = {}
-    for name, layer in plain.items():
-        x = found[layer]
-        if name != layer:
-            x = pool_to_grid(layer, x)
-        elif x.dim() == 4:
-            x = nn.functional.adaptive_avg_pool2d(x, 1)
-        flat[name] = x.flatten(1)
-    return flat
 
 
 def is_resnet(backbone: nn.Module) -> bool:

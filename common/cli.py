@@ -79,11 +79,7 @@ def parser(script: str, description: str) -> Parser:
     data.add_argument("--limit", type=count, metavar="N", help="take N evenly spaced images only")
     run = made.add_argument_group("run (none of these changes the method; --amp its precision)")
     run.add_argument("--output", metavar="FOLDER", help="default: runs/<script>-<data>-<arch>")
-    run.add_argument("--resume", action=Switch, default=True,
-                     help="go on from the checkpoint in the output folder, where there is one; "
-                     "--no-resume starts anew and replaces what the folder holds")
-    run.add_argument("--save-every-minutes", type=positive, default=15.0, metavar="M",
-                     help="save within an epoch as well; every epoch's end saves")
+    run_flags(run)
     run.add_argument("--workers", type=whole, metavar="N",
                      help="loader processes a training process; default: its share of cores")
     run.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto",
@@ -94,9 +90,18 @@ def parser(script: str, description: str) -> Parser:
                      help="torch.compile of the backbone: minutes to start, then faster on CUDA")
     run.add_argument("--deterministic", action=Switch, default=False,
                      help="deterministic kernels on CUDA (slower)")
-    run.add_argument("--log-every", type=count, default=20, metavar="STEPS",
-                     help="steps between two log lines")
     return made
+
+
+def run_flags(group) -> None:
+    """The flags of whatever trains, saves and resumes."""
+    group.add_argument("--resume", action=Switch, default=True,
+                       help="go on from the checkpoint in the output folder, where there is one; "
+                       "--no-resume starts anew and replaces what the folder holds")
+    group.add_argument("--save-every-minutes", type=positive, default=15.0, metavar="M",
+                       help="save within an epoch as well; every epoch's end saves")
+    group.add_argument("--log-every", type=count, default=20, metavar="STEPS",
+                       help="steps between two log lines")
 
 
 def method_parser(script: str, description: str, archs, *, crops: str, batch_norm: bool = True):
@@ -189,77 +194,6 @@ def parse(made: Parser, recipes: dict, argv=None) -> argparse.Namespace:
         if len(values) not in (1, args.in_chans):
             made.error(f"--{flag} has {len(values)} values for --in-chans {args.in_chans}; "
                        "give one, or one a channel")
-    return args
-
-
-def evaluation_parser(
-    script: str, description: str, archs, *, layers: str = "avgpool or cls",
-    resize: str = "the image size up to 96 px, 256/224 of it above",
-) -> Parser:
-    """Make an evaluation's parser with the flags that all evaluations share.
-
-    What is not given is None where it is taken from a run among the checkpoints.
-
-    Args:
-        archs: names of the backbones.
-        layers, resize: what is taken without these flags, in words.
-    """
-    made = Parser(os.path.basename(script), description=description,
-                  formatter_class=HelpFormatter, allow_abbrev=False)
-    group = made.add_argument_group("features")
-    which = group.add_mutually_exclusive_group(required=True)
-    which.add_argument("--checkpoint", nargs="+", metavar="WHAT",
-                       help="run folders, weights files, random, pixels; one table of all")
-    which.add_argument("--features", nargs="+", metavar="FILE",
-                       help="files made by --save-features, instead of checkpoints and images")
-    group.add_argument("--save-features", metavar="FILE",
-                       help="write the features of the one checkpoint to a .npz")
-    group.add_argument("--layers", nargs="+", metavar="LAYER",
-                       help="ResNet: conv1 res2 res3 res4 res5 avgpool, maps averaged over all "
-                       "places or, as in res4-grid, to about 9,000 numbers; transformer: cls "
-                       f"patches cls4 (of the last 4 blocks); default: {layers}")
-    group = made.add_argument_group("images (default: as the first run among the checkpoints)")
-    group.add_argument("--data", help="labelled images, with a train and a test split")
-    group.add_argument("--data-root", default="data", metavar="FOLDER",
-                       help="where torchvision's data sets are")
-    group.add_argument("--download", action=Switch, default=False,
-                       help="fetch a torchvision data set that is not there")
-    group.add_argument("--image-size", type=count, help="side in pixels")
-    group.add_argument("--resize", type=count,
-                       help=f"shorter side before the central crop; default: {resize}")
-    group.add_argument("--in-chans", type=count, help="channels of the images")
-    group.add_argument("--mean", type=number, nargs="+", help="subtracted from each channel")
-    group.add_argument("--std", type=positive, nargs="+", help="each channel is divided by it")
-    group.add_argument("--limit", type=count, metavar="N",
-                       help="take N evenly spaced images of each split")
-    group = made.add_argument_group("backbone (default: as above)")
-    group.add_argument("--arch", choices=archs, help="backbone")
-    group.add_argument("--stem", choices=("imagenet", "small", "small-pad2"),
-                       help="small: 3x3 stride 1, no pool; small-pad2: solo-learn's, padded by 2")
-    group.add_argument("--patch-size", type=count, help="side of a transformer's patches")
-    group = made.add_argument_group("run")
-    group.add_argument("--batch-size", type=count, default=256, help="images in one pass")
-    group.add_argument("--workers", type=whole, metavar="N",
-                       help="loader processes; default: the share of the cores, 0 if no files")
-    group.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="where")
-    group.add_argument("--seed", type=whole, default=0, help="of every random choice")
-    return made
-
-
-def parse_evaluation(made: Parser, argv=None) -> argparse.Namespace:
-    """Parse an evaluation's flags, with the checks that hold for all of them."""
-    args = made.parse_args(argv)
-    if args.save_features and (args.features or len(args.checkpoint) > 1
-                               or args.checkpoint == ["random"]):
-        given = " ".join(args.features or args.checkpoint)
-        made.error(f"--save-features takes the features of one --checkpoint, not of {given}")
-    if args.features:
-        images = ("data", "image_size", "resize", "in_chans", "mean", "std", "limit", "arch",
-                  "stem", "patch_size", "workers")
-        for name in images:
-            if getattr(args, name) is not None:
-                made.error(f"--{name.replace('_', '-')} does not go with --features, which are "
-                           "made already")
     return args
 
 

@@ -1,18 +1,16 @@
-"""Features of a frozen backbone for the three evaluations: what to load, one pass, keeping them.
+"""Features of a frozen backbone: what the evaluations load, how they feed it, and what they get.
 
-An evaluation goes through `sources`, which yields the features of every checkpoint or feature file
-that its command line names (`cli.evaluation_parser`). The pieces serve alone as well:
-`find_checkpoint` and `resolve` say what to load and how to feed it, `models` builds and loads it,
-`extract` applies a function to every image, `Features` holds both splits and is written and read.
+An evaluation loops over `sources`: every checkpoint or feature file that its command line names
+(`parser`), with its backbones, labelled images and view. `Source.features` passes all images
+through a backbone once. The pieces serve alone as well: `find_checkpoint`, `evaluation_settings`,
+`layers`, `extract`, and `Features`, written and read.
 """
 
 import argparse
 import contextlib
+import functools
 import json
-import math
 import os
-import pickle
-import re
 import statistics
 import zipfile
 from dataclasses import dataclass
@@ -21,8 +19,84 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import dist
+from common import augment, backbones, cli, data, dist, weights
 from common.dist import RunError, World
+
+# ------------------------------------------------------------------------------------- command line
+
+
+def parser(
+    script: str, description: str, *, layers: str = "avgpool or cls",
+    resize: str = "the image size up to 96 px, 256/224 of it above",
+) -> cli.Parser:
+    """Make an evaluation's parser with the flags that all evaluations share.
+
+    What is not given is None where it is taken from a run among the checkpoints.
+
+    Args:
+        layers, resize: what is taken without these flags, in words.
+    """
+    made = cli.Parser(os.path.basename(script), description=description,
+                      formatter_class=cli.HelpFormatter, allow_abbrev=False)
+    group = made.add_argument_group("features")
+    which = group.add_mutually_exclusive_group(required=True)
+    which.add_argument("--checkpoint", nargs="+", metavar="WHAT",
+                       help="run folders, weights files, random, pixels; one table of all")
+    which.add_argument("--features", nargs="+", metavar="FILE",
+                       help="files made by --save-features, instead of checkpoints and images")
+    group.add_argument("--save-features", metavar="FILE",
+                       help="write the features of the one checkpoint to a .npz")
+    group.add_argument("--layers", nargs="+", metavar="LAYER",
+                       help="ResNet: conv1 res2 res3 res4 res5 avgpool, maps averaged over all "
+                       "places or, as in res4-grid, to about 9,000 numbers; transformer: cls "
+                       f"patches cls4 (of the last 4 blocks); default: {layers}")
+    group = made.add_argument_group("images (default: as the first run among the checkpoints)")
+    group.add_argument("--data", help="labelled images, with a train and a test split")
+    group.add_argument("--data-root", default="data", metavar="FOLDER",
+                       help="where torchvision's data sets are")
+    group.add_argument("--download", action=cli.Switch, default=False,
+                       help="fetch a torchvision data set that is not there")
+    group.add_argument("--image-size", type=cli.count, help="side in pixels")
+    group.add_argument("--resize", type=cli.count,
+                       help=f"shorter side before the central crop; default: {resize}")
+    group.add_argument("--in-chans", type=cli.count, help="channels of the images")
+    group.add_argument("--mean", type=cli.number, nargs="+", help="subtracted from each channel")
+    group.add_argument("--std", type=cli.positive, nargs="+", help="each channel is divided by it")
+    group.add_argument("--limit", type=cli.count, metavar="N",
+                       help="take N evenly spaced images of each split")
+    group = made.add_argument_group("backbone (default: as above)")
+    group.add_argument("--arch", choices=backbones.NAMES, help="backbone")
+    group.add_argument("--stem", choices=tuple(backbones.STEMS),
+                       help="small: 3x3 stride 1, no pool; small-pad2: solo-learn's, padded by 2")
+    group.add_argument("--patch-size", type=cli.count, help="side of a transformer's patches")
+    group = made.add_argument_group("run")
+    group.add_argument("--batch-size", type=cli.count, default=256,
+                       help="images in one forward pass")
+    group.add_argument("--workers", type=cli.whole, metavar="N",
+                       help="loader processes; default: the share of the cores, 0 if no files")
+    group.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="device")
+    group.add_argument("--seed", type=cli.whole, default=0, help="random seed")
+    return made
+
+
+def parse(made: cli.Parser, argv=None) -> argparse.Namespace:
+    """Parse an evaluation's flags, with the checks that hold for all of them."""
+    args = made.parse_args(argv)
+    if args.save_features and (args.features or len(args.checkpoint) > 1
+                               or args.checkpoint == ["random"]):
+        given = " ".join(args.features or args.checkpoint)
+        made.error(f"--save-features takes the features of one --checkpoint, not of {given}")
+    if args.features:
+        images = ("data", "image_size", "resize", "in_chans", "mean", "std", "limit", "arch",
+                  "stem", "patch_size", "workers")
+        for name in images:
+            if getattr(args, name) is not None:
+                made.error(f"--{name.replace('_', '-')} does not go with --features, which are "
+                           "made already")
+    return args
+
+
+# ----------------------------------------------------------------------------------------- settings
 
 # What to assume where no run.json and no flag says it: the built-in images and the backbone for
 # them, or a file in torchvision's layout.
@@ -55,25 +129,27 @@ def find_checkpoint(name: str) -> Checkpoint:
     """
     if name in ("random", "pixels"):
         return Checkpoint(name, None, {})
-    weights = os.path.join(name, "backbone.pth") if os.path.isdir(name) else name
-    if not os.path.isfile(weights):
+    path = os.path.join(name, "backbone.pth") if os.path.isdir(name) else name
+    if not os.path.isfile(path):
         raise RunError(
-            f"--checkpoint {name}: no file {weights}; give a run folder, a weights file, "
+            f"--checkpoint {name}: no file {path}; give a run folder, a weights file, "
             "random or pixels"
         )
-    described = os.path.join(os.path.dirname(weights), "run.json")
+    described = os.path.join(os.path.dirname(path), "run.json")
     settings = {}
     if os.path.isfile(described):
         with open(described) as file, contextlib.suppress(ValueError, KeyError, TypeError):
             settings = json.load(file)["settings"]
     with contextlib.suppress(RunError):  # a file that does not load: whoever loads it says why
-        own = getattr(load_tensors(weights), "_metadata", {}).get("settings")
+        own = getattr(weights.load_tensors(path), "_metadata", {}).get("settings")
         if isinstance(own, dict):  # or it is the version of a foreign model's part of that name
             settings = settings | {name: own[name] for name in FOLDER if name in own}
-    return Checkpoint(name, weights, settings)
+    return Checkpoint(name, path, settings)
 
 
-def resolve(args, checkpoints: list[Checkpoint], data: str | None = None) -> dict:
+def evaluation_settings(
+    args, checkpoints: list[Checkpoint], data: str | None = None
+) -> dict:
     """What to evaluate on and with: flags first, then the first described run, then assumptions.
 
     `data`, if given, is what the images are whatever the checkpoints say.
@@ -83,18 +159,17 @@ def resolve(args, checkpoints: list[Checkpoint], data: str | None = None) -> dic
             settings do not go together.
     """
     described = next((c.settings for c in checkpoints if c.settings), {})
-    source = data or args.data or described.get("data") or "digits"
-    assumed = DIGITS if source == "digits" else dict(FOLDER, data=source)
+    described = {name: described[name] for name in DIGITS if name in described}
     given = {name: getattr(args, name) for name in DIGITS if getattr(args, name) is not None}
-    settings = {name: {**assumed, **described, **given}[name] for name in DIGITS}
-    settings["data"] = source
+    source = data or args.data or described.get("data") or "digits"
+    settings = (DIGITS if source == "digits" else FOLDER) | described | given | {"data": source}
     for checkpoint in checkpoints:
         for name in ("arch", "in_chans", of_this_kind(settings)):
-            said = checkpoint.settings.get(name, settings[name])
-            if name in given and said != settings[name]:
+            trained = checkpoint.settings.get(name, settings[name])
+            if name in given and trained != settings[name]:
                 flag = f"--{name.replace('_', '-')}"
                 raise RunError(f"{flag} {settings[name]}, and {checkpoint.name} is of {flag} "
-                               f"{said}; is {flag} right?")
+                               f"{trained}; is {flag} right?")
     for name in ("mean", "std"):
         values = settings[name]
         if len(values) in (1, settings["in_chans"]):
@@ -105,7 +180,7 @@ def resolve(args, checkpoints: list[Checkpoint], data: str | None = None) -> dic
         settings[name] = [sum(values) / len(values)]
     size, patch = settings["image_size"], settings["patch_size"]
     if settings["arch"].startswith("vit") and size % patch:
-        raise RunError(f"--image-size {size} is no multiple of --patch-size {patch}")
+        raise RunError(f"--image-size {size} is not a multiple of --patch-size {patch}")
     return settings
 
 
@@ -133,94 +208,158 @@ def assumed(checkpoint: Checkpoint, settings: dict) -> str:
     return line
 
 
-def resize_of(settings: dict, resize: int | None) -> int:
-    """Shorter side before the crop: as given, else the image size up to 96 px, 8/7 of it above.
+# ------------------------------------------------------------------------------------------ sources
 
-    Raises:
-        RunError: less than the image size.
-    """
-    size = settings["image_size"]
-    resize = resize or (size if size <= 96 else round(size * 256 / 224))
-    if resize < size:
-        raise RunError(f"--resize {resize} is less than --image-size {size}")
-    return resize
+RANDOM_INITIALISATIONS = 5
 
 
-def sources(args, world: World, *, open_split, make_view, build, layers, default_workers: int):
-    """Go through what `--checkpoint` or `--features` name.
+@dataclass(frozen=True)
+class Source:
+    """A row of an evaluation's table: a checkpoint and its labelled images, or a feature file."""
+
+    name: str
+    args: argparse.Namespace
+    world: World
+    checkpoint: Checkpoint | None = None  # None for a feature file, which has nothing but a name
+    settings: dict | None = None  # `evaluation_settings`, and the "trained_size" of images
+    train: object = None  # images, as `data.open_images` opens them
+    test: object = None
+    view: augment.View | None = None  # without random numbers
+    protocol: str = ""  # what the images are, in words
+    resnet_layer: str = ""
+
+    @property
+    def workers(self) -> int:
+        """Loader processes: as given, else this process's share of the cores if there are files."""
+        if self.args.workers is not None:
+            return self.args.workers
+        return data.default_workers() if self.train.reads_files else 0
+
+    def backbones(self):
+        """Yield the frozen backbone: five untrained ones of `random`, None of a feature file."""
+        checkpoint, settings = self.checkpoint, self.settings
+        if checkpoint is None:
+            yield None
+        elif checkpoint.name == "pixels":
+            yield freeze(Pixels(), None, self.world)
+        elif checkpoint.weights is None:
+            for number in range(RANDOM_INITIALISATIONS):
+                torch.manual_seed(self.args.seed + number)
+                yield freeze(build(settings), None, self.world)
+        else:
+            line = assumed(checkpoint, settings)
+            if line:
+                dist.say(line)
+            for name in ("mean", "std"):
+                said, now = checkpoint.settings.get(name, settings[name]), settings[name]
+                if list(said) != list(now) and len({*said, *now}) > 1:
+                    dist.say(f"warning: {as_flag(name, settings)}, and {checkpoint.name} was "
+                             f"trained with {as_flag(name, checkpoint.settings)}")
+            yield freeze(build(settings), checkpoint.weights, self.world)
+
+    def features(self, backbone: nn.Module | None) -> "Features":
+        """Features of both splits under one of the backbones; `--save-features` writes them.
+
+        Raises:
+            RunError: the backbone has no such layer; an image, a file or a number is broken.
+        """
+        if backbone is None:
+            with dist.together():
+                found = read(self.name, self.args.layers)
+            dist.say(f"{self.name}: {found.checkpoint} on {found.protocol}")
+            return found
+        names = None if self.checkpoint.name == "pixels" else self.args.layers
+        if names is None and backbones.is_resnet(backbone):
+            names = [self.resnet_layer]
+        function = functools.partial(layers, backbone, names=names)
+        splits = [
+            Split(extract(function, images, self.view, self.world, workers=self.workers,
+                          batch_size=self.args.batch_size),
+                  np.asarray(images.labels, dtype=np.int64), images.index)
+            for images in (self.train, self.test)
+        ]
+        found = Features(self.checkpoint.name, self.protocol, *splits)
+        if self.args.save_features:
+            write(found, self.args.save_features, self.world)
+        return found
+
+
+def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
+            resnet_layer: str = "avgpool", open_images=None):
+    """Yield a `Source` for each of what `--checkpoint` or `--features` name.
 
     Args:
-        args: of a parser made by `cli.evaluation_parser`.
-        open_split: (settings, "train" or "test") to a source of labelled images; called once for
-            each channel count.
-        make_view: settings to an `augment.View` without random numbers, and words for it.
-        build: settings to a new backbone; "trained_size" among them is the size of its images.
-        layers: (backbone, images, names or None for the usual one) to rows by name.
-        default_workers: loader processes where images are files and no flag says.
-
-    Yields:
-        The name, of `random` with its backbone's, and the `Features`, one after the other: five for
-        `random`, one for all others.
+        args: of `parse`.
+        interpolation, crop: of the view, which is this step and the normalisation. The shorter side
+            becomes `--resize`, else the image size up to 96 px, 8/7 of it above.
+        resnet_layer: what `Source.features` takes of a ResNet without `--layers`.
+        open_images: takes the place of `data.open_images`.
 
     Raises:
         RunError: something named is not there, does not fit or has no labels.
     """
     for path in args.features or ():
-        yield path, read_all(path, args.layers)
+        yield Source(path, args, world)
     checkpoints = [find_checkpoint(name) for name in args.checkpoint or ()]
-    shared = resolve(args, checkpoints) if checkpoints else {}
-    opened = {}  # both splits, by channel count: listed once for all checkpoints
-    said = set()
-
-    def extracted(checkpoint, settings):
-        view, words = make_view(settings)
-        train, test = opened[settings["in_chans"]]
-        workers = args.workers
-        if workers is None:
-            workers = default_workers if train.reads_files else 0
-        protocol = (f"{settings['data']}: {len(train)} training and {len(test)} test images of "
-                    f"{settings['image_size']} px ({words})")
-        if protocol not in said:
-            dist.say(protocol)
-            said.add(protocol)
-        names = None if checkpoint.name == "pixels" else args.layers
-        for backbone in models(checkpoint, settings, build, args.seed, world):
-
-            def function(images, backbone=backbone):
-                try:
-                    return layers(backbone, images, names)
-                except ValueError as error:
-                    raise RunError(f"{checkpoint.name}: {error}") from error
-
-            parts = [
-                Split(
-                    extract(function, images, view, world, batch_size=args.batch_size,
-                            workers=workers),
-                    np.asarray(images.labels, dtype=np.int64), images.index,
-                )
-                for images in (train, test)
-            ]
-            found = Features(checkpoint.name, protocol, *parts)
-            if args.save_features:
-                write(found, args.save_features, world)
-            yield found
-
+    shared = evaluation_settings(args, checkpoints) if checkpoints else {}
+    opened, said = {}, set()  # both splits by channel count; protocols
     for checkpoint in checkpoints:
         settings = dict(shared)
         if checkpoint.weights is not None:
-            settings = resolve(args, [checkpoint], shared["data"])
-            own = checkpoint.settings.get("data", shared["data"])
-            if own != shared["data"] and not args.data:
-                dist.say(f"warning: {checkpoint.name} was trained on {own}, and is evaluated on "
-                         f"{shared['data']} like the first run; --data chooses")
-        settings["trained_size"] = checkpoint.settings.get("image_size", settings["image_size"])
-        if settings["in_chans"] not in opened:
-            splits = [open_split(settings, split) for split in ("train", "test")]
-            if any(images.labels is None for images in splits):
+            settings = evaluation_settings(args, [checkpoint], shared["data"])
+            trained_on = checkpoint.settings.get("data", shared["data"])
+            if trained_on != shared["data"] and not args.data:
+                dist.say(f"warning: {checkpoint.name} was trained on {trained_on}, and is "
+                         f"evaluated on {shared['data']} like the first run; --data chooses")
+        channels, size = settings["in_chans"], settings["image_size"]
+        settings["trained_size"] = checkpoint.settings.get("image_size", size)
+        resize = args.resize or (size if size <= 96 else round(size * 256 / 224))
+        if resize < size:
+            raise RunError(f"--resize {resize} is less than --image-size {size}")
+        if channels not in opened:
+            options = dict(root=args.data_root, download=args.download, limit=args.limit)
+            opened[channels] = [
+                (open_images or data.open_images)(settings["data"], split, channels, **options)
+                for split in ("train", "test")
+            ]
+            if any(images.labels is None for images in opened[channels]):
                 raise RunError(f"--data {settings['data']}: no class folders, so no labels")
-            opened[settings["in_chans"]] = splits
+        train, test = opened[channels]
+        step = crop(resize, interpolation=interpolation)
+        view = augment.View(size, [step, augment.Normalize(settings["mean"], settings["std"])],
+                            channels)
+        protocol = (f"{settings['data']}: {len(train)} training and {len(test)} test images of "
+                    f"{size} px, {step}")
+        if protocol not in said:
+            dist.say(protocol)
+            said.add(protocol)
         arch = f" ({settings['arch']})" if checkpoint.name == "random" else ""
-        yield checkpoint.name + arch, extracted(checkpoint, settings)
+        yield Source(checkpoint.name + arch, args, world, checkpoint, settings, train, test, view,
+                     protocol, resnet_layer)
+
+
+class Pixels(nn.Module):
+    """The baseline that learns nothing: the normalised image is its feature."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1)
+
+
+def build(settings: dict) -> nn.Module:
+    """Build a backbone for weights from a file, or to be taken untrained."""
+    return backbones.build_backbone(
+        settings["arch"], in_chans=settings["in_chans"], stem=settings["stem"],
+        zero_init_residual=False, image_size=settings["trained_size"],
+        patch_size=settings["patch_size"], positions="sincos", drop_path=0.0,
+    )
+
+
+def freeze(backbone: nn.Module, path: str | None, world: World) -> nn.Module:
+    """Put a backbone on the device in eval mode, with weights from a file or as it stands."""
+    with dist.together():
+        if path is not None:
+            weights.load_backbone(backbone, path)
+    return backbone.to(world.device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 def mean_of(runs: list):
@@ -235,330 +374,95 @@ def mean_of(runs: list):
     return statistics.fmean(runs)
 
 
-# ---------------------------------------------------------------------------------------- backbones
+# ---------------------------------------------------------------------------------- layers, by name
 
-RANDOM_INITIALISATIONS = 5
-
-
-class Pixels(nn.Module):
-    """The baseline that learns nothing: the normalised image is its feature."""
-
-    def layer_widths(self) -> dict:
-        return {"pixels": None}
-
-    def layers(self, images: Tensor, _names) -> dict[str, Tensor]:
-        return {"pixels": images.flatten(1)}
-
-
-def models(checkpoint: Checkpoint, settings: dict, build, seed: int, world: World):
-    """Yield a checkpoint's frozen backbone; for `random` five untrained ones, of seeds from `seed`.
-
-    Args:
-        build: settings to a new backbone.
-    """
-    if checkpoint.name == "pixels":
-        yield freeze(Pixels(), None, world)
-    elif checkpoint.weights is None:
-        for number in range(RANDOM_INITIALISATIONS):
-            torch.manual_seed(seed + number)
-            yield freeze(build(settings), None, world)
-    else:
-        line = assumed(checkpoint, settings)
-        if line:
-            dist.say(line)
-        for name in ("mean", "std"):
-            said, now = checkpoint.settings.get(name, settings[name]), settings[name]
-            if list(said) != list(now) and len({*said, *now}) > 1:
-                dist.say(f"warning: {as_flag(name, settings)}, and {checkpoint.name} was trained "
-                         f"with {as_flag(name, checkpoint.settings)}")
-        yield freeze(build(settings), checkpoint.weights, world)
-
-
-def freeze(backbone: nn.Module, weights: str | None, world: World) -> nn.Module:
-    """Put a backbone on the device in eval mode, with weights from a file or as it stands."""
-    with dist.together():
-        if weights is not None:
-            load_backbone(backbone, weights)
-    return backbone.to(world.device, memory_format=torch.channels_last).eval().requires_grad_(False)
-
-
-# ----------------------------------------------------------------------------------- weights files
-
-# What is known of the files that others release: words for it; the keys to go down to the state
-# dict; what stands before the names of the backbone's tensors; what else stands there (heads). The
-# first layout that fits counts, so a teacher comes before its student. What stands in WRAPPERS is
-# left out of the names before, wherever it stands.
-WRAPPERS = re.compile(r"(^|(?<=\.))((module|_orig_mod|_fsdp_wrapped_module|"
-                      r"_checkpoint_wrapped_module)\.)+")
-LAYOUTS = (
-    ("VISSL, teacher of DINO", "loss",
-     r"momentum_teacher\.(trunk\.)?(_feature_blocks\.)?", r"heads\."),
-    ("VISSL, teacher of DINO", "classy_state_dict.loss",
-     r"momentum_teacher\.(trunk\.)?(_feature_blocks\.)?", r"heads\."),
-    ("VISSL, teacher of DINO", "loss.teacher", r"(trunk\.)?(_feature_blocks\.)?", r"heads\."),
-    ("VISSL", "classy_state_dict.base_model.model.trunk", r"(_feature_blocks\.)?", None),
-    ("VISSL, converted", "model_state_dict", r"(trunk\.)?(_feature_blocks\.)?", r"heads\.|fc\."),
-    ("DINO, teacher", "teacher", r"backbone\.", None),
-    ("MoCo", "state_dict", r"encoder_q\.", r"fc\."),
-    ("MoCo v3", "state_dict", r"base_encoder\.", r"(fc|head)\."),
-    ("lightly, teacher", "state_dict", r"teacher_backbone\.(vit\.)?", r"(fc|head)\.|mask_token$"),
-    ("MMSelfSup, lightly or solo-learn", "state_dict", r"(model\.)?backbone\.(vit\.)?",
-     r"(fc|head)\.|mask_token$"),
-    ("SimSiam or an older solo-learn", "state_dict", r"encoder\.", r"fc\."),
-    ("Barlow Twins", "model", r"backbone\.", r"fc\."),
-    ("MAE", "model", "", r"decoder_|mask_token$|head\."),
-    ("state_dict with a head, as SwAV's or lemniscate's", "state_dict", "",
-     r"projection_head\.|prototypes|(fc|head)\."),
-    ("plain state dict", "", "", r"projection_head\.|prototypes|(fc|head)\."),
-)
-# Other names of the same tensors: a Sequential of torchvision's ResNet (lightly), OpenMMLab's
-# transformer, and the last norm of a transformer that was fine-tuned with pooled patches.
-RENAMED = (
-    (r"0\.", "conv1."), (r"1\.", "bn1."), (r"4\.", "layer1."), (r"5\.", "layer2."),
-    (r"6\.", "layer3."), (r"7\.", "layer4."),
-    (r"patch_embed\.projection\.", "patch_embed.proj."), (r"(ln1|fc_norm)\.", "norm."),
-    (r"layers\.(\d+)\.attn\.", r"blocks.\1.attn."),
-    (r"layers\.(\d+)\.ln([12])\.", r"blocks.\1.norm\2."),
-    (r"layers\.(\d+)\.ffn\.layers\.0\.0\.", r"blocks.\1.mlp.fc1."),
-    (r"layers\.(\d+)\.ffn\.layers\.1\.", r"blocks.\1.mlp.fc2."),
-)
-
-
-def load_backbone(backbone: nn.Module, path: str) -> None:
-    """Load a weights file of a layout in `LAYOUTS`, and say which and what was left out.
-
-    Every tensor of the backbone must be there, in its shape.
-
-    Raises:
-        RunError: the file does not load, or a tensor is missing, unknown, of another shape or not
-            finite.
-    """
-    loaded = load_tensors(path)
-    if loaded.keys() >= {"step", "settings", "state"}:
-        raise RunError(f"{path} is the state of a run in training; name its folder, or the "
-                       "backbone.pth in it")
-    wanted = backbone.state_dict()
-    layout, found, ignored = recognise(loaded, wanted, path)
-    fit_positions(backbone, found.get("pos_embed"))
-    wanted = backbone.state_dict()
-    for key in wanted:  # a counter that older files do not have and no forward uses
-        if key.endswith("num_batches_tracked"):
-            found.setdefault(key, wanted[key])
-    for key in (*wanted, *sorted(found.keys() - wanted.keys())):
-        if key not in found or key not in wanted:
-            what = "has no" if key not in found else "has an unknown"
-            raise RunError(f"{path} ({layout}) {what} tensor {key}; is --arch right?")
-        if getattr(found[key], "shape", None) != wanted[key].shape:
-            got = tuple(getattr(found[key], "shape", ())) or type(found[key]).__name__
-            raise RunError(f"{path} ({layout}): {key} is {got}, not {tuple(wanted[key].shape)}; "
-                           "are --arch, --stem, --in-chans, --image-size and --patch-size right?")
-        wrong = (~found[key].isfinite()).sum().item()
-        if wrong:
-            raise RunError(f"{path} ({layout}): {key} is not finite ({wrong} of "
-                           f"{found[key].numel()} values); take a checkpoint from before that")
-    backbone.load_state_dict(found)
-    dist.say(f"{path}: {layout}, {len(wanted)} of {len(wanted)} tensors of the backbone loaded"
-             f"{', left out: ' if ignored else ''}{' '.join(ignored)}")
-
-
-def fit_positions(backbone: nn.Module, table) -> None:
-    """Give a transformer room for positions of another image size; it interpolates them itself."""
-    own = getattr(backbone, "pos_embed", None)
-    if own is None or getattr(table, "shape", own.shape)[::2] != own.shape[::2]:
-        return
-    side = math.isqrt(table.shape[1] - 1)
-    if table.shape != own.shape and side**2 == table.shape[1] - 1:
-        backbone.pos_embed = nn.Parameter(torch.zeros_like(table), own.requires_grad)
-        backbone.grid = (side, side)
-
-
-def load_tensors(path: str) -> dict:
-    """Read what `torch.save` wrote, or a safetensors file.
-
-    Tensors, plain values, argparse's namespaces and NumPy's scalars are read.
-
-    Raises:
-        RunError: the file does not load, asks for anything else, or holds no dictionary.
-    """
-    try:
-        with open(path, "rb") as file:
-            start = file.read(64)
-        loaded = read_safetensors(path) if start[8:9] == b"{" else read_pickled(path)
-    except Exception as error:  # a foreign file raises many things
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        if code:
-            reason = f"it asks to run {code[1]}, which is refused"
-        elif isinstance(error, OSError):
-            reason = error.strerror or type(error).__name__
-        else:
-            reason = what_it_is(path, start) or type(error).__name__
-        raise RunError(f"{path} does not load: {reason}") from error
-    if not isinstance(loaded, dict):
-        raise RunError(f"{path} is no state dict: it holds a {type(loaded).__name__}")
-    return loaded
-
-
-class Inert:
-    """Takes the place of an object that is not needed, and forgets all that it is given."""
-
-    def __init__(self, *_):
-        pass
-
-    def __setstate__(self, _):
-        pass
-
-
-# The log in a checkpoint of OpenMMLab's engine, by what is refused first, and what else it asks
-# for. None of it is imported or run: `Inert` stands for each.
-LOGGED = "mmengine.logging.history_buffer.HistoryBuffer"
-IN_A_LOG = (LOGGED, "builtins.getattr", "numpy.ndarray", "numpy.core.multiarray._reconstruct",
-            "numpy._core.multiarray._reconstruct")
-
-
-def read_pickled(path: str):
-    """Read a file of `torch.save` without running anything that stands in it."""
-    scalar = np.float64(0).__reduce__()[0]  # NumPy's, under the names that it had and has
-    allowed = [argparse.Namespace, np.dtype, (scalar, "numpy.core.multiarray.scalar"),
-               (scalar, "numpy._core.multiarray.scalar"),
-               *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"}]
-    mapped = zipfile.is_zipfile(path)  # then only the tensors that are used are read
-
-    def read(*more):
-        with torch.serialization.safe_globals([*allowed, *more]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-
-    try:
-        return read()
-    except pickle.UnpicklingError as error:
-        if f"GLOBAL {LOGGED} " not in str(error):
-            raise
-    return read(*((Inert, name) for name in IN_A_LOG))
-
-
-SAFETENSORS = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
+RESNET_LAYERS = ("conv1", "res2", "res3", "res4", "res5", "avgpool")
+# Average pooling to about 9,000 numbers, as the linear and SVM protocols have it for 224 px: side
+# of the map, side of what is left of it, and kernel, stride and padding in between.
+GRIDS = {
+    "conv1": (112, 12, (10, 10, 4)), "res2": (56, 6, (16, 8, 0)), "res3": (28, 4, (13, 5, 0)),
+    "res4": (14, 3, (8, 3, 0)), "res5": (7, 2, (6, 1, 0)),
 }
 
 
-def read_safetensors(path: str) -> dict[str, Tensor]:
-    """Read a safetensors file: length of the header (8 bytes), JSON header, tensors one by one.
+def layer_widths(backbone: nn.Module) -> dict[str, int | None]:
+    """Channels of every layer of a backbone by name; the last one is the usual feature.
 
-    Reference: https://github.com/huggingface/safetensors, section Format.
+    A ResNet has `conv1` (after batch norm and ReLU, before the pool), its stages `res2` to `res5`,
+    and `avgpool`, the mean of `res5`. A transformer has `patches`, the mean of the last patch
+    tokens, `cls`, the last class token, and `cls2` and up: those of so many last blocks side by
+    side.
     """
-    data = np.memmap(path, dtype=np.uint8, mode="r")
-    size = 8 + int.from_bytes(data[:8].tobytes(), "little")
-    header, data, found = json.loads(data[8:size].tobytes()), data[size:], {}
-    header.pop("__metadata__", None)
-    for name, part in header.items():
-        first, last = part["data_offsets"]
-        own, dtype = torch.from_numpy(data[first:last].copy()), SAFETENSORS[part["dtype"]]
-        found[name] = (own.view(dtype) if len(own) else own.to(dtype)).reshape(part["shape"])
-    return found
+    if isinstance(backbone, Pixels):
+        return {"pixels": None}
+    if isinstance(backbone, backbones.VisionTransformer):
+        d = backbone.num_features
+        several = {f"cls{n}": n * d for n in range(len(backbone.blocks), 1, -1)}
+        return {**several, "patches": d, "cls": d}
+    widths = {"conv1": backbone.conv1.out_channels}
+    for number in (2, 3, 4, 5):
+        last = getattr(backbone, f"layer{number - 1}")[-1]
+        norms = [m for name, m in last.named_children() if name.startswith("bn")]
+        widths[f"res{number}"] = norms[-1].num_features
+    return {**widths, "avgpool": backbone.num_features}
 
 
-NOT_WEIGHTS = (  # how files begin that are often given for weights, and what to say of them
-    (rb"\Z", "it is empty"),
-    (rb"version https://git-lfs", "it is a pointer of Git LFS, not the file itself, which "
-     "`git lfs pull` fetches"),
-    (rb"(\xef\xbb\xbf)?\s*<", "it is a web page, not the file that was to be downloaded"),
-    (rb"[\s\x20-\x7e]+\Z", "it is text, not weights"),
-    (rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|\x28\xb5\x2f\xfd", "it is compressed; unpack it"),
-    (rb"\x89HDF", "it is HDF5, as Keras writes it, not a file of torch.save"),
-    (rb"\x93NUMPY", "it is a NumPy array, not a state dict"),
-)
+def layers(backbone: nn.Module, images: Tensor, names=None) -> dict[str, Tensor]:
+    """Compute layers as rows (n, D), in one pass that ends with the deepest one asked for.
 
-
-def what_it_is(path: str, start: bytes) -> str | None:
-    """Words for a file that does not load, from how it begins; None if nothing is known."""
-    for beginning, words in NOT_WEIGHTS:
-        if re.match(beginning, start):
-            return words
-    cut = "it breaks off before its end; copy or download it again"
-    if start[8:9] == b"{":
-        return cut
-    if not start.startswith(b"PK"):
-        return None
-    try:
-        with zipfile.ZipFile(path) as file:
-            names = file.namelist()
-    except (zipfile.BadZipFile, OSError):
-        return cut
-    if any(name.endswith("/constants.pkl") for name in names):
-        return ("it is TorchScript; torch.jit.load reads it, and what torch.save writes of the "
-                "state_dict() is weights")
-    if not any(name.endswith("data.pkl") for name in names):
-        return f"it is an archive of {' '.join(names[:3])}, not a file of torch.save"
-    return None
-
-
-def recognise(loaded: dict, wanted: dict, path: str) -> tuple[str, dict, list[str]]:
-    """Find the layout of a file by its keys: words, tensors under our names, and what is left out.
+    Args:
+        images: (n, C, H, W).
+        names: of `layer_widths`, a map being averaged over all of its places; or with `-grid`
+            behind, as in `res4-grid`, averaged to a few cells by `pool_to_grid`. None: the usual
+            feature.
 
     Raises:
-        RunError: no layout has a tensor of the backbone.
+        RunError: the backbone has no layer of that name.
     """
-    best, most = None, 0
-    for words, container, prefix, heads in LAYOUTS:
-        inner, beside = loaded, []
-        for name in filter(None, container.split(".")):
-            beside += [str(key) for key in inner if key != name]
-            inner = inner.get(name)
-            if not isinstance(inner, dict):
-                break
-        else:
-            found, ignored = {}, []
-            for key, value in inner.items():
-                plain = WRAPPERS.sub("", str(key))
-                start = re.match(prefix, plain)
-                name = our_name(plain[start.end() :], wanted) if start and key == str(key) else None
-                if name is None or (name not in wanted and heads and re.match(heads, name)):
-                    ignored.append(str(key))
-                elif name in found:
-                    raise RunError(f"{path} ({words}) has two tensors {name}")
-                else:
-                    found[name] = value
-            if any(re.search(r"\bfc_norm\.", key) for key in map(str, inner)):
-                words += ", fc_norm taken for norm"
-            share = len(found.keys() & wanted.keys()) / len(wanted)
-            if share > most:
-                best, most = (words, found, [*in_groups(ignored), *sorted(beside)]), share
-            if share > 0.5:
-                break
-    if best is None:
-        keys = [str(key) for key in loaded]
-        if isinstance(loaded.get("state_dict"), dict):
-            keys = [f"state_dict.{key}" for key in loaded["state_dict"]]
-        if any(re.match(r"(state_dict\.)?features\.", WRAPPERS.sub("", key)) for key in keys):
-            raise RunError(f"{path} is an AlexNet or a VGG, as DeepCluster's are, which is not "
-                           "among the backbones")
-        raise RunError(f"{path} is in no known layout, or of another --arch: it holds "
-                       f"{' '.join(keys[:4]) or 'nothing'}")
-    return best
+    known = layer_widths(backbone)
+    plain = {name: name.removesuffix("-grid") for name in names or list(known)[-1:]}
+    for name, layer in plain.items():
+        if layer not in known or (name != layer and layer not in GRIDS):
+            raise RunError(f"no layer {name}; there are {' '.join(known)}, and with -grid "
+                           f"{' '.join(GRIDS)}")
+    if isinstance(backbone, Pixels):
+        return {"pixels": backbone(images)}
+    if isinstance(backbone, backbones.VisionTransformer):
+        depths = {name: int(name[3:]) for name in plain if name[3:].isdecimal()}
+        tokens = backbone.tokens(images, max(depths.values(), default=1))
+        rows = {"patches": tokens[-1][:, 1:].mean(1), "cls": tokens[-1][:, 0]}
+        rows |= {name: torch.cat([t[:, 0] for t in tokens[-n:]], 1) for name, n in depths.items()}
+        return {name: rows[name] for name in plain}
+    maps = resnet_maps(backbone, images, plain.values())
+    return {name: (pool_to_grid(layer, maps[layer]) if name != layer else
+                   nn.functional.adaptive_avg_pool2d(maps[layer], 1)).flatten(1)
+            for name, layer in plain.items()}
 
 
-def our_name(name: str, wanted: dict) -> str:
-    """A tensor's name as our backbones have it."""
-    if name in wanted:
-        return name
-    for pattern, ours in RENAMED:
-        renamed, times = re.subn(f"^{pattern}", ours, name)
-        if times and renamed in wanted:
-            return renamed
-    return name
+def resnet_maps(backbone: nn.Module, images: Tensor, names) -> dict[str, Tensor]:
+    """The maps (n, width, H', W') of a ResNet down to the deepest asked for; `avgpool` is res5."""
+    x = backbone.relu(backbone.bn1(backbone.conv1(images)))
+    maps = {"conv1": x}
+    x = backbone.maxpool(x)
+    for number in (2, 3, 4, 5):
+        if maps.keys() >= set(names):
+            break
+        x = maps[f"res{number}"] = getattr(backbone, f"layer{number - 1}")(x)
+    return maps | {"avgpool": x}
 
 
-def in_groups(keys: list[str]) -> list[str]:
-    """Name keys, or where more than four begin alike, their beginning and number."""
-    groups = {}
-    for key in keys:
-        wrappers = WRAPPERS.match(key)
-        start = wrappers[0] if wrappers else ""
-        start += key[len(start) :].partition(".")[0]
-        groups.setdefault(start, []).append(key)
-    return [text for start, own in groups.items()
-            for text in (own if len(own) <= 4 else [f"{start}.* ({len(own)})"])]
+def pool_to_grid(name: str, x: Tensor) -> Tensor:
+    """Average a map (n, width, H, W) of a ResNet's layer down to a few cells (n, width, S, S).
+
+    At 224 px with the protocols' own kernels; at other sizes to as many cells, which then share the
+    map evenly, or to the map itself where it has fewer.
+
+    Reference: Goyal et al., arXiv 1905.01235; the numbers are those of VISSL's linear evaluation.
+    """
+    side, cells, window = GRIDS[name]
+    if tuple(x.shape[2:]) == (side, side):
+        return nn.functional.avg_pool2d(x, *window)
+    return nn.functional.adaptive_avg_pool2d(x, [min(cells, s) for s in x.shape[2:]])
 
 
 # ----------------------------------------------------------------------------------------- one pass
@@ -651,6 +555,22 @@ def check_finite(rows: Tensor, words: str, first: int = 0) -> None:
                        f"{first + wrong[0].item()}; no number can be made of them")
 
 
+def class_balanced(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Rising rows of a fraction of the images, class-balanced, at least one image of every class.
+
+    A smaller fraction is part of a larger one.
+    """
+    if fraction == 1:
+        return np.arange(len(labels))
+    rng = np.random.default_rng(seed)
+    classes = np.unique(labels)
+    members = [rng.permutation(np.flatnonzero(labels == c)) for c in classes]
+    order = rng.permutation(len(classes))  # who gets one of what does not divide
+    rounds = range(max(len(rows) for rows in members))
+    taken = [members[c][i] for i in rounds for c in order if i < len(members[c])]
+    return np.sort(np.array(taken[: max(round(fraction * len(labels)), len(classes))]))
+
+
 def share_right(scores: Tensor, truth: Tensor, k: int) -> Tensor:
     """How far the true class is among the k of the highest scores: 1 if it is, 0 if not.
 
@@ -711,14 +631,6 @@ def write(features: Features, path: str, world: World) -> None:
                 np.savez(file, **arrays)
             os.replace(f"{path}.tmp", path)
     dist.say(f"features written to {path}")
-
-
-def read_all(path: str, layers: list[str] | None):
-    """Yield what is in a feature file, once, after saying where it comes from."""
-    with dist.together():
-        found = read(path, layers)
-    dist.say(f"{path}: {found.checkpoint} on {found.protocol}")
-    yield found
 
 
 def read(path: str, layers: list[str] | None = None) -> Features:

@@ -23,16 +23,22 @@ class Training:
         views: one `augment.View` for every view of an image.
         chance_loss: the loss of a model that knows nothing, shown beside the first one, if known.
         floors, ceilings: collapse indicators by name, and the value below or above which to warn.
+        settings: what a resumed run must repeat, if not all of `args` that changes weights.
+        product: the file that every save writes `export` to.
 
     Attributes:
         step: steps done. total_steps: of the whole run. steps_per_epoch.
     """
 
-    def __init__(self, args, world, images, views, *, chance_loss=None, floors=None, ceilings=None):
+    def __init__(
+        self, args, world, images, views, *, chance_loss=None, floors=None, ceilings=None,
+        settings=None, product="backbone.pth",
+    ):
         self.args, self.world, self.images, self.views = args, world, images, views
         self.bounds = dict(chance_loss=chance_loss, floors=floors or {}, ceilings=ceilings)
-        self.folder = Run(args.output, cli.settings(args), images, world, resume=args.resume,
-                          save_every_minutes=args.save_every_minutes)
+        self.folder = Run(args.output, settings or cli.settings(args), images, world,
+                          resume=args.resume, save_every_minutes=args.save_every_minutes,
+                          product=product)
         self.steps_per_epoch = len(images) // args.batch_size
         self.total_steps = args.epochs * self.steps_per_epoch
 

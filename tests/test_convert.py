@@ -7,8 +7,9 @@ import torch
 import torchvision
 
 import convert
-from common import backbones, features
+from common import backbones
 from common.dist import RunError
+from common.weights import load_backbone
 
 SETTINGS = dict(data="/images", arch="resnet18", stem="imagenet", image_size=64, in_chans=3,
                 mean=[0.4, 0.5, 0.6], std=[0.1, 0.2, 0.25])
@@ -63,7 +64,7 @@ def test_a_run_goes_to_torchvision_and_back(to, tmp_path, capsys):
     assert f"minus {SETTINGS['mean']}" in capsys.readouterr().out
 
     model.fc, backbone, images = torch.nn.Identity(), build("resnet18"), torch.rand(2, 3, 64, 64)
-    features.load_backbone(backbone, str(out))
+    load_backbone(backbone, str(out))
     with torch.no_grad():
         assert torch.equal(model.eval()(images), backbone.eval()(images))
     again = converted(out, to, tmp_path / "again.pth")  # it says its settings itself

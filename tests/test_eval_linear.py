@@ -8,12 +8,11 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 import drill
 import eval_linear
-from common import backbones, data, features
+from common import backbones, checkpoint, data, features
 from common.dist import RunError, World
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -26,7 +25,7 @@ ALONE = World(0, 1, torch.device("cpu"))
     [
         (["--epochs", "3"], "--epochs does not go with --protocol auto"),
         (["--lr", "3"], "--lr does not go"),
-        (["--protocol", "moco", "--save-features", "x.npz"], "--save-features goes with"),
+        (["--protocol", "moco", "--save-features", "x.npz"], "--save-features does not go"),
         (["--protocol", "nobody"], "nobody"),
         (["--train-fraction", "0"], "--train-fraction 0"),
         (["--train-fraction", "1.5"], "'1.5'"),
@@ -43,7 +42,7 @@ def test_a_bad_argument_is_one_line_with_its_value(flags, named, capsys):
 def test_feature_files_go_with_auto_only(capsys):
     with pytest.raises(SystemExit):
         eval_linear.parse_args(["--features", "x.npz", "--protocol", "mae"])
-    assert "--features goes with --protocol auto only" in capsys.readouterr().err
+    assert "--features does not go with --protocol mae" in capsys.readouterr().err
 
 
 def test_a_batch_that_does_not_divide_is_refused(monkeypatch, capsys):
@@ -102,291 +101,22 @@ def test_the_learning_rates_step_or_fall_as_published():
 
 def test_a_fraction_has_equally_many_of_every_class():
     labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2, 7], 50))
-    rows = eval_linear.class_balanced(labels, 0.1, 0)
+    rows = features.class_balanced(labels, 0.1, 0)
     assert np.bincount(labels[rows]).tolist() == [5, 5, 5, 0, 0, 0, 0, 5]
     assert len(set(rows)) == 20 and (np.diff(rows) > 0).all()
-    more = eval_linear.class_balanced(labels, 0.25, 0)
+    more = features.class_balanced(labels, 0.25, 0)
     assert len(more) == 50 and set(rows) < set(more)
     assert sorted(np.bincount(labels[more])[[0, 1, 2, 7]]) == [12, 12, 13, 13]
-    assert np.array_equal(rows, eval_linear.class_balanced(labels, 0.1, 0))
-    assert not np.array_equal(rows, eval_linear.class_balanced(labels, 0.1, 1))
-    assert len(eval_linear.class_balanced(labels, 0.001, 0)) == 4  # one of each at least
-    assert np.array_equal(eval_linear.class_balanced(labels, 1.0, 0), np.arange(200))
+    assert np.array_equal(rows, features.class_balanced(labels, 0.1, 0))
+    assert not np.array_equal(rows, features.class_balanced(labels, 0.1, 1))
+    assert len(features.class_balanced(labels, 0.001, 0)) == 4  # one of each at least
+    assert np.array_equal(features.class_balanced(labels, 1.0, 0), np.arange(200))
 
 
 def test_a_class_with_fewer_images_gives_all_it_has():
     labels = np.array([0] * 2 + [1] * 98)
-    rows = eval_linear.class_balanced(labels, 0.1, 0)
+    rows = features.class_balanced(labels, 0.1, 0)
     assert np.bincount(labels[rows]).tolist() == [2, 8]
-
-
-# --------------------------------------------------------------------------------------------- auto
-
-
-def problem(n=40, d=5, c=3, h=2):
-    rng = np.random.default_rng(1)
-    rows, labels = torch.tensor(rng.normal(size=(n, d))), torch.tensor(rng.integers(0, c, n))
-    shares = torch.tensor(rng.random((n, h)))
-    return rows, labels, shares, torch.tensor([0.1, 0.01][:h])
-
-
-def written_out(point, rows, labels, shares, decay):
-    weights, offsets = point[: rows.shape[1]], point[rows.shape[1]]
-    losses = nn.functional.cross_entropy(rows @ weights + offsets, labels, reduction="none")
-    return (shares * losses).sum() + decay / 2 * weights.square().sum()
-
-
-@pytest.mark.parametrize("at_a_time", [7, 2**25])
-def test_value_and_gradient_equal_autograds(at_a_time, monkeypatch):
-    monkeypatch.setattr(eval_linear, "LOGITS_AT_A_TIME", at_a_time)
-    rows, labels, shares, decays = problem()
-    points = torch.randn(2, 6, 3, dtype=torch.float64, requires_grad=True)
-    function = eval_linear.cross_entropies(rows, labels, shares, decays, 3)
-    values, gradients = function(points.detach().view(2, -1), torch.arange(2))
-    expected = [written_out(points[h], rows, labels, shares[:, h], decays[h]) for h in range(2)]
-    torch.testing.assert_close(values, torch.stack(expected).detach(), rtol=1e-12, atol=0)
-    sum(expected).backward()
-    torch.testing.assert_close(gradients.view(2, 6, 3), points.grad, rtol=1e-10, atol=1e-12)
-    one, gradient = function(points.detach().view(2, -1)[1:], torch.tensor([1]))  # one head alone
-    torch.testing.assert_close(one, values[1:])
-    torch.testing.assert_close(gradient, gradients[1:])
-
-
-def quadratics(h=6, p=8):
-    rng = np.random.default_rng(2)
-    roots = torch.tensor(rng.normal(size=(h, p, p)))
-    hessians = roots @ roots.transpose(1, 2) + 0.1 * torch.eye(p, dtype=torch.float64)
-    hessians *= 10.0 ** torch.arange(h)[:, None, None]
-    least = torch.tensor(rng.normal(size=(h, p)))
-
-    def function(points, which):
-        x = points - least[which]
-        gradients = (hessians[which] @ x[:, :, None])[:, :, 0]
-        return (x * gradients).sum(1) / 2, gradients
-
-    return function, least, hessians
-
-
-def test_several_functions_are_minimised_at_once_and_each_as_if_alone():
-    function, least, hessians = quadratics()
-    start, curvatures = torch.zeros_like(least) + 3, hessians.diagonal(dim1=1, dim2=2)
-    options = dict(tolerance=1e-16, iterations=200)
-    each = torch.linalg.eigvalsh(hessians)[:, 0]
-    found = eval_linear.minimise(function, start, curvatures, least=each, **options)
-    torch.testing.assert_close(found, least, rtol=1e-6, atol=1e-6)
-    found = eval_linear.minimise(function, start, torch.ones_like(start), least=each, **options)
-    torch.testing.assert_close(found, least, rtol=1e-6, atol=1e-6)
-    for h in range(len(least)):
-        alone = eval_linear.minimise(lambda x, which, h=h: function(x, which + h), start[:1],
-                                     curvatures[h : h + 1], least=each[h : h + 1], **options)
-        torch.testing.assert_close(alone[0], found[h], rtol=1e-6, atol=1e-6)
-
-
-def test_a_known_curvature_saves_the_steps():
-    scales = torch.logspace(-4, 4, 40, dtype=torch.float64)[None]
-    calls = []
-
-    def function(points, which):
-        calls.append(len(which))
-        return 1 + (scales * (points - 1).square()).sum(1) / 2, scales * (points - 1)
-
-    start = torch.zeros(1, 40, dtype=torch.float64)
-    options = dict(least=scales[:, 0], tolerance=1e-12, iterations=500)
-    found = eval_linear.minimise(function, start, scales, **options)
-    torch.testing.assert_close(found, start + 1)
-    assert len(calls) == 2  # the start, and one step to the end
-    calls.clear()
-    eval_linear.minimise(function, start, start + 1, **options)
-    assert len(calls) > 40
-
-
-def test_principal_axes_turn_the_rows_and_know_their_variances():
-    x = torch.randn(50, 7, dtype=torch.float64) @ torch.randn(7, 7, dtype=torch.float64)
-    x -= x.mean(0)
-    axes, variances = eval_linear.principal_axes(x, 50)
-    torch.testing.assert_close(axes.T @ axes, torch.eye(7, dtype=torch.float64))
-    torch.testing.assert_close((x @ axes).square().mean(0), variances)
-    torch.testing.assert_close(((x @ axes).T @ (x @ axes)) / 50, variances.diag())
-    axes, variances = eval_linear.principal_axes(torch.cat([x, x, 0 * x], dim=1), 50)
-    assert axes.shape == (21, 7) and variances.shape == (7,)  # what varies is in seven
-
-
-def test_features_of_little_rank_are_fitted_to_the_end():
-    """Nearly collinear features, as bad backbones have: the validation equals scikit-learn's."""
-    rng = np.random.default_rng(0)
-    labels = np.arange(150) % 3
-    hidden = np.eye(3)[labels] + 0.7 * rng.normal(size=(150, 3))
-    rows = hidden @ rng.normal(size=(3, 40)) * 10 + 0.05 * rng.normal(size=(150, 40)) + 7
-    decay, fold = 1e-5, eval_linear.fold_of(labels, 5, 0)
-    rows = torch.tensor(rows, dtype=torch.float32)
-    got = auto(rows, labels, rows, labels, decays=[decay])
-    x = rows.double().numpy()
-    x = (x - x.mean(0)) / x.std(0)
-    right = 0
-    for out in range(5):
-        model = LogisticRegression(C=1 / (decay * 120), tol=1e-10, max_iter=100_000)
-        model.fit(x[fold != out], labels[fold != out])
-        right += (model.predict(x[fold == out]) == labels[fold == out]).sum()
-    assert got["validation"] == pytest.approx(right / 150, abs=1e-12)
-
-
-@pytest.mark.parametrize("decay", [1e-7, 1e-5])
-def test_separable_features_are_fitted_to_the_end(decay):
-    """Where the loss falls far below the weight decay's, so that a small gradient means little."""
-    rng = np.random.default_rng(1)
-    labels, truth = np.arange(90) % 3, np.arange(3000) % 3
-    scales = np.logspace(0, -2, 30)
-    train, test = (np.eye(3, 30)[y] + rng.normal(size=(len(y), 30)) * scales
-                   for y in (labels, truth))
-    got = auto(torch.tensor(train), labels, torch.tensor(test), truth, decays=[decay])
-    scaler = StandardScaler().fit(train)
-    model = LogisticRegression(C=1 / (decay * 90), tol=1e-10, max_iter=100_000)
-    model.fit(scaler.transform(train), labels)
-    assert abs(got["top1"] - model.score(scaler.transform(test), truth)) < 1.5 / 3000
-
-
-def test_a_small_loss_is_exact_in_float32():
-    row, one = torch.zeros(1, 1), torch.ones(1, 1)
-    function = eval_linear.cross_entropies(row, torch.tensor([0]), one, one[0], 2)
-    values, _ = function(torch.tensor([[0.0, 0.0, 100.0, 91.0]]), torch.tensor([0]))
-    assert values.item() == pytest.approx(math.log1p(math.exp(-9)), rel=1e-3)
-
-
-def test_what_is_not_minimised_is_told_of(capsys):
-    function, least, hessians = quadratics()
-    start, each = torch.zeros_like(least) + 3, torch.linalg.eigvalsh(hessians)[:, 0]
-    start[1] = least[1]  # one that is done from the start
-    options = dict(least=each, tolerance=1e-6)
-
-    def shifted(points, which):
-        values, gradients = function(points, which)
-        return values + 1, gradients
-
-    eval_linear.minimise(shifted, start, torch.ones_like(start), iterations=2, **options)
-    assert "warning: 5 of 6 heads are not trained to the end" in capsys.readouterr().out
-    eval_linear.minimise(shifted, start, torch.ones_like(start), iterations=200, **options)
-    assert capsys.readouterr().out == ""
-
-    def rising(points, which):
-        values, gradients = shifted(points, which)
-        return values, -gradients  # no step falls
-
-    eval_linear.minimise(rising, start, torch.ones_like(start), iterations=200, **options)
-    assert "warning: 5 of 6 heads are not trained to the end" in capsys.readouterr().out
-
-
-def test_it_needs_few_passes_over_the_images():
-    rows, _, _, _ = problem(n=200, d=20, c=4)
-    labels = rows[:, :4].argmax(1)  # which a linear layer can tell: large weights, many steps
-    decays = torch.tensor([1e-6, 1e-3, 1.0], dtype=torch.float64)
-    function = eval_linear.cross_entropies(rows, labels, rows.new_full((200, 3), 1 / 200), decays,
-                                           4)
-    calls = []
-
-    def counted(points, which):
-        calls.append(len(which))
-        return function(points, which)
-
-    eval_linear.minimise(counted, rows.new_zeros(3, 84), rows.new_ones(3, 84), least=decays,
-                         tolerance=1e-4, iterations=300)
-    assert len(calls) < 150 and calls[0] == 3 and calls[-1] < 3  # what is done is left out
-
-
-def test_every_head_is_scikit_learns_logistic_regression():
-    """C = 1 / (decay n), offsets not decayed."""
-    rows, labels, _, _ = problem(n=120, d=6, c=3)
-    decays = torch.tensor([1e-3, 1e-1], dtype=torch.float64)
-    used = torch.arange(120)[:, None] % 5 != torch.tensor([0, 3])
-    shares = used / used.sum(0).double()
-    function = eval_linear.cross_entropies(rows, labels, shares, decays, 3)
-    points = eval_linear.minimise(function, rows.new_zeros(2, 21), rows.new_ones(2, 21),
-                                  least=decays, tolerance=1e-12, iterations=500)
-    for h in range(2):
-        theirs = LogisticRegression(C=1 / (decays[h].item() * 96), tol=1e-10, max_iter=10_000)
-        theirs.fit(rows[used[:, h]].numpy(), labels[used[:, h]].numpy())
-        head = points[h].view(7, 3)
-        np.testing.assert_allclose(head[:6].T, theirs.coef_, atol=1e-5)
-        shift = head[6].numpy() - theirs.intercept_  # offsets are known up to one number
-        np.testing.assert_allclose(shift, shift[0], atol=1e-5)
-
-
-def test_features_are_standardised_and_constant_ones_left_out():
-    rows = torch.tensor([[1.0, 5, 100], [3, 5, 300], [5, 5, 500]])
-    center, scale = eval_linear.standardisation(rows)
-    assert center.tolist() == [3, 5, 300] and scale[1] == 0
-    torch.testing.assert_close(scale[[0, 2]], 1 / rows.double().std(0, correction=0)[[0, 2]])
-
-
-def test_folds_have_equally_many_of_every_class():
-    labels = np.random.default_rng(0).integers(0, 4, 203)
-    fold = eval_linear.fold_of(labels, 5, 0)
-    for c in range(4):
-        counts = np.bincount(fold[labels == c], minlength=5)
-        assert counts.max() - counts.min() <= 1
-    assert not np.array_equal(fold, eval_linear.fold_of(labels, 5, 1))
-
-
-def auto(train, labels, test, truth, **options):
-    options = dict(decays=eval_linear.DECAYS, folds=5, num_classes=3, seed=0, world=ALONE) | options
-    return eval_linear.auto_probe(train, labels, test, truth, **options)
-
-
-def blobs(n, seed, noise=1.5):
-    rng = np.random.default_rng(seed)
-    labels = np.arange(n) % 3
-    rows = np.eye(6)[labels] * 3 + noise * rng.normal(size=(n, 6))
-    return torch.tensor(rows, dtype=torch.float32), labels
-
-
-def test_the_decay_is_chosen_by_cross_validation_and_counted_by_hand():
-    (train, labels), (test, truth) = blobs(90, 0), blobs(60, 1)
-    got = auto(train, labels, test, truth)
-    x = ((train.double() - train.double().mean(0)) / train.double().std(0, correction=0)).numpy()
-    fold = eval_linear.fold_of(labels, 5, 0)
-    shares = {}
-    for decay in eval_linear.DECAYS:
-        right = 0
-        for out in range(5):
-            model = LogisticRegression(C=1 / (decay * (fold != out).sum()), tol=1e-8,
-                                       max_iter=10_000).fit(x[fold != out], labels[fold != out])
-            right += (model.predict(x[fold == out]) == labels[fold == out]).sum()
-        shares[decay] = right / 90
-    assert got["validation"] == pytest.approx(max(shares.values()), abs=1e-12)
-    assert got["weight_decay"] == max(d for d, s in shares.items() if s == max(shares.values()))
-    assert got["top5"] == 1 and 0.6 < got["top1"] < 1
-
-
-def test_the_test_images_choose_nothing():
-    (train, labels), (test, truth) = blobs(90, 0), blobs(60, 1)
-    one, two = auto(train, labels, test, truth), auto(train, labels, -test, truth)
-    assert (one["weight_decay"], one["validation"]) == (two["weight_decay"], two["validation"])
-    assert one["top1"] != two["top1"]
-
-
-def test_many_images_leave_out_one_fifth_only(monkeypatch):
-    heads, minimise = [], eval_linear.minimise
-    monkeypatch.setattr(eval_linear, "minimise",
-                        lambda f, x, c, **o: heads.append(len(x)) or minimise(f, x, c, **o))
-    auto(*blobs(90, 0), *blobs(60, 1))
-    monkeypatch.setattr(eval_linear, "MANY_IMAGES", 50)
-    auto(*blobs(90, 0), *blobs(60, 1))
-    assert heads[::3] == [65, 1, 13, 1]  # each in three rounds
-
-
-def test_the_best_and_the_best_five():
-    logits = torch.tensor([[5.0, 4, 3, 2, 1, 0], [0.0, 1, 2, 3, 4, 5], [1.0] * 6])
-    got = eval_linear.top_1_and_5(logits, torch.tensor([0, 0, 2]))
-    torch.testing.assert_close(got, torch.tensor([[1, 1], [0, 0], [1 / 6, 5 / 6]]).double())
-    assert eval_linear.top_1_and_5(logits[:, :3], torch.tensor([2, 2, 2]))[:, 1].tolist() == [1] * 3
-
-
-def test_features_that_tell_nothing_are_right_by_chance():
-    """Equally many images of seven classes, all alike: 1 in 7, and 5 in 7 among five."""
-    rows = torch.ones(70, 3)
-    for labels in (np.arange(70) % 7, np.arange(69, -1, -1) % 7):
-        got = auto(rows, labels, rows[:14], labels[:14], num_classes=7)
-        assert (got["top1"], got["top5"]) == (pytest.approx(1 / 7), pytest.approx(5 / 7))
-        assert got["validation"] == pytest.approx(1 / 7)
 
 
 # -------------------------------------------------------------------------------------------- heads
@@ -397,6 +127,13 @@ def tiny(arch="resnet_tiny", **options):
     options = dict(in_chans=3, stem="small", zero_init_residual=False, image_size=16, patch_size=4,
                    positions="sincos", drop_path=0.0) | options
     return backbones.build_backbone(arch, **options).eval().requires_grad_(False)
+
+
+def test_the_best_and_the_best_five():
+    logits = torch.tensor([[5.0, 4, 3, 2, 1, 0], [0.0, 1, 2, 3, 4, 5], [1.0] * 6])
+    got = eval_linear.top_1_and_5(logits, torch.tensor([0, 0, 2]))
+    torch.testing.assert_close(got, torch.tensor([[1, 1], [0, 0], [1 / 6, 5 / 6]]).double())
+    assert eval_linear.top_1_and_5(logits[:, :3], torch.tensor([2, 2, 2]))[:, 1].tolist() == [1] * 3
 
 
 def test_the_layers_of_the_protocols():
@@ -427,7 +164,7 @@ def test_published_pooling_gives_the_published_sizes():
 def test_layers_stand_side_by_side():
     vit, images = tiny("vit_micro"), torch.randn(2, 3, 16, 16)
     got = eval_linear.probed_layers(vit, images, ["cls+patches", "cls"])
-    parts = backbones.flat_layers(vit, images, ["cls", "patches"])
+    parts = features.layers(vit, images, ["cls", "patches"])
     assert torch.equal(got["cls+patches"], torch.cat([parts["cls"], parts["patches"]], 1))
     assert torch.equal(got["cls"], parts["cls"])
     resnet = tiny()
@@ -464,7 +201,7 @@ def test_one_step_is_the_step_written_out(tmp_path):
     evaluate("--checkpoint", "pixels", *flags)
     trained = torch.load(tmp_path / "moco-pixels/heads.pth", weights_only=True)
     images = data.open_images("digits", "train", 3, limit=32)
-    views = eval_linear.train_views(16, 3, "bilinear", False, [0.5], [0.5])
+    views = eval_linear.train_views("bilinear", False, 16, 3, [0.5], [0.5])
     (batch,) = data.Loader(images, views, batch_size=32, epochs=1, seed=0, world=ALONE,
                            workers=0).epoch(0)
     torch.manual_seed(0)
@@ -669,14 +406,14 @@ def test_stopped_at_any_moment_it_ends_with_the_same_numbers(weights, tmp_path, 
     flags = ["--checkpoint", weights, "--protocol", "vissl", "--limit", 64, "--epochs", 3,
              "--train-batch-size", 16, "--output"]
     whole = evaluate(*flags, tmp_path / "whole")
-    agree = eval_linear.Run.agree
+    agree = checkpoint.Run.agree
 
     def stop_at_six(self, epoch_ends, steps=[]):  # noqa: B006
         steps.append(1)
         self.stop_requested = len(steps) == 6
         return agree(self, epoch_ends)
 
-    monkeypatch.setattr(eval_linear.Run, "agree", stop_at_six)
+    monkeypatch.setattr(checkpoint.Run, "agree", stop_at_six)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         eval_linear.main(eval_linear.parse_args([str(f) for f in (*flags, tmp_path / "cut")]))

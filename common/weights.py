@@ -1,0 +1,307 @@
+"""Weights files: foreign layouts, safetensors and pickles, read without running code in them.
+
+`load_backbone` loads any of `LAYOUTS` into a backbone, every tensor or none; `load_tensors` reads
+a file as it is; `fingerprint` tells whether weights have changed.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import pickle
+import re
+import zipfile
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from common import dist
+from common.dist import RunError
+
+# What is known of the files that others release: words for it; the keys to go down to the state
+# dict; what stands before the names of the backbone's tensors; what else stands there (heads). The
+# first layout that fits counts, so a teacher comes before its student. What stands in WRAPPERS is
+# left out of the names before, wherever it stands.
+WRAPPERS = re.compile(r"(^|(?<=\.))((module|_orig_mod|_fsdp_wrapped_module|"
+                      r"_checkpoint_wrapped_module)\.)+")
+LAYOUTS = (
+    ("VISSL, teacher of DINO", "loss",
+     r"momentum_teacher\.(trunk\.)?(_feature_blocks\.)?", r"heads\."),
+    ("VISSL, teacher of DINO", "classy_state_dict.loss",
+     r"momentum_teacher\.(trunk\.)?(_feature_blocks\.)?", r"heads\."),
+    ("VISSL, teacher of DINO", "loss.teacher", r"(trunk\.)?(_feature_blocks\.)?", r"heads\."),
+    ("VISSL", "classy_state_dict.base_model.model.trunk", r"(_feature_blocks\.)?", None),
+    ("VISSL, converted", "model_state_dict", r"(trunk\.)?(_feature_blocks\.)?", r"heads\.|fc\."),
+    ("DINO, teacher", "teacher", r"backbone\.", None),
+    ("MoCo", "state_dict", r"encoder_q\.", r"fc\."),
+    ("MoCo v3", "state_dict", r"base_encoder\.", r"(fc|head)\."),
+    ("lightly, teacher", "state_dict", r"teacher_backbone\.(vit\.)?", r"(fc|head)\.|mask_token$"),
+    ("MMSelfSup, lightly or solo-learn", "state_dict", r"(model\.)?backbone\.(vit\.)?",
+     r"(fc|head)\.|mask_token$"),
+    ("SimSiam or an older solo-learn", "state_dict", r"encoder\.", r"fc\."),
+    ("Barlow Twins", "model", r"backbone\.", r"fc\."),
+    ("MAE", "model", "", r"decoder_|mask_token$|head\."),
+    ("state_dict with a head, as SwAV's or lemniscate's", "state_dict", "",
+     r"projection_head\.|prototypes|(fc|head)\."),
+    ("plain state dict", "", "", r"projection_head\.|prototypes|(fc|head)\."),
+)
+# Other names of the same tensors: a Sequential of torchvision's ResNet (lightly), OpenMMLab's
+# transformer, and the last norm of a transformer that was fine-tuned with pooled patches.
+RENAMED = (
+    (r"0\.", "conv1."), (r"1\.", "bn1."), (r"4\.", "layer1."), (r"5\.", "layer2."),
+    (r"6\.", "layer3."), (r"7\.", "layer4."),
+    (r"patch_embed\.projection\.", "patch_embed.proj."), (r"(ln1|fc_norm)\.", "norm."),
+    (r"layers\.(\d+)\.attn\.", r"blocks.\1.attn."),
+    (r"layers\.(\d+)\.ln([12])\.", r"blocks.\1.norm\2."),
+    (r"layers\.(\d+)\.ffn\.layers\.0\.0\.", r"blocks.\1.mlp.fc1."),
+    (r"layers\.(\d+)\.ffn\.layers\.1\.", r"blocks.\1.mlp.fc2."),
+)
+
+
+def load_backbone(backbone: nn.Module, path: str) -> None:
+    """Load a weights file of a layout in `LAYOUTS`, and say which and what was left out.
+
+    Every tensor of the backbone must be there, in its shape.
+
+    Raises:
+        RunError: the file does not load, or a tensor is missing, unknown, of another shape or not
+            finite.
+    """
+    loaded = load_tensors(path)
+    if loaded.keys() >= {"step", "settings", "state"}:
+        raise RunError(f"{path} is the state of a run in training; name its folder, or the "
+                       "backbone.pth in it")
+    wanted = backbone.state_dict()
+    layout, found, ignored = detect_layout(loaded, wanted, path)
+    fit_positions(backbone, found.get("pos_embed"))
+    wanted = backbone.state_dict()
+    for key in wanted:  # a counter that older files do not have and no forward uses
+        if key.endswith("num_batches_tracked"):
+            found.setdefault(key, wanted[key])
+    for key in (*wanted, *sorted(found.keys() - wanted.keys())):
+        if key not in found or key not in wanted:
+            what = "has no" if key not in found else "has an unknown"
+            raise RunError(f"{path} ({layout}) {what} tensor {key}; is --arch right?")
+        if getattr(found[key], "shape", None) != wanted[key].shape:
+            got = tuple(getattr(found[key], "shape", ())) or type(found[key]).__name__
+            raise RunError(f"{path} ({layout}): {key} is {got}, not {tuple(wanted[key].shape)}; "
+                           "are --arch, --stem, --in-chans, --image-size and --patch-size right?")
+        wrong = (~found[key].isfinite()).sum().item()
+        if wrong:
+            raise RunError(f"{path} ({layout}): {key} is not finite ({wrong} of "
+                           f"{found[key].numel()} values); take a checkpoint from before that")
+    backbone.load_state_dict(found)
+    dist.say(f"{path}: {layout}, {len(wanted)} of {len(wanted)} tensors of the backbone loaded"
+             f"{', left out: ' if ignored else ''}{' '.join(ignored)}")
+
+
+def fit_positions(backbone: nn.Module, table) -> None:
+    """Give a transformer room for positions of another image size; it interpolates them itself."""
+    own = getattr(backbone, "pos_embed", None)
+    if own is None or getattr(table, "shape", own.shape)[::2] != own.shape[::2]:
+        return
+    side = math.isqrt(table.shape[1] - 1)
+    if table.shape != own.shape and side**2 == table.shape[1] - 1:
+        backbone.pos_embed = nn.Parameter(torch.zeros_like(table), own.requires_grad)
+        backbone.grid = (side, side)
+
+
+def load_tensors(path: str) -> dict:
+    """Read what `torch.save` wrote, or a safetensors file.
+
+    Tensors, plain values, argparse's namespaces and NumPy's scalars are read.
+
+    Raises:
+        RunError: the file does not load, asks for anything else, or holds no dictionary.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(64)
+        loaded = read_safetensors(path) if start[8:9] == b"{" else read_pickled(path)
+    except Exception as error:  # a foreign file raises many things
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code:
+            reason = f"it asks to run {code[1]}, which is refused"
+        elif isinstance(error, OSError):
+            reason = error.strerror or type(error).__name__
+        else:
+            reason = what_it_is(path, start) or type(error).__name__
+        raise RunError(f"{path} does not load: {reason}") from error
+    if not isinstance(loaded, dict):
+        raise RunError(f"{path} is no state dict: it holds a {type(loaded).__name__}")
+    return loaded
+
+
+class Inert:
+    """Takes the place of an object that is not needed, and forgets all that it is given."""
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, _):
+        pass
+
+
+# The log in a checkpoint of OpenMMLab's engine, by what is refused first, and what else it asks
+# for. None of it is imported or run: `Inert` stands for each.
+LOGGED = "mmengine.logging.history_buffer.HistoryBuffer"
+IN_A_LOG = (LOGGED, "builtins.getattr", "numpy.ndarray", "numpy.core.multiarray._reconstruct",
+            "numpy._core.multiarray._reconstruct")
+
+
+def read_pickled(path: str):
+    """Read a file of `torch.save` without running anything that stands in it."""
+    scalar = np.float64(0).__reduce__()[0]  # NumPy's, under the names that it had and has
+    allowed = [argparse.Namespace, np.dtype, (scalar, "numpy.core.multiarray.scalar"),
+               (scalar, "numpy._core.multiarray.scalar"),
+               *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"}]
+    mapped = zipfile.is_zipfile(path)  # then only the tensors that are used are read
+
+    def read(*more):
+        with torch.serialization.safe_globals([*allowed, *more]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+
+    try:
+        return read()
+    except pickle.UnpicklingError as error:
+        if f"GLOBAL {LOGGED} " not in str(error):
+            raise
+    return read(*((Inert, name) for name in IN_A_LOG))
+
+
+SAFETENSORS = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}
+
+
+def read_safetensors(path: str) -> dict[str, Tensor]:
+    """Read a safetensors file: length of the header (8 bytes), JSON header, tensors one by one.
+
+    Reference: https://github.com/huggingface/safetensors, section Format.
+    """
+    data = np.memmap(path, dtype=np.uint8, mode="r")
+    size = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    header, data, found = json.loads(data[8:size].tobytes()), data[size:], {}
+    header.pop("__metadata__", None)
+    for name, part in header.items():
+        first, last = part["data_offsets"]
+        own, dtype = torch.from_numpy(data[first:last].copy()), SAFETENSORS[part["dtype"]]
+        found[name] = (own.view(dtype) if len(own) else own.to(dtype)).reshape(part["shape"])
+    return found
+
+
+NOT_WEIGHTS = (  # how files begin that are often given for weights, and what to say of them
+    (rb"\Z", "it is empty"),
+    (rb"version https://git-lfs", "it is a pointer of Git LFS, not the file itself, which "
+     "`git lfs pull` fetches"),
+    (rb"(\xef\xbb\xbf)?\s*<", "it is a web page, not the file that was to be downloaded"),
+    (rb"[\s\x20-\x7e]+\Z", "it is text, not weights"),
+    (rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|\x28\xb5\x2f\xfd", "it is compressed; unpack it"),
+    (rb"\x89HDF", "it is HDF5, as Keras writes it, not a file of torch.save"),
+    (rb"\x93NUMPY", "it is a NumPy array, not a state dict"),
+)
+
+
+def what_it_is(path: str, start: bytes) -> str | None:
+    """Words for a file that does not load, from how it begins; None if nothing is known."""
+    for beginning, words in NOT_WEIGHTS:
+        if re.match(beginning, start):
+            return words
+    cut = "it breaks off before its end; copy or download it again"
+    if start[8:9] == b"{":
+        return cut
+    if not start.startswith(b"PK"):
+        return None
+    try:
+        with zipfile.ZipFile(path) as file:
+            names = file.namelist()
+    except (zipfile.BadZipFile, OSError):
+        return cut
+    if any(name.endswith("/constants.pkl") for name in names):
+        return ("it is TorchScript; torch.jit.load reads it, and what torch.save writes of the "
+                "state_dict() is weights")
+    if not any(name.endswith("data.pkl") for name in names):
+        return f"it is an archive of {' '.join(names[:3])}, not a file of torch.save"
+    return None
+
+
+def detect_layout(loaded: dict, wanted: dict, path: str) -> tuple[str, dict, list[str]]:
+    """Find the layout of a file by its keys: words, tensors under our names, and what is left out.
+
+    Raises:
+        RunError: no layout has a tensor of the backbone.
+    """
+    best, most = None, 0
+    for words, container, prefix, heads in LAYOUTS:
+        inner, beside = loaded, []
+        for name in filter(None, container.split(".")):
+            beside += [str(key) for key in inner if key != name]
+            inner = inner.get(name)
+            if not isinstance(inner, dict):
+                break
+        else:
+            found, ignored = {}, []
+            for key, value in inner.items():
+                plain = WRAPPERS.sub("", str(key))
+                start = re.match(prefix, plain)
+                named = start and key == str(key)
+                name = rename_key(plain[start.end() :], wanted) if named else None
+                if name is None or (name not in wanted and heads and re.match(heads, name)):
+                    ignored.append(str(key))
+                elif name in found:
+                    raise RunError(f"{path} ({words}) has two tensors {name}")
+                else:
+                    found[name] = value
+            if any(re.search(r"\bfc_norm\.", key) for key in map(str, inner)):
+                words += ", fc_norm taken for norm"
+            share = len(found.keys() & wanted.keys()) / len(wanted)
+            if share > most:
+                best, most = (words, found, [*abbreviate(ignored), *sorted(beside)]), share
+            if share > 0.5:
+                break
+    if best is None:
+        keys = [str(key) for key in loaded]
+        if isinstance(loaded.get("state_dict"), dict):
+            keys = [f"state_dict.{key}" for key in loaded["state_dict"]]
+        if any(re.match(r"(state_dict\.)?features\.", WRAPPERS.sub("", key)) for key in keys):
+            raise RunError(f"{path} is an AlexNet or a VGG, as DeepCluster's are, which is not "
+                           "among the backbones")
+        raise RunError(f"{path} is in no known layout, or of another --arch: it holds "
+                       f"{' '.join(keys[:4]) or 'nothing'}")
+    return best
+
+
+def rename_key(name: str, wanted: dict) -> str:
+    """A tensor's name as our backbones have it."""
+    if name in wanted:
+        return name
+    for pattern, ours in RENAMED:
+        renamed, times = re.subn(f"^{pattern}", ours, name)
+        if times and renamed in wanted:
+            return renamed
+    return name
+
+
+def abbreviate(keys: list[str]) -> list[str]:
+    """Name keys, or where more than four begin alike, their beginning and number."""
+    groups = {}
+    for key in keys:
+        wrappers = WRAPPERS.match(key)
+        start = wrappers[0] if wrappers else ""
+        start += key[len(start) :].partition(".")[0]
+        groups.setdefault(start, []).append(key)
+    return [text for start, own in groups.items()
+            for text in (own if len(own) <= 4 else [f"{start}.* ({len(own)})"])]
+
+
+def fingerprint(module: nn.Module | None) -> str | None:
+    """Twelve hexadecimal digits of all parameters and buffers, bit for bit; None without any."""
+    state = module.state_dict() if module is not None else {}
+    digest = hashlib.sha256()
+    for name, value in state.items():
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12] if state else None
