@@ -8,11 +8,10 @@
    precision on the test images is the result (mAP).
 4. Low-shot: the same with k images of every class, drawn five times.
 
-Differs from VISSL: its low-shot images are resized once, straight to the square; its costs are
-chosen by scikit-learn's average precision, which does not interpolate; of equal scores its sort
-decides, here they are one threshold. Nothing is chosen on the test images: the layer that counts is
-the best in step 2, a low-shot cost the best on the training images that were not drawn. The
-literature's low-shot cost, the best on the test images, is reported as `oracle`.
+Nothing is chosen on the test images: the layer that counts is the best in step 2, a low-shot cost
+the best on the training images that were not drawn; `oracle`, the literature's, is the best on the
+test images. Differs from VISSL: its low-shot images are resized once, straight to the square; its
+costs are chosen by a precision that is not interpolated; its sort tells equal scores apart.
 
 `--data` is a VOC folder (Annotations, ImageSets/Main, JPEGImages), where an image may show several
 classes, or whatever the other evaluations take. An image in which a class is only marked as
@@ -38,6 +37,7 @@ from xml.etree import ElementTree
 import joblib
 import numpy as np
 import sklearn
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import StratifiedKFold
 from sklearn.svm import LinearSVC
 
@@ -66,8 +66,7 @@ def parse_args(argv=None):
     group.add_argument("--vissl-labels", action="store_true",
                        help="train on difficult images as if the class were not there")
     group = parser.add_argument_group("fits")
-    group.add_argument("--output", metavar="FOLDER",
-                       help="cache every fit here: the same command, interrupted, goes on")
+    group.add_argument("--output", metavar="FOLDER", help="cache of fits: what is there is reused")
     group.add_argument("--jobs", type=cli.count, metavar="N",
                        help="processes that fit; default: the share of the cores")
     args = cli.parse_evaluation(parser, argv)
@@ -80,14 +79,10 @@ def parse_args(argv=None):
 
 
 def open_voc(root: str, split: str, channels: int) -> tuple[data.FileImages, list[str]]:
-    """Open the training (`trainval`) or test split of a VOC folder as it is distributed.
+    """Open the training (`trainval`) or test split of a VOC folder, and list its classes.
 
-    Returns:
-        The images, with labels (N, C): 1 where a class is present, -1 where all of its objects are
-        marked as difficult, 0 where it is absent; and the classes in the annotations of trainval.
-
-    Raises:
-        RunError: a file is missing or is not an annotation.
+    The labels (N, C) are 1 where a class is present, -1 where all of its objects are marked as
+    difficult, 0 where it is absent. A file that is missing or no annotation is a RunError.
     """
     ids, annotations = read_annotations(root, "trainval")
     names = sorted(set().union(*annotations))
@@ -163,18 +158,20 @@ def average_precision(targets, scores) -> float:
         In [0, 1]; NaN without a positive.
     """
     precision, hits = precision_and_hits(targets, scores)
-    if not len(hits) or hits[-1] == 0:
-        return math.nan
-    return float((precision * np.diff(hits, prepend=0)).sum() / hits[-1])
+    area = (precision * np.diff(hits, prepend=0)).sum()
+    return float(area / hits[-1]) if hits.any() else math.nan
 
 
 def average_precision_11_point(targets, scores) -> float:
     """Average the interpolated precision at recalls 0, 0.1, ... 1, as VOC did in 2007."""
     precision, hits = precision_and_hits(targets, scores)
-    if not len(hits) or hits[-1] == 0:
+    if not hits.any():
         return math.nan
     reached = [int((10 * hits < i * hits[-1]).sum()) for i in range(11)]  # exact: whole numbers
     return float(precision[reached].mean())
+
+
+MEASURES = average_precision, average_precision_11_point
 
 
 def mean(values) -> float:
@@ -187,10 +184,8 @@ def fit(key, features, task, seed):
     """Train one SVM and measure it on images that it was not trained on.
 
     Args:
-        key: of the cache, a hash of all the rest.
-        features: (N + M, D).
-        task: rows to train on, their targets of 1 and -1, pairs of rows and targets to measure on,
-            and the cost.
+        key: a hash of all the rest, for the cache. features: (N + M, D).
+        task: rows to train on, their targets (1, -1), pairs of the same to measure on, the cost.
 
     Returns:
         Average precision and that at 11 points for each pair, NaN where the targets to train on
@@ -198,17 +193,16 @@ def fit(key, features, task, seed):
     """
     rows, targets, held_out, cost = task
     if abs(targets.sum()) == len(targets):
-        return [(math.nan, math.nan)] * len(held_out), 0
+        return [[math.nan] * len(MEASURES)] * len(held_out), 0
     svm = LinearSVC(C=cost, random_state=seed, **SVM)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", sklearn.exceptions.ConvergenceWarning)  # `main` warns
+        warnings.simplefilter("ignore", ConvergenceWarning)  # `main` tells of all in one line
         svm.fit(features[rows], targets)
     precisions = []
     for rows, targets in held_out:
         # Rounded, equal images have equal scores.
         scores = svm.decision_function(features[rows]).round(12) if len(rows) else []
-        precisions.append((average_precision(targets, scores),
-                           average_precision_11_point(targets, scores)))
+        precisions.append([measure(targets, scores) for measure in MEASURES])
     return precisions, int(svm.n_iter_ >= SVM["max_iter"])
 
 
@@ -267,9 +261,8 @@ def low_shot_rows(labels: np.ndarray, k: int, num_classes: int, *seed: int) -> n
 
 def best_cost(costs: list[float], values: list[float]) -> float | None:
     """The cost with the highest value, the lowest of equal ones; None if all values are NaN."""
-    order = sorted((-value, cost) for cost, value in zip(costs, values, strict=True)
-                   if not math.isnan(value))
-    return order[0][1] if order else None
+    known = [(value, -cost) for value, cost in zip(values, costs, strict=True) if value == value]
+    return -max(known)[1] if known else None
 
 
 def stratified_folds(targets: np.ndarray, folds: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -327,15 +320,14 @@ def low_shot(run, k: int, labels, test, costs: list[float], draws: int, seed: in
 
 def evaluate(found: features.Features, args, fits: Fits, names: list[str]) -> dict:
     """Precisions of one backbone's features."""
-    splits = (found.train, found.test)
-    labels, test_labels = (split.labels for split in splits)
+    splits, n = (found.train, found.test), len(found.train.labels)
+    labels = np.concatenate([split.labels for split in splits])
     if labels.ndim == 1:  # class numbers
-        classes = np.arange(1 + max(labels.max(), test_labels.max()))
-        labels, test_labels = ((split.labels[:, None] == classes).astype(int) for split in splits)
+        labels = (labels[:, None] == np.arange(1 + labels.max())).astype(int)
     names = names or [str(number) for number in range(labels.shape[1])]
-    train = [labelled_rows(column, args.vissl_labels) for column in labels.T]
-    test = [labelled_rows(column, False) for column in test_labels.T]
-    test = [(len(labels) + rows, targets) for rows, targets in test]  # behind the training rows
+    train = [labelled_rows(column[:n], args.vissl_labels) for column in labels.T]
+    test = [labelled_rows(column[n:], False) for column in labels.T]
+    test = [(n + rows, targets) for rows, targets in test]
     costs = sorted(set(args.costs))
 
     def run_on(layer):
@@ -364,13 +356,13 @@ def evaluate(found: features.Features, args, fits: Fits, names: list[str]) -> di
     # 4. Low-shot, of the layer that counts
     run, few = run_on(best["layer"]), {}
     for k in args.low_shot:
-        fewest = min((n for n in (labels == 1).sum(0) if n), default=0)
+        fewest = min((count for count in (labels[:n] == 1).sum(0) if count), default=0)
         if fewest < k:
             dist.say(f"low-shot {k}: left out, for a class has {fewest} training images")
         else:
-            few[str(k)] = low_shot(run, k, labels, test, costs, args.draws, args.seed)
+            few[str(k)] = low_shot(run, k, labels[:n], test, costs, args.draws, args.seed)
     return {"map": best["map"], "map_11point": best["map_11point"], "low_shot": few,
-            "results": layers, "num_train": len(labels), "num_test": len(test_labels)}
+            "results": layers, "num_train": n, "num_test": len(labels) - n}
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -425,16 +417,15 @@ def main(args):
 
 def print_table(table: list[dict]) -> None:
     """Print the precisions of every checkpoint and layer, then those of few labels."""
-    width = max(len("checkpoint"), *(len(f"{row['checkpoint']} {result['layer']}") + 2
-                                     for row in table for result in row["results"]))
+    lines = [(f"{row['checkpoint']} {r['layer']}", r,
+              len(row["results"]) > 1 and r["map"] == row["map"])
+             for row in table for r in row["results"]]
+    width = max(len("checkpoint"), *(len(title) + 2 for title, _, _ in lines))
     print(f"{'checkpoint':<{width}}{'mAP':>8}{'11-point':>10}{'validation':>12}")
-    for row in table:
-        for r in row["results"]:
-            counts = "*" if len(row["results"]) > 1 and r["map"] == row["map"] else ""
-            title = f"{row['checkpoint']} {r['layer']}{counts}"
-            print(f"{title:<{width}}{r['map']:>8.3f}{r['map_11point']:>10.3f}"
-                  f"{r['validation_map']:>12.3f}")
-    if any(len(row["results"]) > 1 for row in table):
+    for title, r, counts in lines:
+        print(f"{title + '*' * counts:<{width}}{r['map']:>8.3f}{r['map_11point']:>10.3f}"
+              f"{r['validation_map']:>12.3f}")
+    if any(counts for _, _, counts in lines):
         print("* the layer with the best precision in the cross-validation; it counts below")
     for row in table:
         for k, few in row["low_shot"].items():
