@@ -8,53 +8,49 @@
    precision on the test images is the result (mAP).
 4. Low-shot: the same with k images of every class, drawn five times.
 
-Three things differ from VISSL: its low-shot images are resized once, straight to the square; its
-costs are chosen by scikit-learn's average precision, which does not interpolate, ours by the one
-that is reported; and of equal scores its sort decides, here they count together.
-
-Nothing is chosen on the test images. The layer that counts is the one with the best precision in
-step 2. A low-shot cost is the best one on the training images that were not drawn. The literature
-takes the cost that is best on the test images: that number is reported too, as `oracle`.
+Nothing is chosen on the test images: the layer that counts is the best in step 2, a low-shot cost
+the best on the training images that were not drawn; `oracle`, the literature's, is the best on the
+test images. Differs from VISSL: its low-shot images are resized once, straight to the square; its
+costs are chosen by a precision that is not interpolated; its sort tells equal scores apart.
 
 `--data` is a VOC folder (Annotations, ImageSets/Main, JPEGImages), where an image may show several
 classes, or whatever the other evaluations take. An image in which a class is only marked as
-difficult is neither for nor against that class, in training and in the test; the public code
-(VISSL) trains on it as one without the class, which `--vissl-labels` repeats.
+difficult is neither for nor against it; VISSL trains on it as one without (`--vissl-labels`).
 
-With `--output`, every fit is noted there, and the same command after an interruption goes on.
-
-Letters: N images, C classes, D feature size, k images of a class.
-
+Letters: N training and M test images, C classes, D feature size, k images of a class.
 Reference: Goyal et al., arXiv 1905.01235, section 4.1 and appendix B; numbers as in VISSL.
 
     python eval_svm.py --checkpoint runs/simclr-digits-resnet_tiny --costs 0.1 1 10 --low-shot 1 8
     python eval_svm.py --checkpoint runs/simclr --data VOCdevkit/VOC2007 --output runs/simclr-voc07
 """
 
-import contextlib
-import glob
+import functools
 import json
 import math
 import os
 import sys
 import warnings
-import zlib
 from dataclasses import dataclass
+from pathlib import Path
 from xml.etree import ElementTree
 
+import joblib
 import numpy as np
+import sklearn
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.model_selection import StratifiedKFold
+from sklearn.svm import LinearSVC
 
-from common import augment, checkpoint, cli, data, dist, features
+from common import augment, cli, data, dist, features
 
-# What the VOC07 benchmark of VISSL sets, beside the costs and the shots.
-SVM = dict(
+SVM = dict(  # as VISSL sets it for VOC07
     penalty="l2", loss="squared_hinge", dual=True, tol=1e-4, max_iter=2000, intercept_scaling=1.0,
     class_weight={1: 2, -1: 1},
 )
 COSTS = [0.01, 0.1, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 50.0, 100.0, 1000.0]
 LOW_SHOT = [1, 2, 4, 8, 16, 32, 64, 96]
-NOTES = 2  # raised when a noted fit means something else than before
-MUCH_WORK = 2**26  # numbers that fits go through, from which on more processes are worth starting
+PARALLEL_FROM = 2**26  # feature values in all fits, from which on more processes are worth starting
+VERSION = joblib.hash([Path(__file__).read_bytes(), sklearn.__version__])  # of cached fits
 
 
 def parse_args(argv=None):
@@ -64,7 +60,7 @@ def parse_args(argv=None):
     )
     group = parser.add_argument_group("protocol")
     group.add_argument("--costs", type=cli.positive, nargs="+", default=COSTS,
-                       help="of a training image on the wrong side, to choose from")
+                       help="penalties of training images on the wrong side, to choose from")
     group.add_argument("--folds", type=cli.count, default=3, help="of the cross-validation")
     group.add_argument("--low-shot", type=cli.count, nargs="*", default=LOW_SHOT, metavar="K",
                        help="images of every class in the small training sets")
@@ -72,8 +68,7 @@ def parse_args(argv=None):
     group.add_argument("--vissl-labels", action="store_true",
                        help="train on difficult images as if the class were not there")
     group = parser.add_argument_group("fits")
-    group.add_argument("--output", metavar="FOLDER",
-                       help="note every fit here and do not repeat those noted")
+    group.add_argument("--output", metavar="FOLDER", help="cache of fits: what is there is reused")
     group.add_argument("--jobs", type=cli.count, metavar="N",
                        help="processes that fit; default: the share of the cores")
     args = features.parse(parser, argv)
@@ -85,57 +80,39 @@ def parse_args(argv=None):
 # ------------------------------------------------------------------------------------------- images
 
 
-def is_voc(folder: str) -> bool:
-    return os.path.isdir(os.path.join(folder, "Annotations"))
-
-
 def open_voc(root: str, split: str, channels: int) -> tuple[data.FileImages, list[str]]:
-    """Open the training (`trainval`) or test split of a VOC folder as it is distributed.
+    """Open the training (`trainval`) or test split of a VOC folder, and list its classes.
 
-    Returns:
-        The images, with labels (N, C): 1 where a class is present, -1 where all of its objects are
-        marked as difficult, 0 where it is absent; and the names of the classes, which are those in
-        the annotations of trainval.
-
-    Raises:
-        RunError: a file is missing or is no annotation.
+    The labels (N, C) are 1 where a class is present, -1 where all of its objects are marked as
+    difficult, 0 where it is absent. A file that is missing or no annotation is a RunError.
     """
-    names, found = [], []
-    for part in ("trainval", "test"):
-        path = os.path.join(root, "ImageSets", "Main", f"{part}.txt")
-        if not os.path.isfile(path):
-            raise dist.RunError(f"--data {root}: no {path}")
+    ids, annotations = read_annotations(root, "trainval")
+    names = sorted(set().union(*annotations))
+    if split == "test":
+        ids, annotations = read_annotations(root, "test")
+    labels = np.array([[objects.get(name, 0) for name in names] for objects in annotations], int)
+    folder = os.path.join(root, "JPEGImages")
+    paths = [os.path.join(folder, f"{i}.jpg") for i in ids]
+    return data.FileImages(paths, labels.reshape(len(ids), len(names)), channels, folder), names
+
+
+def read_annotations(root: str, split: str) -> tuple[list[str], list[dict[str, int]]]:
+    """The ids of a split's images, and the labels, 1 or -1, of the classes in each of them."""
+    path = os.path.join(root, "ImageSets", "Main", f"{split}.txt")
+    try:
         with open(path, encoding="utf-8") as file:
             ids = [line.split()[0] for line in file if line.strip()]
-        if part == "trainval" or split == "test":
-            found = [annotated(os.path.join(root, "Annotations", f"{i}.xml")) for i in ids]
-        if part == "trainval":
-            names = sorted({name for objects in found for name in objects})
-        if part == "trainval" and split == "train":
-            break
-    number = {name: column for column, name in enumerate(names)}
-    labels = np.zeros((len(ids), len(names)), dtype=np.int64)
-    for row, objects in enumerate(found):
-        for name, difficult in objects.items():
-            if name in number:
-                labels[row, number[name]] = -1 if difficult else 1
-    folder = os.path.join(root, "JPEGImages")
-    return data.FileImages([os.path.join(folder, f"{i}.jpg") for i in ids], labels, channels,
-                           folder), names
-
-
-def annotated(path: str) -> dict[str, bool]:
-    """The classes of the objects in an annotation; True if all objects of one are difficult."""
-    try:
-        tree = ElementTree.parse(path)
+        annotations = [{} for _ in ids]
+        for i, labels in zip(ids, annotations, strict=True):
+            path = os.path.join(root, "Annotations", f"{i}.xml")
+            for thing in ElementTree.parse(path).iter("object"):
+                name = thing.findtext("name", "").strip()
+                difficult = thing.findtext("difficult", "0").strip() == "1"
+                labels[name] = max(labels.get(name, -1), -1 if difficult else 1)
     except (OSError, ElementTree.ParseError) as error:
-        raise dist.RunError(f"{path} is no annotation: {error}") from error
-    classes = {}
-    for thing in tree.iter("object"):
-        name = thing.findtext("name", "").strip()
-        difficult = thing.findtext("difficult", "0").strip() == "1"
-        classes[name] = classes.get(name, True) and difficult
-    return classes
+        reason = getattr(error, "strerror", None) or error
+        raise dist.RunError(f"--data {root}: cannot read {path}: {reason}") from error
+    return ids, annotations
 
 
 @dataclass
@@ -155,15 +132,12 @@ class WholeImage(augment.Step):
 # ---------------------------------------------------------------------------------------- precision
 
 
-def precision_and_recall(targets, scores) -> tuple[np.ndarray, np.ndarray]:
-    """Precision, made to never rise with recall, and hits down to each score, the best one first.
-
-    Images of equal scores enter together: their order tells nothing.
-    """
+def precision_and_hits(targets, scores) -> tuple[np.ndarray, np.ndarray]:
+    """Interpolated precision and number of hits down to each score, the best score first."""
     scores = np.asarray(scores, dtype=np.float64)
     order = np.argsort(-scores, kind="stable")
     scores = scores[order]
-    last = np.flatnonzero(np.append(scores[1:] != scores[:-1], len(scores) > 0))  # of each score
+    last = np.flatnonzero(np.append(scores[1:] != scores[:-1], len(scores) > 0))  # of equal scores
     hits = np.cumsum(np.asarray(targets)[order] > 0)[last]
     return np.maximum.accumulate((hits / (last + 1))[::-1])[::-1], hits
 
@@ -178,22 +152,21 @@ def average_precision(targets, scores) -> float:
     Returns:
         In [0, 1]; NaN without a positive.
     """
-    precision, hits = precision_and_recall(targets, scores)
-    if not len(hits) or hits[-1] == 0:
-        return math.nan
-    return float((precision * np.diff(hits, prepend=0)).sum() / hits[-1])
+    precision, hits = precision_and_hits(targets, scores)
+    area = (precision * np.diff(hits, prepend=0)).sum()
+    return float(area / hits[-1]) if hits.any() else math.nan
 
 
 def average_precision_11_point(targets, scores) -> float:
-    """Average the interpolated precision at recalls 0, 0.1, ... 1, as VOC did in 2007.
-
-    A recall of 3 in 10 reaches the threshold 0.3: compared in whole numbers.
-    """
-    precision, hits = precision_and_recall(targets, scores)
-    if not len(hits) or hits[-1] == 0:
+    """Average the interpolated precision at recalls 0, 0.1, ... 1, as VOC did in 2007."""
+    precision, hits = precision_and_hits(targets, scores)
+    if not hits.any():
         return math.nan
-    reached = [int((10 * hits < i * hits[-1]).sum()) for i in range(11)]
+    reached = [int((10 * hits < i * hits[-1]).sum()) for i in range(11)]  # exact: whole numbers
     return float(precision[reached].mean())
+
+
+MEASURES = average_precision, average_precision_11_point
 
 
 def mean(values) -> float:
@@ -205,156 +178,73 @@ def mean(values) -> float:
 # --------------------------------------------------------------------------------------------- fits
 
 
-def decide(rows, targets, others, cost: float, seed: int) -> tuple[np.ndarray | None, int]:
-    """Train one SVM and score other rows with it; None if all targets are alike.
+def fit(key, features, task, seed):
+    """Train one SVM and measure it on images that it was not trained on.
 
     Args:
-        rows: (N, D). targets: (N,) of 1 and -1. others: (M, D).
+        key: a hash of all the rest, for the cache. features: (N + M, D).
+        task: rows to train on, their targets (1, -1), pairs of the same to measure on, the cost.
 
     Returns:
-        Scores (M,), and 1 if the training stopped at `max_iter` passes before it had converged.
+        Average precision and that at 11 points for each pair, NaN where the targets to train on
+        are all alike; and 1 if the training stopped at `max_iter` before it had converged.
     """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.svm import LinearSVC
-
+    rows, targets, held_out, cost = task
     if abs(targets.sum()) == len(targets):
-        return None, 0
+        return [[math.nan] * len(MEASURES)] * len(held_out), 0
     svm = LinearSVC(C=cost, random_state=seed, **SVM)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # `Fits` tells of all in one line
-        scores = svm.fit(rows, targets).decision_function(others)
-    # Equal images have equal scores, up to rounding.
-    return scores.round(12), int(svm.n_iter_ >= SVM["max_iter"])
+        warnings.simplefilter("ignore", ConvergenceWarning)  # `main` tells of all in one line
+        svm.fit(features[rows], targets)
+    precisions = []
+    for rows, targets in held_out:
+        # Rounded, equal images have equal scores.
+        scores = svm.decision_function(features[rows]).round(12) if len(rows) else []
+        precisions.append([measure(targets, scores) for measure in MEASURES])
+    return precisions, int(svm.n_iter_ >= SVM["max_iter"])
 
 
-def both_precisions(targets, scores) -> list[float]:
-    if scores is None:
-        return [math.nan, math.nan]
-    return [average_precision(targets, scores), average_precision_11_point(targets, scores)]
+def cached_fit(folder: str, world: dist.World):
+    """`fit`, which keeps its results in a folder and takes those that are there."""
+    with dist.together(writing=folder):
+        # Compressed files have a checksum: a damaged one is not taken, its fit is done again.
+        memory = joblib.Memory(os.path.join(folder, "fits"), compress=True, verbose=0)
+        cached = memory.cache(fit, ignore=["features", "task", "seed"])
+        if world.is_main:  # a first call sets the folder up, before others use it
+            cached("", None, ([], np.zeros(0), [], 1.0), 0)
+    return cached
 
 
-def cross_validated(train, use, targets, cost, folds, seed) -> list[float]:
-    """Mean average precision over the folds of the training rows `use`; how many SVMs stopped."""
-    from sklearn.model_selection import StratifiedKFold
-
-    found, stopped = [], 0
-    folds = min(folds, int(max((targets > 0).sum(), (targets < 0).sum())))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a class with fewer images than folds
-        splits = list(StratifiedKFold(folds).split(use, targets)) if folds > 1 else ()
-    for own, other in splits:
-        scores, early = decide(train[use[own]], targets[own], train[use[other]], cost, seed)
-        found.append(math.nan if scores is None else average_precision(targets[other], scores))
-        stopped += early
-    return [mean(found), stopped]
-
-
-def fitted(train, use, targets, test, held, held_targets, cost, seed) -> list[float]:
-    """Both average precisions on the test rows `held`, trained on the training rows `use`."""
-    scores, stopped = decide(train[use], targets, test[held], cost, seed)
-    return [*both_precisions(held_targets, scores), stopped]
-
-
-def low_shot_fitted(train, own, targets, rest, rest_targets, test, held, held_targets, cost, seed):
-    """Average precision on training rows that were not drawn, then both on the test rows."""
-    others = np.concatenate([train[rest], test[held]])
-    scores, stopped = decide(train[own], targets, others, cost, seed)
-    if scores is None:
-        return [math.nan] * 3 + [stopped]
-    return [average_precision(rest_targets, scores[: len(rest)]),
-            *both_precisions(held_targets, scores[len(rest) :]), stopped]
-
-
-def noted(path: str | None, key: str, function, *arguments) -> tuple[str, list[float]]:
-    """Call a function and append its key and result to a file, in one write."""
-    value = function(*arguments)
-    if path is not None:
-        with open(path, "a") as file:
-            file.write(json.dumps([key, value]) + "\n")
-    return key, value
-
-
+@dataclass
 class Fits:
-    """Carries out fits on all processes, and remembers in a folder those that are done.
+    """Carries out fits on all processes, and counts the SVMs that had not converged."""
 
-    The last number of a fit's result says how many of its SVMs stopped before they had converged.
+    fit: object  # `fit`, or that with a cache
+    args: object
+    world: dist.World
+    stopped: int = 0
 
-    Args:
-        folder: where to note them, or None.
-        jobs: processes of each process, or None for its share of the cores.
-    """
-
-    def __init__(self, folder: str | None, jobs: int | None, world: dist.World):
-        self.world, self.path, self.lock, self.known = world, None, None, {}
-        self.jobs, self.stopped = jobs, 0
-        if folder is None:
-            return
-        with dist.together(writing=folder):
-            os.makedirs(folder, exist_ok=True)
-            self.path = os.path.join(folder, f"fits-{world.rank}.jsonl")
-            if world.is_main:
-                self.lock = checkpoint.hold(os.path.join(folder, ".lock"))
-                for path in glob.glob(os.path.join(glob.escape(folder), "fits-*.jsonl")):
-                    self.known.update(read_fits(path))
-        self.known = dist.all_gather_objects(self.known)[0]
-        with dist.together(writing=folder), open(self.path, "a") as file:
-            file.write("\n")  # behind a line that a kill may have torn
-        if self.known:
-            dist.say(f"{folder}: {len(self.known)} fits are done already")
-
-    def run(self, tasks: dict[str, tuple], work: int) -> dict[str, list[float]]:
-        """Results by key. A task is a function and its arguments; `work`: numbers it goes through.
-
-        Equal on every process.
-        """
-        from joblib import Parallel, cpu_count, delayed
-
-        missing = [key for key in tasks if key not in self.known]
-        own = missing[self.world.rank :: self.world.size]
-        share = cpu_count() // dist.told("LOCAL_WORLD_SIZE", 1)
-        jobs = (self.jobs or max(1, share)) if work * len(own) >= MUCH_WORK else 1
-        with dist.together(writing=self.path):
-            done = dict(Parallel(n_jobs=min(jobs, max(1, len(own))))(
-                delayed(noted)(self.path, key, *tasks[key]) for key in own
-            ))
-        for part in dist.all_gather_objects(done):
-            self.known.update(part)
-        results = {key: self.known[key] for key in tasks}
-        self.stopped += sum(result[-1] for result in results.values())
-        return results
-
-    def tell_of_stopped(self, name: str):
-        """Warn of the SVMs that had not converged since the last time."""
-        if self.stopped:
-            dist.say(f"warning: {name}: {self.stopped} SVMs, as a rule of high costs, stopped at "
-                     f"the published limit of {SVM['max_iter']} passes before they had converged")
-        self.stopped = 0
-
-    def close(self):
-        if self.lock:
-            self.lock.close()
-
-
-def read_fits(path: str) -> dict[str, list[float]]:
-    """The keys and results in a file; a torn last line is left out."""
-    found = {}
-    with open(path) as file:
-        for line in file:
-            with contextlib.suppress(ValueError):
-                key, value = json.loads(line)
-                found[key] = value
-    return found
+    def run(self, features: np.ndarray, fingerprint: str, tasks: list) -> list:
+        """The precisions of every task, equal on every process."""
+        seed, own = self.args.seed, tasks[self.world.rank :: self.world.size]
+        jobs = self.args.jobs or joblib.cpu_count() // dist.told("LOCAL_WORLD_SIZE", 1)
+        if sum(len(rows) for rows, *_ in own) * features.shape[1] < PARALLEL_FROM:
+            jobs = 1
+        with dist.together():
+            found = joblib.Parallel(n_jobs=max(1, min(jobs, len(own))))(
+                joblib.delayed(self.fit)(joblib.hash([fingerprint, task, seed]), features, task,
+                                         seed) for task in own)
+        results = [None] * len(tasks)
+        for rank, part in enumerate(dist.all_gather_objects(found)):
+            results[rank :: self.world.size] = part
+        self.stopped += sum(stopped for _, stopped in results)
+        return [precisions for precisions, _ in results]
 
 
 # ----------------------------------------------------------------------------------------- protocol
 
 
-def one_against_rest(labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """Labels (N, C) of 1 present, 0 absent and -1 difficult from class numbers (N,), or as is."""
-    return labels if labels.ndim == 2 else (labels[:, None] == np.arange(num_classes)).astype(int)
-
-
-def usable(labels: np.ndarray, difficult_is_absent: bool) -> tuple[np.ndarray, np.ndarray]:
+def labelled_rows(labels: np.ndarray, difficult_is_absent: bool) -> tuple[np.ndarray, np.ndarray]:
     """Rows of one class's labels (N,) that count, and their targets 1 or -1."""
     rows = np.arange(len(labels)) if difficult_is_absent else np.flatnonzero(labels >= 0)
     return rows, np.where(labels[rows] == 1, 1, -1)
@@ -367,143 +257,122 @@ def low_shot_rows(labels: np.ndarray, k: int, num_classes: int, *seed: int) -> n
     return np.sort(np.concatenate([positives[:k], negatives[: (num_classes - 1) * k]]))
 
 
-def best(costs: list[float], values: list[float]) -> float | None:
+def best_cost(costs: list[float], values: list[float]) -> float | None:
     """The cost with the highest value, the lowest of equal ones; None if all values are NaN."""
-    order = sorted((-value, cost) for cost, value in zip(costs, values, strict=True)
-                   if not math.isnan(value))
-    return order[0][1] if order else None
+    known = [(value, -cost) for value, cost in zip(values, costs, strict=True) if value == value]
+    return -max(known)[1] if known else None
 
 
-def evaluate(found: features.Features, args, fits: Fits, names: list[str]) -> dict:
-    """Precisions of one backbone's features; the fits are shared among all processes."""
-    num_classes = len(names)
-    if found.train.labels.ndim == 1:
-        num_classes = int(max(found.train.labels.max(), found.test.labels.max())) + 1
-    elif not names:
-        num_classes = found.train.labels.shape[1]
-    names = names or [str(number) for number in range(num_classes)]
-    train_labels = one_against_rest(found.train.labels, num_classes)
-    test_labels = one_against_rest(found.test.labels, num_classes)
-    costs = sorted(set(args.costs))
-
-    layers = []
-    for layer in found.train.layers:
-        train, test = (unit(split.layers[layer].numpy()) for split in (found.train, found.test))
-        mark = crc(train, test, train_labels, test_labels, args.vissl_labels, args.seed, SVM)
-        numbers = train.size * (args.folds - 1)
-
-        def named(*words, mark=mark):
-            return " ".join(map(str, [mark, *words]))
-
-        # 2. Choose each class's cost on the training images
-        use = [usable(train_labels[:, c], args.vissl_labels) for c in range(num_classes)]
-        tasks = {
-            named("cv", args.folds, c, cost):
-                (cross_validated, train, rows, targets, cost, args.folds, args.seed)
-            for c, (rows, targets) in enumerate(use) for cost in costs
-        }
-        done = fits.run(tasks, numbers)
-        tried = [[done[named("cv", args.folds, c, cost)][0] for cost in costs]
-                 for c in range(num_classes)]
-        usual = best(costs, [mean(column) for column in zip(*tried, strict=True)]) or costs[0]
-        chosen = [best(costs, values) or usual for values in tried]
-
-        # 3. Train on all of them
-        held = [usable(test_labels[:, c], False) for c in range(num_classes)]
-        tasks = {
-            named("full", c, chosen[c]):
-                (fitted, train, *use[c], test, *held[c], chosen[c], args.seed)
-            for c in range(num_classes)
-        }
-        done = list(fits.run(tasks, numbers).values())
-        layers.append({
-            "layer": layer, "map": mean(ap for ap, _, _ in done),
-            "map_11point": mean(ap for _, ap, _ in done),
-            "validation_map": mean(max(v for v in values) for values in tried
-                                   if not any(map(math.isnan, values))),
-            "costs": dict(zip(names, chosen, strict=True)),
-            "per_class": {name: ap for name, (ap, *_) in zip(names, done, strict=True)
-                          if not math.isnan(ap)},
-        })
-    counted = [-1 if math.isnan(r["validation_map"]) else r["validation_map"] for r in layers]
-    layer = layers[counted.index(max(counted))]
-
-    # 4. Low-shot, of the layer that counts
-    parts = (split.layers[layer["layer"]].numpy() for split in (found.train, found.test))
-    train, test = (unit(rows) for rows in parts)
-    mark = crc(train, test, train_labels, test_labels, args.seed, SVM)
-    low_shot = {}
-    for k in args.low_shot:
-        fewest = min((n for n in (train_labels == 1).sum(0) if n), default=0)
-        if fewest < k:
-            dist.say(f"low-shot {k}: left out, for a class has {fewest} training images")
-            continue
-        low_shot[str(k)] = low_shot_results(
-            k, train, train_labels, test, test_labels, costs, args.draws, args.seed, mark, fits)
-    sizes = {"num_train": len(train), "num_test": len(test)}
-    return {"map": layer["map"], "map_11point": layer["map_11point"], "low_shot": low_shot,
-            "results": layers, **sizes}
+def stratified_folds(targets: np.ndarray, folds: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Rows to train on and rows to measure on for each fold; none where no class has two rows."""
+    folds = min(folds, max((targets > 0).sum(), (targets < 0).sum()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a class with fewer images than folds
+        return list(StratifiedKFold(folds).split(targets, targets)) if folds > 1 else []
 
 
-def low_shot_results(k, train, train_labels, test, test_labels, costs, draws, seed, mark, fits):
+def choose_costs(run, train, costs: list[float], num_folds: int) -> tuple[list[float], float]:
+    """Each class's best cost in a cross-validation; the mean over classes of its precision.
+
+    Args:
+        run: `Fits.run` of some features. train: rows and targets of each class.
+    """
+    folds = [stratified_folds(targets, num_folds) for _, targets in train]
+    found = iter(run([
+        (rows[own], targets[own], [(rows[other], targets[other])], cost)
+        for (rows, targets), splits in zip(train, folds, strict=True)
+        for cost in costs for own, other in splits
+    ]))
+    values = [[mean(next(found)[0][0] for _ in splits) for _ in costs] for splits in folds]
+    fallback_cost = best_cost(costs, [mean(v) for v in zip(*values, strict=True)]) or costs[0]
+    return ([best_cost(costs, v) or fallback_cost for v in values],
+            mean(max(v) for v in values if not any(map(math.isnan, v))))
+
+
+def low_shot(run, k: int, labels, test, costs: list[float], draws: int, seed: int) -> dict:
     """Mean and deviation over draws: at the cost chosen on undrawn images, and at the oracle's."""
-    num_classes = train_labels.shape[1]
-    tasks, keys = {}, {}
+    tasks = []
     for draw in range(draws):
-        for c in range(num_classes):
-            labels = train_labels[:, c]
-            own = low_shot_rows(labels, k, num_classes, seed, draw, c)
-            rest = np.setdiff1d(np.flatnonzero(labels >= 0), own)
-            rows, targets = usable(test_labels[:, c], False)
-            for cost in costs:
-                key = f"{mark} low-shot {k} {draw} {c} {cost}"
-                keys[draw, c, cost] = key
-                tasks[key] = (
-                    low_shot_fitted, train, own, np.where(labels[own] == 1, 1, -1), rest,
-                    labels[rest], test, rows, targets, cost, seed,
-                )
-    done = fits.run(tasks, (len(own) + len(rest) + len(test)) * train.shape[1])
+        for c, column in enumerate(labels.T):
+            drawn = low_shot_rows(column, k, len(test), seed, draw, c)
+            rest = np.setdiff1d(np.flatnonzero(column >= 0), drawn)
+            held_out = [(rest, column[rest]), test[c]]
+            tasks += [(drawn, np.where(column[drawn] == 1, 1, -1), held_out, cost)
+                      for cost in costs]
+    found = np.array(run(tasks)).reshape(draws, len(test), len(costs), 2, 2)
 
-    def means(cost, which):
+    def means(cost, held_out=1, measure=0):
         """Of every draw: the mean over the classes."""
-        return [mean(done[keys[draw, c, cost]][which] for c in range(num_classes))
-                for draw in range(draws)]
+        return [mean(classes) for classes in found[:, :, costs.index(cost), held_out, measure]]
 
-    chosen = best(costs, [mean(means(cost, 0)) for cost in costs])
+    chosen = best_cost(costs, [mean(means(cost, held_out=0)) for cost in costs])
     if chosen is None:  # no image is left to choose on
         chosen = 1.0 if 1.0 in costs else costs[len(costs) // 2]
-    oracle = best(costs, [mean(means(cost, 1)) for cost in costs]) or chosen
+    oracle = best_cost(costs, [mean(means(cost)) for cost in costs]) or chosen
     return {
-        "map": mean(means(chosen, 1)), "std": float(np.std(means(chosen, 1))), "cost": chosen,
-        "map_11point": mean(means(chosen, 2)), "oracle_map": mean(means(oracle, 1)),
-        "oracle_std": float(np.std(means(oracle, 1))), "oracle_cost": oracle,
+        "map": mean(means(chosen)), "std": float(np.std(means(chosen))), "cost": chosen,
+        "map_11point": mean(means(chosen, measure=1)), "oracle_map": mean(means(oracle)),
+        "oracle_std": float(np.std(means(oracle))), "oracle_cost": oracle,
     }
 
 
-def unit(rows: np.ndarray) -> np.ndarray:
-    """Rows divided by their length, with VISSL's 1e-5 against a length of 0."""
-    return rows / (np.linalg.norm(rows, axis=1, keepdims=True) + 1e-5)
+def evaluate(found: features.Features, args, fits: Fits, names: list[str]) -> dict:
+    """Precisions of one backbone's features."""
+    splits, n = (found.train, found.test), len(found.train.labels)
+    labels = np.concatenate([split.labels for split in splits])
+    if labels.ndim == 1:  # class numbers
+        labels = (labels[:, None] == np.arange(1 + labels.max())).astype(int)
+    names = names or [str(number) for number in range(labels.shape[1])]
+    train = [labelled_rows(column[:n], args.vissl_labels) for column in labels.T]
+    test = [labelled_rows(column[n:], False) for column in labels.T]
+    test = [(n + rows, targets) for rows, targets in test]
+    costs = sorted(set(args.costs))
 
+    def run_on(layer):
+        """`Fits.run` on the layer's rows divided by their length."""
+        rows = np.concatenate([split.layers[layer].numpy() for split in splits])
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True) + 1e-5  # VISSL's, for a length of 0
+        return functools.partial(fits.run, rows, joblib.hash([rows, SVM, VERSION]))
 
-def crc(*values) -> str:
-    """A mark by which noted fits are found again: of arrays and settings."""
-    total = NOTES
-    for value in values:
-        array = isinstance(value, np.ndarray)
-        total = zlib.crc32(np.ascontiguousarray(value) if array else repr(value).encode(), total)
-    return f"{total:08x}"
+    layers = []
+    for layer in found.train.layers:
+        run = run_on(layer)
+        # 2. Choose each class's cost on the training images
+        chosen, validation_map = choose_costs(run, train, costs, args.folds)
+        # 3. Train on all of them
+        tasks = [(*train[c], [test[c]], cost) for c, cost in enumerate(chosen)]
+        precisions = [on_test for on_test, in run(tasks)]
+        layers.append({
+            "layer": layer, "map": mean(ap for ap, _ in precisions),
+            "map_11point": mean(ap for _, ap in precisions), "validation_map": validation_map,
+            "costs": dict(zip(names, chosen, strict=True)),
+            "per_class": {name: ap for name, (ap, _) in zip(names, precisions, strict=True)
+                          if not math.isnan(ap)},
+        })
+    best = max(layers, key=lambda layer: np.nan_to_num(layer["validation_map"], nan=-1))
+
+    # 4. Low-shot, of the layer that counts
+    run, few = run_on(best["layer"]), {}
+    for k in args.low_shot:
+        fewest = min((count for count in (labels[:n] == 1).sum(0) if count), default=0)
+        if fewest < k:
+            dist.say(f"low-shot {k}: left out, for a class has {fewest} training images")
+        else:
+            few[str(k)] = low_shot(run, k, labels[:n], test, costs, args.draws, args.seed)
+    return {"map": best["map"], "map_11point": best["map_11point"], "low_shot": few,
+            "results": layers, "num_train": n, "num_test": len(labels) - n}
 
 
 # --------------------------------------------------------------------------------------------- main
 
 
 def main(args):
-    # The same features again, bit for bit, find the fits that were noted.
+    # Only the same features, bit for bit, find their fits in the cache.
     world = dist.setup(args.device, deterministic=True)
     names = []
 
     def open_images(source, split, channels, **options):
-        if not is_voc(source):
+        if not os.path.isdir(os.path.join(source, "Annotations")):
             return data.open_images(source, split, channels, **options)
         with dist.together():
             images, names[:] = open_voc(source, split, channels)
@@ -514,45 +383,37 @@ def main(args):
     treated = "absent in training" if args.vissl_labels else "ignored"
     dist.say(f"linear SVM of each class against the rest, unit-norm features; cost of "
              f"{len(args.costs)} by {args.folds}-fold cross-validation; difficult: {treated}")
-    fits, table = Fits(args.output, args.jobs, world), []
-    try:
-        for source in features.sources(args, world, interpolation="bilinear",
-                                       crop=augment.CenterCrop if args.resize else WholeImage,
-                                       open_images=open_images, resnet_layer="res5-grid"):
-            runs = [evaluate(source.features(backbone), args, fits, names)
-                    for backbone in source.backbones()]
-            fits.tell_of_stopped(source.name)
-            table.append({"checkpoint": source.name, **features.mean_of(runs)})
-    finally:
-        fits.close()
+    fit_once, table = cached_fit(args.output, world) if args.output else fit, []
+    for source in features.sources(args, world, interpolation="bilinear",
+                                   crop=augment.CenterCrop if args.resize else WholeImage,
+                                   open_images=open_images, resnet_layer="res5-grid"):
+        fits = Fits(fit_once, args, world)
+        runs = [evaluate(source.features(backbone), args, fits, names)
+                for backbone in source.backbones()]
+        table.append({"checkpoint": source.name, **features.mean_of(runs)})
+        if fits.stopped:
+            dist.say(f"warning: {source.name}: {fits.stopped} SVMs, as a rule of high costs, "
+                     f"stopped at the published limit of {SVM['max_iter']} passes before they had "
+                     "converged")
 
     if world.is_main:
         print_table(table)
-        line = {"eval": "svm", **table[-1], "checkpoints": table}
-        print(json.dumps(without_nan(line)), flush=True)
-
-
-def without_nan(value):
-    """The same with None for NaN, which JSON does not know."""
-    if isinstance(value, dict):
-        return {key: without_nan(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [without_nan(part) for part in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+        line = json.dumps({"eval": "svm", **table[-1], "checkpoints": table})
+        line = json.loads(line, parse_constant=lambda nan: None)  # JSON does not know NaN
+        print(json.dumps(line), flush=True)
 
 
 def print_table(table: list[dict]) -> None:
     """Print the precisions of every checkpoint and layer, then those of few labels."""
-    width = max(len("checkpoint"), *(len(f"{row['checkpoint']} {result['layer']}") + 2
-                                     for row in table for result in row["results"]))
+    lines = [(f"{row['checkpoint']} {r['layer']}", r,
+              len(row["results"]) > 1 and r["map"] == row["map"])
+             for row in table for r in row["results"]]
+    width = max(len("checkpoint"), *(len(title) + 2 for title, _, _ in lines))
     print(f"{'checkpoint':<{width}}{'mAP':>8}{'11-point':>10}{'validation':>12}")
-    for row in table:
-        for r in row["results"]:
-            counts = "*" if len(row["results"]) > 1 and r["map"] == row["map"] else ""
-            title = f"{row['checkpoint']} {r['layer']}{counts}"
-            print(f"{title:<{width}}{r['map']:>8.3f}{r['map_11point']:>10.3f}"
-                  f"{r['validation_map']:>12.3f}")
-    if any(len(row["results"]) > 1 for row in table):
+    for title, r, counts in lines:
+        print(f"{title + '*' * counts:<{width}}{r['map']:>8.3f}{r['map_11point']:>10.3f}"
+              f"{r['validation_map']:>12.3f}")
+    if any(counts for _, _, counts in lines):
         print("* the layer with the best precision in the cross-validation; it counts below")
     for row in table:
         for k, few in row["low_shot"].items():

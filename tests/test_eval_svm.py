@@ -3,14 +3,17 @@ import io
 import json
 import math
 
+import joblib
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.metrics import average_precision_score
 from torchvision import transforms
 
+import drill
 import eval_svm
-from common import data
+from common import data, dist
 from common.dist import RunError
 
 # --------------------------------------------------------------------------------------- parse_args
@@ -144,10 +147,25 @@ def test_average_precision_equals_the_loop(seed):
 def test_equal_images_have_equal_scores():
     """Though the sums of a matrix product are rounded by their place in it."""
     rng = np.random.default_rng(0)
-    rows, targets = eval_svm.unit(rng.normal(size=(60, 2048))), np.where(np.arange(60) % 3, 1, -1)
-    for n in (3, 5, 17, 32):
-        scores, _ = eval_svm.decide(rows, targets, np.repeat(rows[:1], n, axis=0), 1, 0)
-        assert len(set(scores)) == 1
+    rows, targets = rng.normal(size=(60, 2048)) / 45, np.where(np.arange(60) % 3, 1, -1)
+    held_out = [(np.zeros(n, int), hits) for n in (3, 7, 32) for hits in np.eye(n)]
+    found, _ = eval_svm.fit("", rows, (np.arange(60), targets, held_out, 1.0), 0)
+    for precisions, (_, hits) in zip(found, held_out, strict=True):
+        assert precisions == pytest.approx((hits.mean(),) * 2)  # one threshold
+
+
+def test_what_cannot_be_measured_is_nan():
+    rows = np.random.default_rng(0).normal(size=(6, 4))
+    nobody, some = np.arange(0), (np.arange(3), np.array([1, -1, 1]))
+
+    def fit(targets):
+        return eval_svm.fit("", rows, (np.arange(6), targets, [(nobody, nobody), some], 1.0), 0)
+
+    (nothing, found), _ = fit(np.array([1, -1] * 3))
+    assert np.isnan(nothing).all() and 0 < min(found) <= 1
+    for targets in (np.ones(6, int), -np.ones(6, int)):
+        found, stopped = fit(targets)
+        assert np.isnan(found).all() and np.shape(found) == (2, 2) and stopped == 0
 
 
 # ------------------------------------------------------------------------------------------- images
@@ -200,7 +218,7 @@ def test_voc_labels_are_present_absent_or_difficult(voc):
 
 @pytest.mark.parametrize(
     "remove, named",
-    [("ImageSets/Main/test.txt", "no .*test.txt"), ("Annotations/000003.xml", "000003.xml")],
+    [("ImageSets/Main/test.txt", "test.txt: No such"), ("Annotations/000003.xml", "000003.xml")],
 )
 def test_a_missing_voc_file_is_named(remove, named, voc, tmp_path):
     import shutil
@@ -227,9 +245,9 @@ def test_the_view_resizes_the_shorter_side_and_then_squeezes_the_whole_image(hei
 
 def test_difficult_images_are_ignored_or_absent():
     labels = np.array([1, 0, -1, 1])
-    rows, targets = eval_svm.usable(labels, False)
+    rows, targets = eval_svm.labelled_rows(labels, False)
     assert (rows.tolist(), targets.tolist()) == ([0, 1, 3], [1, -1, 1])
-    rows, targets = eval_svm.usable(labels, True)
+    rows, targets = eval_svm.labelled_rows(labels, True)
     assert (rows.tolist(), targets.tolist()) == ([0, 1, 2, 3], [1, -1, -1, 1])
 
 
@@ -244,14 +262,9 @@ def test_a_low_shot_set_has_k_with_and_so_many_without_the_class():
 
 
 def test_the_best_cost_is_the_lowest_of_equal_ones():
-    assert eval_svm.best([0.1, 1, 10], [0.5, 0.7, 0.7]) == 1
-    assert eval_svm.best([0.1, 1], [math.nan, 0.2]) == 1
-    assert eval_svm.best([0.1, 1], [math.nan, math.nan]) is None
-
-
-def test_features_have_length_one():
-    rows = np.array([[3.0, 4.0], [0.0, 0.0]], dtype=np.float32)
-    np.testing.assert_allclose(eval_svm.unit(rows), [[3 / 5.00001, 4 / 5.00001], [0, 0]], rtol=1e-6)
+    assert eval_svm.best_cost([0.1, 1, 10], [0.5, 0.7, 0.7]) == 1
+    assert eval_svm.best_cost([0.1, 1], [math.nan, 0.2]) == 1
+    assert eval_svm.best_cost([0.1, 1], [math.nan, math.nan]) is None
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -360,14 +373,16 @@ def test_low_shot_is_that_of_the_protocol_written_out(voc):
 
 
 def test_low_shot_costs_are_chosen_on_images_that_were_not_drawn(voc, monkeypatch):
-    (_, labels), fitted, seen = voc_pixels(voc, "train"), eval_svm.low_shot_fitted, []
-    monkeypatch.setattr(eval_svm, "low_shot_fitted",
-                        lambda *a: seen.append((a[1], a[3])) or fitted(*a))
+    (_, labels), fit, seen = voc_pixels(voc, "train"), eval_svm.fit, []
+    monkeypatch.setattr(eval_svm, "fit", lambda key, features, task, seed: seen.append(task)
+                        or fit(key, features, task, seed))
     evaluate(*VOC, "--data", voc)
     usable = {tuple(np.flatnonzero(labels[:, c] >= 0)) for c in range(3)}
+    seen = [(drawn, *held_out) for drawn, _, held_out, _ in seen if len(held_out) == 2]
     assert len(seen) == 2 * 3 * 3 * 3
-    for own, rest in seen:
-        assert not set(own) & set(rest) and tuple(sorted({*own, *rest})) in usable
+    for drawn, (rest, _), (test, _) in seen:
+        assert not set(drawn) & set(rest) and tuple(sorted({*drawn, *rest})) in usable
+        assert min(test) >= 60
 
 
 def test_difficult_training_images_count_only_with_the_published_labels(voc):
@@ -396,60 +411,152 @@ def test_test_labels_choose_nothing_but_the_oracle(voc, monkeypatch):
         assert other["low_shot"][k]["cost"] == line["low_shot"][k]["cost"]
 
 
-def counted(monkeypatch):
-    calls, decide = [], eval_svm.decide
-    monkeypatch.setattr(eval_svm, "decide", lambda *a: calls.append(1) or decide(*a))
+# -------------------------------------------------------------------------------------------- cache
+
+NUM_FITS = 3 * 3 * 3 + 3 + 2 * 3 * 3 * 3  # folds, all, low-shot
+
+
+def count_fits(monkeypatch):
+    """A list that grows with every SVM that is trained in this process."""
+    calls, svm = [], eval_svm.LinearSVC
+    monkeypatch.setattr(eval_svm, "LinearSVC", lambda **flags: calls.append(1) or svm(**flags))
     return calls
 
 
-def test_an_interrupted_run_goes_on(voc, tmp_path, monkeypatch):
-    whole = evaluate(*VOC, "--data", voc)
-    calls = counted(monkeypatch)
+def entries(folder):
+    """Files of fits; not that of the first call, which fits nothing."""
+    return sorted(path for path in folder.rglob("output.pkl") if joblib.load(path)[0])
+
+
+def test_a_fit_is_done_once(voc, tmp_path, monkeypatch):
+    whole, calls = evaluate(*VOC, "--data", voc), count_fits(monkeypatch)
     assert evaluate(*VOC, "--data", voc, "--output", tmp_path) == whole
-    total = len(calls)
-    assert total == 3 * 3 * 3 + 3 + 2 * 3 * 3 * 3  # folds, all, low-shot
-    path = tmp_path / "fits-0.jsonl"
-    noted = path.read_text()
+    assert len(calls) == NUM_FITS
     assert evaluate(*VOC, "--data", voc, "--output", tmp_path) == whole
-    assert len(calls) == total  # nothing again
-    lines = noted.splitlines(keepends=True)
-    path.write_text("".join(lines[:20]) + lines[20][:30])  # a kill while a line was written
+    assert len(calls) == NUM_FITS  # none again
+    other = [*VOC, "--data", voc, "--costs", 0.1, 1, 10, 100]
+    line = evaluate(*other, "--output", tmp_path)
+    new = list(line["results"][0]["costs"].values()).count(100)
+    assert len(calls) == NUM_FITS + 3 * 3 + 2 * 3 * 3 + new  # those of the cost that is new
+    assert line == evaluate(*other)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_evaluation_goes_on(processes, tmp_path):
+    flags = ["--checkpoint", "pixels", "--limit", 200, "--costs", 1, 10, "--low-shot", 2, 8,
+             "--draws", 10, "--output", tmp_path / "svm"]
+    running = drill.start("eval_svm.py", *flags, processes=processes)
+    drill.wait_for(lambda: len(entries(tmp_path)) >= 40, running)
+    drill.kill(running)
+    before = {path: path.stat().st_mtime_ns for path in entries(tmp_path)}
+    status, printed = drill.run("eval_svm.py", *flags, processes=processes)
+    assert status == 0, printed
+    assert 40 <= len(before) < len(entries(tmp_path))
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())  # not again
+    line = next(line for line in printed.splitlines() if line.startswith("{"))
+    assert json.loads(line) == evaluate(*flags[:-2])
+
+
+DAMAGE = {
+    "cut": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "another file": lambda content: b"not a result",
+    "a bit": lambda content: content[:-9] + bytes([content[-9] ^ 4]) + content[-8:],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_result_is_not_taken(damage, voc, tmp_path, monkeypatch):
+    whole = evaluate(*VOC, "--data", voc, "--output", tmp_path)
+    for path in entries(tmp_path)[::2]:
+        path.write_bytes(damage(path.read_bytes()))
+    calls = count_fits(monkeypatch)
     assert evaluate(*VOC, "--data", voc, "--output", tmp_path) == whole
-    assert len(calls) - total == 54 - 7  # noted were all of the full protocol and 7 low-shot fits
-    assert set(path.read_text().split()) >= set(noted.split())
+    assert len(calls) == NUM_FITS // 2
+    assert evaluate(*VOC, "--data", voc, "--output", tmp_path) == whole
+    assert len(calls) == NUM_FITS // 2  # mended
+
+
+def test_no_bit_of_a_result_can_turn_unseen(tmp_path):
+    """Or it changes nothing, as those of the header that name the compressing system."""
+    cached = eval_svm.cached_fit(str(tmp_path), dist.World(0, 1, torch.device("cpu")))
+    rows, targets = np.random.default_rng(0).random((30, 4)), np.where(np.arange(30) % 3, 1, -1)
+    task = (np.arange(20), targets[:20], [(np.arange(20, 30), targets[20:])], 1.0)
+    result = cached("key", rows, task, 0)
+    (path,) = entries(tmp_path)
+    content = path.read_bytes()
+    for place in range(8 * len(content)):
+        turned = bytearray(content)
+        turned[place // 8] ^= 1 << place % 8
+        path.write_bytes(turned)
+        assert cached("key", rows, task, 0) == result
 
 
 def test_fits_of_other_features_or_labels_are_not_taken(voc, tmp_path, monkeypatch):
     first = evaluate(*VOC, "--data", voc, "--output", tmp_path)
-    calls = counted(monkeypatch)
+    calls = count_fits(monkeypatch)
     other = evaluate(*VOC, "--data", voc, "--output", tmp_path, "--image-size", 6)
-    assert len(calls) == 84 and other["results"] != first["results"]
+    assert len(calls) == NUM_FITS and other["results"] != first["results"]
     assert other == evaluate(*VOC, "--data", voc, "--image-size", 6)
     calls.clear()
     assert evaluate(*VOC, "--data", voc, "--output", tmp_path, "--vissl-labels") == evaluate(
         *VOC, "--data", voc, "--vissl-labels")
-    assert len(calls) == (27 + 3) + 84  # the low-shot fits do not hang on it
+    assert len(calls) == (27 + 3) + NUM_FITS  # the low-shot fits do not hang on it
 
 
-def test_a_folder_in_use_is_refused(voc, tmp_path):
-    with (eval_svm.checkpoint.hold(str(tmp_path / ".lock")),
-          pytest.raises(RunError, match="is in use")):
-        evaluate(*VOC, "--data", voc, "--output", tmp_path)
+def test_fits_of_another_seed_or_program_are_not_taken(voc, tmp_path, monkeypatch):
+    flags = [*VOC, "--data", voc, "--output", tmp_path]
+    evaluate(*flags)
+    calls = count_fits(monkeypatch)
+    assert evaluate(*flags, "--seed", 1) == evaluate(*flags[:-2], "--seed", 1)
+    assert len(calls) == 2 * NUM_FITS
+    calls.clear()
+    monkeypatch.setattr(eval_svm, "VERSION", "another")
+    evaluate(*flags)
+    assert len(calls) == NUM_FITS
+    calls.clear()
+    monkeypatch.setitem(eval_svm.SVM, "class_weight", None)
+    assert evaluate(*flags) == evaluate(*flags[:-2])
+    assert len(calls) == 2 * NUM_FITS
+
+
+def test_two_evaluations_may_share_a_folder(voc, tmp_path):
+    flags = [[*VOC, "--data", voc, "--seed", seed] for seed in (0, 0)]
+    running = [drill.start("eval_svm.py", *own, "--output", tmp_path) for own in flags]
+    for process, own in zip(running, flags, strict=True):
+        status, printed = drill.finish(process)
+        assert status == 0 and "arning" not in printed, printed
+        assert json.loads(printed.splitlines()[-1]) == evaluate(*own)
+
+
+def test_an_output_that_is_no_folder_is_one_line(voc, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="cannot write .*file"):
+        evaluate(*VOC, "--data", voc, "--output", tmp_path / "file")
+
+
+# ---------------------------------------------------------------------------------------- processes
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_any_number_of_processes_gives_the_same_line(size, pool, voc, tmp_path):
+def test_any_number_of_processes_gives_the_same_line(size, pool, voc, tmp_path, monkeypatch):
     flags = [*map(str, VOC), "--data", str(voc)]
     first, *others = pool.run(size, evaluate, *flags, "--output", str(tmp_path))
     assert first == evaluate(*flags) and others == [None] * (size - 1)
-    assert len(list(tmp_path.glob("fits-*.jsonl"))) == size
-    assert evaluate(*flags, "--output", tmp_path) == first
+    assert len(entries(tmp_path)) == NUM_FITS  # each by one of them
+    calls = count_fits(monkeypatch)
+    assert evaluate(*flags, "--output", tmp_path) == first and not calls
 
 
-def test_fitting_in_other_processes_changes_nothing(voc, monkeypatch):
-    flags = ["--data", voc, *VOC[:-1]]
-    monkeypatch.setattr(eval_svm, "MUCH_WORK", 0)
-    assert evaluate(*flags, 2) == evaluate(*flags, 1)
+def test_fitting_in_other_processes_changes_nothing(voc, tmp_path, monkeypatch):
+    monkeypatch.setattr(eval_svm, "PARALLEL_FROM", 0)
+    flags, calls = ["--data", voc, *VOC[:-1]], count_fits(monkeypatch)
+    line = evaluate(*flags, 1)
+    assert len(calls) == NUM_FITS
+    assert evaluate(*flags, 2, "--output", tmp_path) == line
+    assert len(calls) == NUM_FITS and len(entries(tmp_path)) == NUM_FITS  # not in this process
+    assert evaluate(*flags, 1, "--output", tmp_path) == line
+    assert len(calls) == NUM_FITS  # taken from them
 
 
 def test_svms_that_do_not_converge_are_told_of_whenever_they_were_fitted(
