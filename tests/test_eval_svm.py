@@ -443,8 +443,8 @@ def test_a_fit_is_done_once(voc, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_evaluation_goes_on(processes, tmp_path):
-    flags = ["--checkpoint", "pixels", "--limit", 200, "--costs", 1, 10, "--low-shot", 2, 8, "--draws", 10,
-             "--output", tmp_path / "svm"]
+    flags = ["--checkpoint", "pixels", "--limit", 200, "--costs", 1, 10, "--low-shot", 2, 8,
+             "--draws", 10, "--output", tmp_path / "svm"]
     running = drill.start("eval_svm.py", *flags, processes=processes)
     drill.wait_for(lambda: len(entries(tmp_path)) >= 40, running)
     drill.kill(running)
