@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import augment, backbones, cli, data, dist, optim
+from common import augment, backbones, cli, data, distributed as comm, optim
 from common.training import Training
 
 IMAGENET = dict(  # paper, section 2.2; weight decay and rate of biases and norms: see above
@@ -61,8 +61,8 @@ def parse_args(argv=None):
     parser, group = cli.method_parser(__file__, __doc__, backbones.RESNETS, crops="one")
     group.add_argument("--views", choices=("photo", "digits"), help="kind of augmentation")
     group.add_argument("--blur", action=cli.Switch, help="Gaussian blur of the views")
-    group.add_argument("--projector-dim", type=cli.count, help="hidden width of the projector")
-    group.add_argument("--embedding-dim", type=cli.count, help="D, size of an embedding")
+    group.add_argument("--projector-dim", type=cli.pos_int, help="hidden width of the projector")
+    group.add_argument("--embedding-dim", type=cli.pos_int, help="D, size of an embedding")
     group.add_argument("--lambda", dest="lambda_", metavar="LAMBDA", type=cli.not_negative,
                        help="weight of the off-diagonal part")
     group.add_argument("--lr-biases", type=cli.not_negative,
@@ -115,17 +115,17 @@ class BarlowTwins(nn.Module):
 
 def standardize(z: Tensor) -> Tensor:
     """Give each dimension of embeddings (N, D) mean 0 and variance 1 over all processes' rows."""
-    z = dist.upcast(z)
-    count = len(z) * dist.size()
-    z = z - dist.all_reduce_with_grad(z.sum(0)) / count
-    variance = dist.all_reduce_with_grad(z.square().sum(0)) / count  # biased, as batch norm's
+    z = comm.upcast(z)
+    count = len(z) * comm.size()
+    z = z - comm.all_reduce_with_grad(z.sum(0)) / count
+    variance = comm.all_reduce_with_grad(z.square().sum(0)) / count  # biased, as batch norm's
     return z * (variance + 1e-5).rsqrt()
 
 
 def cross_correlation(z1: Tensor, z2: Tensor) -> Tensor:
     """Correlate dimension i of the first view with dimension j of the second; (D, D)."""
     products = standardize(z1).T @ standardize(z2)
-    return dist.all_reduce_with_grad(products) / (len(z1) * dist.size())
+    return comm.all_reduce_with_grad(products) / (len(z1) * comm.size())
 
 
 def off_diagonal(matrix: Tensor) -> Tensor:
@@ -187,7 +187,7 @@ def build_views(args):
 
 
 def main(args):
-    world = dist.setup(args.device, args.deterministic)
+    world = comm.setup(args.device, args.deterministic)
     torch.manual_seed(args.seed)
 
     # Data
@@ -198,7 +198,7 @@ def main(args):
     backbone = backbones.build_backbone(args.arch, stem=args.stem, in_chans=args.in_chans,
                                         zero_init_residual=True)
     model = BarlowTwins(backbone, args.projector_dim, args.embedding_dim)
-    model = dist.prepare(model, world, args.sync_bn)
+    model = comm.prepare(model, world, args.sync_bn)
     if args.compile:
         backbones.compile(backbone)
 
@@ -218,7 +218,7 @@ def main(args):
                   chance_loss=chance_loss(args.batch_size, args.embedding_dim, args.lambda_),
                   floors={"z_std": 0.1 / math.sqrt(args.embedding_dim)}) as run:
         run.resume(model=model, optimizer=optimizer, scaler=scaler)
-        ddp_model = dist.data_parallel(model)
+        ddp_model = comm.data_parallel(model)
         lr_of_step = optim.warmup_cosine(
             start=0.0, base=lr, final=0.001 * lr,
             warmup_steps=args.warmup_epochs * run.steps_per_epoch,
@@ -236,4 +236,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    sys.exit(dist.launch(main, parse_args()))
+    sys.exit(comm.launch(main, parse_args()))

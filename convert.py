@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import backbones, checkpoint, cli, dist, features, weights
+from common import backbones, checkpoint, cli, distributed as comm, features, weights
 
 DETECTRON2_NAMES = (  # what stands in torchvision's names, and in detectron2's
     (r"^(conv1|bn1)\.", r"stem.\1."),
@@ -45,9 +45,9 @@ def parse_args(argv=None):
     group.add_argument("--arch", choices=backbones.NAMES, help="backbone")
     group.add_argument("--stem", choices=tuple(backbones.STEMS),
                        help="small: 3x3 stride 1, no pool; small-pad2: solo-learn's, padded by 2")
-    group.add_argument("--in-chans", type=cli.count, help="channels of the images")
-    group.add_argument("--image-size", type=cli.count, help="side in pixels, of a transformer's")
-    group.add_argument("--patch-size", type=cli.count, help="side of a transformer's patches")
+    group.add_argument("--in-chans", type=cli.pos_int, help="channels of the images")
+    group.add_argument("--image-size", type=cli.pos_int, help="side in pixels, of a transformer's")
+    group.add_argument("--patch-size", type=cli.pos_int, help="side of a transformer's patches")
     parser.set_defaults(data=None, mean=None, std=None)
     args = parser.parse_args(argv)
     if args.out.endswith(".pkl") != (args.to == "detectron2"):
@@ -93,19 +93,19 @@ def advice(to: str, settings: dict) -> list[str]:
 def main(args):
     source = features.find_checkpoint(args.source)
     if source.weights is None:
-        raise dist.RunError(f"{args.source} has no weights to convert")
+        raise comm.RunError(f"{args.source} has no weights to convert")
     args.data = source.settings.get("data", "folder")  # what is not described is as for photos
     settings = features.evaluation_settings(args, [source])
     arch = settings["arch"]
     if arch in backbones.VITS and args.to != "timm":
-        raise dist.RunError(f"{arch} goes --to timm only: {args.to} has no transformer in this "
+        raise comm.RunError(f"{arch} goes --to timm only: {args.to} has no transformer in this "
                             "layout")
     plain = re.fullmatch(r"resnet(18|34|50|101|152)", arch)
     if args.to == "detectron2" and (not plain or settings["stem"] != "imagenet"):
-        raise dist.RunError(f"{arch} with the {settings['stem']} stem does not go to detectron2: "
+        raise comm.RunError(f"{arch} with the {settings['stem']} stem does not go to detectron2: "
                             "resnet18 to resnet152 with the ImageNet stem do")
     if os.path.exists(args.out) and not args.overwrite:
-        raise dist.RunError(f"{args.out} is there already; give another name or --overwrite")
+        raise comm.RunError(f"{args.out} is there already; give another name or --overwrite")
 
     image_size = source.settings.get("image_size", settings["image_size"])
     backbone = backbones.build_backbone(
@@ -122,7 +122,7 @@ def main(args):
     state = checkpoint.described(backbone.state_dict(), known | source.settings)
 
     folder = os.path.dirname(args.out) or "."
-    with dist.together(writing=folder):
+    with comm.together(writing=folder):
         os.makedirs(folder, exist_ok=True)
         with open(f"{args.out}.tmp", "wb") as file:
             if args.to == "detectron2":
@@ -131,9 +131,9 @@ def main(args):
             else:
                 torch.save(state, file)
         os.replace(f"{args.out}.tmp", args.out)
-    dist.say("\n  ".join([f"{args.out}: {arch} for {args.to}", *advice(args.to, settings),
+    comm.say("\n  ".join([f"{args.out}: {arch} for {args.to}", *advice(args.to, settings),
                          *filter(None, [features.assumed(source, settings)])]))
 
 
 if __name__ == "__main__":
-    sys.exit(dist.launch(main, parse_args()))
+    sys.exit(comm.launch(main, parse_args()))

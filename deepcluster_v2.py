@@ -33,8 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import augment, backbones, cli, data, dist, optim
-from common.checkpoint import replacing
+from common import augment, backbones, cli, data, distributed as comm, optim
+from common.checkpoint import atomic_write
 from common.training import Training
 
 IMAGENET = dict(  # SwAV's paper, appendix: batch 4,096, rates .3 to 4.8 to .0048, per 256 images
@@ -72,12 +72,12 @@ def parse_args(argv=None):
     group.add_argument("--views", choices=("photo", "digits"), help="kind of augmentation")
     group.add_argument("--jitter-strength", type=cli.not_negative, help="strength of colour jitter")
     group.add_argument("--blur", action=cli.Switch, help="Gaussian blur of half of the views")
-    group.add_argument("--projector-dim", type=cli.count, help="hidden width of the projector")
-    group.add_argument("--embedding-dim", type=cli.count, help="D, size of an embedding")
-    group.add_argument("--num-clusters", type=cli.count, nargs="+",
+    group.add_argument("--projector-dim", type=cli.pos_int, help="hidden width of the projector")
+    group.add_argument("--embedding-dim", type=cli.pos_int, help="D, size of an embedding")
+    group.add_argument("--num-clusters", type=cli.pos_int, nargs="+",
                        help="K of each head; head h labels by global crop h mod A")
     group.add_argument("--temperature", type=cli.positive, help="divides the cosines")
-    group.add_argument("--kmeans-iterations", type=cli.count, help="before each epoch")
+    group.add_argument("--kmeans-iterations", type=cli.pos_int, help="before each epoch")
     group.add_argument("--start-lr", type=cli.not_negative, help="per 256, where warm-up starts")
     group.add_argument("--final-lr", type=cli.not_negative, help="per 256, where the cosine ends")
     args = cli.parse(parser, RECIPES, argv)
@@ -124,7 +124,7 @@ class DeepCluster(nn.Module):
         sizes = itertools.groupby(views, key=lambda view: view.shape[-2:])
         h = torch.cat([self.backbone(torch.cat(list(same))) for _, same in sizes])
         z = self.projector(h)
-        z = F.normalize(dist.upcast(z), dim=1)
+        z = F.normalize(comm.upcast(z), dim=1)
         return z.view(len(views), -1, z.shape[1])
 
 
@@ -146,12 +146,12 @@ def cluster_loss(scores: Tensor, assignment: Tensor, temperature: float) -> Tens
 
     Reference: 2006.09882, appendix on DeepCluster v2.
     """
-    scores = dist.upcast(scores)
+    scores = comm.upcast(scores)
     labels = assignment.repeat(len(scores))  # (V*N,)
     total = F.cross_entropy(scores.flatten(0, 1) / temperature, labels,
                                         ignore_index=-100, reduction="sum")
-    labelled = dist.sum_over_processes((labels != -100).sum()).clamp(min=1)
-    return total * dist.size() / labelled
+    labelled = comm.sum_over_processes((labels != -100).sum()).clamp(min=1)
+    return total * comm.size() / labelled
 
 
 @torch.no_grad()
@@ -195,24 +195,24 @@ def spherical_kmeans(x: Tensor, num_clusters: int, iterations: int, generator: t
     Reference: Dhillon and Modha, "Concept decompositions for large sparse text data using
     clustering", 2001; 2006.09882, appendix.
     """
-    x = dist.upcast(x)
+    x = comm.upcast(x)
     if init is None:
-        counts = dist.all_gather_no_grad(torch.tensor([len(x)], device=x.device)).tolist()
+        counts = comm.all_gather_no_grad(torch.tensor([len(x)], device=x.device)).tolist()
         if sum(counts) < num_clusters:
             raise ValueError(f"{sum(counts)} rows do not make {num_clusters} clusters")
         chosen = torch.randperm(sum(counts), generator=generator)[:num_clusters].to(x.device)
-        chosen -= sum(counts[: dist.rank()])
+        chosen -= sum(counts[: comm.rank()])
         here = (chosen >= 0) & (chosen < len(x))
         init = x.new_zeros(num_clusters, x.shape[1])
         init[here] = x[chosen[here]]
-        init = dist.sum_over_processes(init)  # each row is on one process
+        init = comm.sum_over_processes(init)  # each row is on one process
     centroids = init.to(x.dtype)
     for _ in range(iterations):
         sums = torch.zeros_like(centroids, dtype=torch.float64)
         nearest = nearest_centroids(x, centroids)
         for rows, part in zip(nearest.split(8192), x.split(8192), strict=True):
             sums += torch.zeros_like(centroids).index_add_(0, rows, part)
-        sums = dist.sum_over_processes(sums)
+        sums = comm.sum_over_processes(sums)
         norms = sums.norm(dim=1, keepdim=True)  # 0: the cluster is empty
         means = (sums / norms.clamp(min=1e-12)).to(x.dtype)
         centroids = torch.where(norms > 0, means, centroids)
@@ -231,11 +231,11 @@ def cluster_memory(memory: Tensor, num_clusters: int, iterations: int, generator
         Centroids (K, D) and the assignment int64 (M,), -100 for the images not seen.
     """
     seen = memory.any(1).nonzero()[:, 0]
-    own = seen.tensor_split(dist.size())[dist.rank()]
+    own = seen.tensor_split(comm.size())[comm.rank()]
     centroids, nearest = spherical_kmeans(memory[own], num_clusters, iterations, generator)
     assignment = torch.zeros(len(memory), dtype=torch.int64, device=memory.device)
     assignment[own] = nearest + 1
-    return centroids, dist.sum_over_processes(assignment).sub_(1).masked_fill_(~memory.any(1), -100)
+    return centroids, comm.sum_over_processes(assignment).sub_(1).masked_fill_(~memory.any(1), -100)
 
 
 @torch.no_grad()
@@ -247,8 +247,8 @@ def update_memory(memory: Tensor, index: Tensor, z: Tensor) -> None:
         index: data-set indices (N,) of this process's images, on the bank's device.
         z: their embeddings (A, N, D).
     """
-    rows = dist.all_gather_no_grad(index)
-    z = dist.all_gather_no_grad(z.transpose(0, 1)).transpose(0, 1)
+    rows = comm.all_gather_no_grad(index)
+    z = comm.all_gather_no_grad(z.transpose(0, 1)).transpose(0, 1)
     memory[:, rows] = z.to(memory.dtype)
 
 
@@ -272,11 +272,11 @@ def indicators(z: Tensor, scores: Tensor, labels: Tensor, assignment: Tensor) ->
 # --------------------------------------------------------------------------------------------- main
 
 
-def write_assignments(folder: str, assignments: Tensor, world: dist.World) -> None:
+def write_assignments(folder: str, assignments: Tensor, world: comm.World) -> None:
     """Write the cluster of every image, (H, M), to assignments.npy."""
-    with dist.together(writing=folder):
+    with comm.together(writing=folder):
         if world.is_main:
-            with replacing(os.path.join(folder, "assignments.npy")) as file:
+            with atomic_write(os.path.join(folder, "assignments.npy")) as file:
                 np.save(file, assignments.cpu().numpy())
 
 
@@ -287,7 +287,7 @@ def build_views(args):
 
 
 def main(args):
-    world = dist.setup(args.device, args.deterministic)
+    world = comm.setup(args.device, args.deterministic)
     torch.manual_seed(args.seed)
 
     # Data
@@ -295,14 +295,14 @@ def main(args):
                               download=args.download, limit=args.limit)
     seen_images = len(images) - len(images) % args.batch_size
     if args.batch_size <= len(images) and max(args.num_clusters) > seen_images:
-        raise dist.RunError(f"--num-clusters {max(args.num_clusters)} is more than the "
+        raise comm.RunError(f"--num-clusters {max(args.num_clusters)} is more than the "
                             f"{seen_images} images of an epoch; at most that many")
 
     # Model
     backbone = backbones.build_backbone(args.arch, stem=args.stem, in_chans=args.in_chans,
                                         zero_init_residual=False)
     model = DeepCluster(backbone, args.projector_dim, args.embedding_dim)
-    model = dist.prepare(model, world, args.sync_bn)
+    model = comm.prepare(model, world, args.sync_bn)
     if args.compile:
         backbones.compile(backbone)
     num_global = args.num_crops[0]
@@ -327,12 +327,12 @@ def main(args):
                    **{f"centroids{h}": c for h, c in enumerate(centroids)},
                    optimizer=optimizer, scaler=scaler)
         if run.step == 0:  # the first bank: one pass without a gradient; batch statistics move
-            dist.say("filling the memory bank")
+            comm.say("filling the memory bank")
             for batch in run.first_epoch(views[:num_global]):
                 with torch.no_grad(), autocast():
                     z = torch.cat([model([view]) for view in batch.views])
                 update_memory(memory, batch.index.to(world.device), z)
-        ddp_model = dist.data_parallel(model)
+        ddp_model = comm.data_parallel(model)
         lr_of_step = optim.warmup_cosine(
             start=start_lr, base=lr, final=final_lr,
             warmup_steps=args.warmup_epochs * run.steps_per_epoch,
@@ -367,4 +367,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    sys.exit(dist.launch(main, parse_args()))
+    sys.exit(comm.launch(main, parse_args()))

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import augment, backbones, cli, data, dist, optim
+from common import augment, backbones, cli, data, distributed as comm, optim
 from common.training import Training
 
 IMAGENET = dict(  # paper, section 3.2 and appendix C, with the official README's 300 epochs; its
@@ -83,9 +83,9 @@ RECIPES = {
 
 def parse_args(argv=None):
     parser, group = cli.method_parser(__file__, __doc__, backbones.NAMES, crops="multi")
-    group.add_argument("--patch-size", type=cli.count,
+    group.add_argument("--patch-size", type=cli.pos_int,
                        help="transformer: side of a patch in pixels; smaller is better, and slower")
-    group.add_argument("--drop-path", type=cli.share,
+    group.add_argument("--drop-path", type=cli.fraction,
                        help="transformer: stochastic depth of the student's last block")
     group.add_argument("--grad-checkpoint", action=cli.Switch, default=False,
                        help="transformer: recompute its blocks in the backward; less memory, the "
@@ -93,18 +93,18 @@ def parse_args(argv=None):
     group.add_argument("--views", choices=("photo", "digits"), help="kind of augmentation")
     group.add_argument("--jitter-strength", type=cli.not_negative, help="strength of colour jitter")
     group.add_argument("--blur", action=cli.Switch, help="Gaussian blur, of each crop its own rate")
-    group.add_argument("--hidden-dim", type=cli.count, help="width of the head's hidden layers")
+    group.add_argument("--hidden-dim", type=cli.pos_int, help="width of the head's hidden layers")
     group.add_argument("--bn-in-head", action=cli.Switch,
                        help="batch norm in the hidden layers: without it short runs give every "
                        "image the same embedding first")
-    group.add_argument("--bottleneck-dim", type=cli.count, help="D, before the last layer")
-    group.add_argument("--num-outputs", type=cli.count,
+    group.add_argument("--bottleneck-dim", type=cli.pos_int, help="D, before the last layer")
+    group.add_argument("--num-outputs", type=cli.pos_int,
                        help="K; more is better on large data, a few hundred do for small")
     group.add_argument("--norm-last-layer", action=cli.Switch,
                        help="keep the last layer's rows at norm 1: steadier; without it a small "
                        "transformer may do better, a large one diverges")
-    group.add_argument("--freeze-last-layer-epochs", type=cli.whole, help="epochs during which the "
-                       "last layer is frozen; more, if the loss does not fall")
+    group.add_argument("--freeze-last-layer-epochs", type=cli.nonneg_int,
+                       help="last layer frozen so long; more, if the loss does not fall")
     group.add_argument("--student-temperature", type=cli.positive,
                        help="temperature of the predictions")
     group.add_argument("--teacher-temperature", type=cli.positive,
@@ -113,11 +113,11 @@ def parse_args(argv=None):
                        "stable")
     group.add_argument("--warmup-teacher-temperature", type=cli.positive,
                        help="the same in the first epoch; lower it if the loss does not fall")
-    group.add_argument("--warmup-teacher-temperature-epochs", type=cli.whole,
+    group.add_argument("--warmup-teacher-temperature-epochs", type=cli.nonneg_int,
                        help="epochs from the first to the last teacher temperature")
-    group.add_argument("--center-momentum", type=cli.share,
+    group.add_argument("--center-momentum", type=cli.fraction,
                        help="EMA momentum of the centre; lower it if one output wins all")
-    group.add_argument("--momentum", type=cli.share,
+    group.add_argument("--momentum", type=cli.fraction,
                        help="EMA momentum of the teacher in the first step, a cosine takes it to "
                        "1; higher for small batches (.9995 with 256 images of ImageNet)")
     group.add_argument("--optimizer", choices=("adamw", "sgd"),
@@ -209,7 +209,7 @@ class DINO(nn.Module):
         h = torch.cat([self.backbone(torch.cat(list(same))) for _, same in sizes])
         z = self.projector(h)
         with torch.autocast(z.device.type, enabled=False):  # a low temperature needs the digits
-            z = F.normalize(dist.upcast(z), dim=1)
+            z = F.normalize(comm.upcast(z), dim=1)
             z = z.view(len(views), -1, z.shape[1])
             rows = F.normalize(self.last_layer.directions, dim=1)
             return z, z @ (rows * self.last_layer.scales).T
@@ -242,7 +242,7 @@ def dino_loss(student: Tensor, teacher: Tensor, center: Tensor, student_temperat
 
     Reference: section 3.1, equations 1 to 3, and algorithm 1.
     """
-    student, teacher = (dist.upcast(x) for x in (student, teacher))
+    student, teacher = (comm.upcast(x) for x in (student, teacher))
     targets = ((teacher.detach() - center.detach()) / teacher_temperature).softmax(2)
     log_p = (student / student_temperature).log_softmax(2)
     pairs = torch.einsum("gnk,vnk->ngv", targets.to(log_p.dtype), log_p).sum(0)
@@ -260,7 +260,7 @@ def update_center(center: Tensor, teacher: Tensor, momentum: float) -> None:
 
     Reference: section 3.1, equation 4.
     """
-    mean = dist.mean_over_processes(teacher.to(center.dtype).mean((0, 1)))
+    mean = comm.mean_over_processes(teacher.to(center.dtype).mean((0, 1)))
     center.lerp_(mean, 1 - momentum)
 
 
@@ -314,7 +314,7 @@ def build_views(args):
 
 
 def main(args):
-    world = dist.setup(args.device, args.deterministic)
+    world = comm.setup(args.device, args.deterministic)
     torch.manual_seed(args.seed)
 
     # Data
@@ -328,7 +328,7 @@ def main(args):
         drop_path=args.drop_path)
     model = DINO(backbone, args.hidden_dim, args.bottleneck_dim, args.num_outputs,
                  args.norm_last_layer, args.bn_in_head)
-    model = dist.prepare(model, world, args.sync_bn)
+    model = comm.prepare(model, world, args.sync_bn)
     teacher = make_teacher(model)
     if args.compile:
         backbones.compile(model.backbone, teacher.backbone)
@@ -352,7 +352,7 @@ def main(args):
                           "z_std": 0.1 / math.sqrt(args.bottleneck_dim)},
                   ceilings={"teacher_entropy": 0.99 * max_entropy}) as run:
         run.resume(model=model, teacher=teacher, center=center, optimizer=optimizer, scaler=scaler)
-        ddp_model = dist.data_parallel(model)
+        ddp_model = comm.data_parallel(model)
         lr_of_step = optim.warmup_cosine(
             start=0.0, base=lr, final=final_lr,
             warmup_steps=args.warmup_epochs * run.steps_per_epoch,
@@ -390,4 +390,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    sys.exit(dist.launch(main, parse_args()))
+    sys.exit(comm.launch(main, parse_args()))

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import cli, dist, features
+from common import cli, distributed as comm, features
 
 EXTRA = 8  # candidates beyond k, so that rounding does not decide who is among the k
 TOLERANCE = 1e-6  # cosines nearer than this are computed again in float64
@@ -43,16 +43,16 @@ BLOCK = 2**15  # rows of a bank on the GPU that queries are compared with at a t
 def parse_args(argv=None):
     parser = features.parser(__file__, __doc__)
     group = parser.add_argument_group("protocol")
-    group.add_argument("--k", type=cli.count, nargs="+", default=[20], help="neighbours")
+    group.add_argument("--k", type=cli.pos_int, nargs="+", default=[20], help="neighbours")
     group.add_argument("--temperature", type=cli.positive, nargs="+", default=[0.07],
                        help="of the votes")
     group.add_argument("--leave-one-out", choices=("train", "test"), nargs="?", const="test",
                        help="classify this split by its own other images")
-    group.add_argument("--shots", type=cli.count, nargs="*", default=[5, 1],
+    group.add_argument("--shots", type=cli.pos_int, nargs="*", default=[5, 1],
                        help="labelled images a class in the few-label banks")
-    group.add_argument("--draws", type=cli.count, default=100,
+    group.add_argument("--draws", type=cli.pos_int, default=100,
                        help="few-label banks to average over, at least 50")
-    group.add_argument("--chunk", type=cli.count, default=2048,
+    group.add_argument("--chunk", type=cli.pos_int, default=2048,
                        help="queries at a time, which bounds the memory")
     args = features.parse(parser, argv)
     if args.shots and args.draws < 50:
@@ -203,7 +203,7 @@ def evaluate(given: features.Features, args, world) -> dict:
     if args.leave_one_out:
         train = test = getattr(given, args.leave_one_out)
     if train.labels.ndim != 1:
-        raise dist.RunError(f"{given.checkpoint}: k-NN needs images of one class each")
+        raise comm.RunError(f"{given.checkpoint}: k-NN needs images of one class each")
     n, m = len(train.labels), len(test.labels)
     shard = slice(m * world.rank // world.size, m * (world.rank + 1) // world.size)
     labels = torch.from_numpy(train.labels).to(world.device)
@@ -220,7 +220,7 @@ def evaluate(given: features.Features, args, world) -> dict:
             self_index = self_index[shard]
         counts = count_right(bank[chosen], labels[chosen], queries, truth, settings, num_classes,
                              self_index, args.chunk)
-        return (dist.sum_over_processes(counts) / m).tolist()
+        return (comm.sum_over_processes(counts) / m).tolist()
 
     results, shots = [], {}
     members, everything = class_members(train.labels), slice(None)
@@ -233,7 +233,7 @@ def evaluate(given: features.Features, args, world) -> dict:
         shares = {k: share for (k, _), share in zip(settings, undecided, strict=True)}
         for k, share in shares.items():
             if share:
-                dist.say(f"warning: {given.checkpoint} {layer}, k {k}: {share * m:.0f} of {m} "
+                comm.say(f"warning: {given.checkpoint} {layer}, k {k}: {share * m:.0f} of {m} "
                          "images have more neighbours as near as the last of the k; the first in "
                          "the data set vote")
         for count in args.shots if number == 0 else ():
@@ -250,11 +250,11 @@ def evaluate(given: features.Features, args, world) -> dict:
 
 
 def main(args):
-    world = dist.setup(args.device, deterministic=True)
+    world = comm.setup(args.device, deterministic=True)
     # 1. Features; 2. neighbours and 3. votes of each checkpoint
     bank = f", in the {args.leave_one_out} split without the image itself"
     few = f"; few labels: mean and standard deviation of {args.draws} draws"
-    dist.say(f"k-NN by cosine, k {args.k[0]}, votes exp(cosine / {args.temperature[0]})"
+    comm.say(f"k-NN by cosine, k {args.k[0]}, votes exp(cosine / {args.temperature[0]})"
              f"{bank if args.leave_one_out else ''}{few if args.shots else ''}")
     table = []
     for source in features.sources(args, world, interpolation="bicubic"):
@@ -292,4 +292,4 @@ def print_table(table: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(dist.launch(main, parse_args()))
+    sys.exit(comm.launch(main, parse_args()))

@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import augment, cli, dist, features, optim, solver, weights
+from common import augment, cli, distributed as comm, features, optim, solver, weights
 from common.training import Training
 
 # lr: per 256 images, at the published batch size. schedule: milestones, where it is multiplied by
@@ -84,15 +84,15 @@ def parse_args(argv=None):
     group = parser.add_argument_group("protocol")
     group.add_argument("--protocol", choices=("auto", *PROTOCOLS), default="auto",
                        help="how the linear layer is trained")
-    group.add_argument("--train-fraction", type=cli.share, default=1.0, metavar="SHARE",
+    group.add_argument("--train-fraction", type=cli.fraction, default=1.0, metavar="SHARE",
                        help="class-balanced fraction of the training images")
     group = parser.add_argument_group("auto")
     group.add_argument("--weight-decays", type=cli.positive, nargs="+",
                        help="weight decays to choose from [1e-6 to 1]")
-    group.add_argument("--folds", type=cli.count, help="folds of the cross-validation [5]")
+    group.add_argument("--folds", type=cli.pos_int, help="folds of the cross-validation [5]")
     group = parser.add_argument_group("protocols of the papers (default: as published)")
-    group.add_argument("--epochs", type=cli.count, help="passes; milestones and warm-up scale")
-    group.add_argument("--train-batch-size", type=cli.count, metavar="N",
+    group.add_argument("--epochs", type=cli.pos_int, help="passes; milestones and warm-up scale")
+    group.add_argument("--train-batch-size", type=cli.pos_int, metavar="N",
                        help="global batch; default: as published, or the largest power of two")
     group.add_argument("--lr", type=cli.positive, help="learning rate per 256 images")
     group.add_argument("--flip", action=cli.Switch,
@@ -119,11 +119,11 @@ def auto_probe(found: features.Features, args, world) -> dict:
     """Probe every layer of one backbone's features without settings (`solver.cross_validated`)."""
     labels, truth = found.train.labels, found.test.labels
     if labels.ndim != 1:
-        raise dist.RunError(f"{found.checkpoint}: the probe needs images of one class each")
+        raise comm.RunError(f"{found.checkpoint}: the probe needs images of one class each")
     num_classes = int(max(labels.max(), truth.max())) + 1
     chosen = features.class_balanced(labels, args.train_fraction, args.seed)
     if len(chosen) < 2:
-        raise dist.RunError(f"{found.checkpoint}: {len(chosen)} training image; give 2 or more")
+        raise comm.RunError(f"{found.checkpoint}: {len(chosen)} training image; give 2 or more")
     results = []
     for layer, rows in found.train.layers.items():
         rows = rows if args.train_fraction == 1 else rows[torch.from_numpy(chosen)]
@@ -240,7 +240,7 @@ def paper_probe(source: features.Source, backbone, mark: str, args, world) -> di
     if batch_size > len(train):
         batch_size = 2 ** (len(train).bit_length() - 1)
     if batch_size % world.size:
-        raise dist.RunError(f"--train-batch-size {batch_size} does not divide among {world.size} "
+        raise comm.RunError(f"--train-batch-size {batch_size} does not divide among {world.size} "
                             "processes")
     lr = base_lr * batch_size / 256
     flip = settings["data"] not in NOT_MIRRORED if args.flip is None else args.flip
@@ -256,12 +256,12 @@ def paper_probe(source: features.Source, backbone, mark: str, args, world) -> di
     shown = {name: settings[name] for name in ("image_size", "in_chans", "mean", "std")}
     blank = torch.zeros(2, shown["in_chans"], *[shown["image_size"]] * 2, device=world.device)
     heads = build_heads(backbone, names, blank, num_classes, protocol["norm"], protocol["init"])
-    heads = dist.convert_sync_batchnorm(heads.to(world.device), world.device)
+    heads = comm.convert_sync_batchnorm(heads.to(world.device), world.device)
     optimizer = build_optimizer(heads, protocol["optimizer"], lr, protocol["weight_decay"])
     views = train_views(protocol["crop"], flip, **shown)
 
     # Train
-    dist.say(f"{args.protocol}: heads on {' '.join(names)}, {epochs} epochs, "
+    comm.say(f"{args.protocol}: heads on {' '.join(names)}, {epochs} epochs, "
              f"{'mirrored' if flip else 'unmirrored'} crops")
     changing = dict(
         protocol, protocol=args.protocol, checkpoint=mark, layers=names, epochs=epochs, lr=base_lr,
@@ -286,7 +286,7 @@ def paper_probe(source: features.Source, backbone, mark: str, args, world) -> di
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             for parameter in heads.parameters():
-                parameter.grad = dist.mean_over_processes(parameter.grad)
+                parameter.grad = comm.mean_over_processes(parameter.grad)
             optimizer.step()
             run.log(loss, lr_of_step[step], dict)
         if run.folder.stopping:
@@ -313,10 +313,10 @@ def paper_probe(source: features.Source, backbone, mark: str, args, world) -> di
 
 
 def main(args):
-    world = dist.setup(args.device, deterministic=True)
+    world = comm.setup(args.device, deterministic=True)
     protocol = PROTOCOLS.get(args.protocol)
     if not protocol:
-        dist.say(f"auto: {len(args.weight_decays)} weight decays, {args.folds} folds")
+        comm.say(f"auto: {len(args.weight_decays)} weight decays, {args.folds} folds")
     table = []
     interpolation = protocol["resize"] if protocol else "bicubic"
     for source in features.sources(args, world, interpolation=interpolation):
@@ -331,9 +331,9 @@ def main(args):
                 runs.append(auto_probe(source.features(backbone), args, world))
             after = weights.fingerprint(backbone)
             if before:
-                dist.say(f"{source.name}: hash of the backbone {before} before, {after} after")
-            if any(dist.agree(before != after)):
-                raise dist.RunError(f"{source.name}: the backbone has changed")
+                comm.say(f"{source.name}: hash of the backbone {before} before, {after} after")
+            if any(comm.any_rank(before != after)):
+                raise comm.RunError(f"{source.name}: the backbone has changed")
         table.append({"checkpoint": source.name, **features.mean_of(runs)})
 
     if world.is_main:
@@ -355,4 +355,4 @@ def print_table(table: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(dist.launch(main, parse_args()))
+    sys.exit(comm.launch(main, parse_args()))

@@ -41,7 +41,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import StratifiedKFold
 from sklearn.svm import LinearSVC
 
-from common import augment, cli, data, dist, features
+from common import augment, cli, data, distributed as comm, features
 
 SVM = dict(  # as VISSL sets it for VOC07
     penalty="l2", loss="squared_hinge", dual=True, tol=1e-4, max_iter=2000, intercept_scaling=1.0,
@@ -61,15 +61,15 @@ def parse_args(argv=None):
     group = parser.add_argument_group("protocol")
     group.add_argument("--costs", type=cli.positive, nargs="+", default=COSTS,
                        help="penalties of training images on the wrong side, to choose from")
-    group.add_argument("--folds", type=cli.count, default=3, help="of the cross-validation")
-    group.add_argument("--low-shot", type=cli.count, nargs="*", default=LOW_SHOT, metavar="K",
+    group.add_argument("--folds", type=cli.pos_int, default=3, help="of the cross-validation")
+    group.add_argument("--low-shot", type=cli.pos_int, nargs="*", default=LOW_SHOT, metavar="K",
                        help="images of every class in the small training sets")
-    group.add_argument("--draws", type=cli.count, default=5, help="small training sets of each k")
+    group.add_argument("--draws", type=cli.pos_int, default=5, help="small training sets of each k")
     group.add_argument("--vissl-labels", action="store_true",
                        help="train on difficult images as if the class were not there")
     group = parser.add_argument_group("fits")
     group.add_argument("--output", metavar="FOLDER", help="cache of fits: what is there is reused")
-    group.add_argument("--jobs", type=cli.count, metavar="N",
+    group.add_argument("--jobs", type=cli.pos_int, metavar="N",
                        help="processes that fit; default: the share of the cores")
     args = features.parse(parser, argv)
     if args.folds < 2:
@@ -111,7 +111,7 @@ def read_annotations(root: str, split: str) -> tuple[list[str], list[dict[str, i
                 labels[name] = max(labels.get(name, -1), -1 if difficult else 1)
     except (OSError, ElementTree.ParseError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise dist.RunError(f"--data {root}: cannot read {path}: {reason}") from error
+        raise comm.RunError(f"--data {root}: cannot read {path}: {reason}") from error
     return ids, annotations
 
 
@@ -204,9 +204,9 @@ def fit(key, features, task, seed):
     return precisions, int(svm.n_iter_ >= SVM["max_iter"])
 
 
-def cached_fit(folder: str, world: dist.World):
+def cached_fit(folder: str, world: comm.World):
     """`fit`, which keeps its results in a folder and takes those that are there."""
-    with dist.together(writing=folder):
+    with comm.together(writing=folder):
         # Compressed files have a checksum: a damaged one is not taken, its fit is done again.
         memory = joblib.Memory(os.path.join(folder, "fits"), compress=True, verbose=0)
         cached = memory.cache(fit, ignore=["features", "task", "seed"])
@@ -221,21 +221,21 @@ class Fits:
 
     fit: object  # `fit`, or that with a cache
     args: object
-    world: dist.World
+    world: comm.World
     stopped: int = 0
 
     def run(self, features: np.ndarray, fingerprint: str, tasks: list) -> list:
         """The precisions of every task, equal on every process."""
         seed, own = self.args.seed, tasks[self.world.rank :: self.world.size]
-        jobs = self.args.jobs or joblib.cpu_count() // dist.told("LOCAL_WORLD_SIZE", 1)
+        jobs = self.args.jobs or joblib.cpu_count() // comm.told("LOCAL_WORLD_SIZE", 1)
         if sum(len(rows) for rows, *_ in own) * features.shape[1] < PARALLEL_FROM:
             jobs = 1
-        with dist.together():
+        with comm.together():
             found = joblib.Parallel(n_jobs=max(1, min(jobs, len(own))))(
                 joblib.delayed(self.fit)(joblib.hash([fingerprint, task, seed]), features, task,
                                          seed) for task in own)
         results = [None] * len(tasks)
-        for rank, part in enumerate(dist.all_gather_objects(found)):
+        for rank, part in enumerate(comm.all_gather_objects(found)):
             results[rank :: self.world.size] = part
         self.stopped += sum(stopped for _, stopped in results)
         return [precisions for precisions, _ in results]
@@ -356,7 +356,7 @@ def evaluate(found: features.Features, args, fits: Fits, names: list[str]) -> di
     for k in args.low_shot:
         fewest = min((count for count in (labels[:n] == 1).sum(0) if count), default=0)
         if fewest < k:
-            dist.say(f"low-shot {k}: left out, for a class has {fewest} training images")
+            comm.say(f"low-shot {k}: left out, for a class has {fewest} training images")
         else:
             few[str(k)] = low_shot(run, k, labels[:n], test, costs, args.draws, args.seed)
     return {"map": best["map"], "map_11point": best["map_11point"], "low_shot": few,
@@ -368,20 +368,20 @@ def evaluate(found: features.Features, args, fits: Fits, names: list[str]) -> di
 
 def main(args):
     # Only the same features, bit for bit, find their fits in the cache.
-    world = dist.setup(args.device, deterministic=True)
+    world = comm.setup(args.device, deterministic=True)
     names = []
 
     def open_images(source, split, channels, **options):
         if not os.path.isdir(os.path.join(source, "Annotations")):
             return data.open_images(source, split, channels, **options)
-        with dist.together():
+        with comm.together():
             images, names[:] = open_voc(source, split, channels)
         if args.limit is not None and args.limit < len(images):
             images = images.subset(np.arange(args.limit) * len(images) // args.limit)
         return images
 
     treated = "absent in training" if args.vissl_labels else "ignored"
-    dist.say(f"linear SVM of each class against the rest, unit-norm features; cost of "
+    comm.say(f"linear SVM of each class against the rest, unit-norm features; cost of "
              f"{len(args.costs)} by {args.folds}-fold cross-validation; difficult: {treated}")
     fit_once, table = cached_fit(args.output, world) if args.output else fit, []
     for source in features.sources(args, world, interpolation="bilinear",
@@ -392,7 +392,7 @@ def main(args):
                 for backbone in source.backbones()]
         table.append({"checkpoint": source.name, **features.mean_of(runs)})
         if fits.stopped:
-            dist.say(f"warning: {source.name}: {fits.stopped} SVMs, as a rule of high costs, "
+            comm.say(f"warning: {source.name}: {fits.stopped} SVMs, as a rule of high costs, "
                      f"stopped at the published limit of {SVM['max_iter']} passes before they had "
                      "converged")
 
@@ -424,4 +424,4 @@ def print_table(table: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(dist.launch(main, parse_args()))
+    sys.exit(comm.launch(main, parse_args()))

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import augment, backbones, cli, data, dist, optim
+from common import augment, backbones, cli, data, distributed as comm, optim
 from common.training import Training
 
 IMAGENET = dict(  # paper, appendix A.1; others: --arch vit_large; vit_huge --patch-size 14
@@ -54,14 +54,14 @@ RECIPES = {
 def parse_args(argv=None):
     parser, group = cli.method_parser(__file__, __doc__, backbones.VITS, crops="one",
                                       batch_norm=False)
-    group.add_argument("--patch-size", type=cli.count, help="P, side of a patch in pixels")
+    group.add_argument("--patch-size", type=cli.pos_int, help="P, side of a patch in pixels")
     group.add_argument("--views", choices=("photo", "digits"), help="kind of augmentation")
-    group.add_argument("--mask-ratio", type=cli.share, help="fraction of the patches removed")
+    group.add_argument("--mask-ratio", type=cli.fraction, help="fraction of the patches removed")
     group.add_argument("--norm-pix", action=cli.Switch, help="normalise every patch of the target")
-    group.add_argument("--decoder-dim", type=cli.count, help="E, width of the decoder's tokens")
-    group.add_argument("--decoder-depth", type=cli.count, help="blocks of the decoder")
-    group.add_argument("--decoder-heads", type=cli.count, help="attention heads of the decoder")
-    group.add_argument("--accum-steps", type=cli.count, default=1, help="parts in which a batch "
+    group.add_argument("--decoder-dim", type=cli.pos_int, help="E, width of the decoder's tokens")
+    group.add_argument("--decoder-depth", type=cli.pos_int, help="blocks of the decoder")
+    group.add_argument("--decoder-heads", type=cli.pos_int, help="attention heads of the decoder")
+    group.add_argument("--accum-steps", type=cli.pos_int, default=1, help="parts in which a batch "
                        "goes through the model one by one: less memory, the same gradient")
     args = cli.parse(parser, RECIPES, argv)
     if args.image_size % args.patch_size:
@@ -233,7 +233,7 @@ def reconstruction_loss(pred: Tensor, images: Tensor, mask: Tensor, patch_size: 
 
     Reference: section 3, "reconstruction target".
     """
-    pred, images = (dist.upcast(x) for x in (pred, images))
+    pred, images = (comm.upcast(x) for x in (pred, images))
     target = patchify(images, patch_size)
     if norm_pix:
         variance, mean = torch.var_mean(target, dim=2, keepdim=True)
@@ -260,7 +260,7 @@ def build_views(args):
 
 
 def main(args):
-    world = dist.setup(args.device, args.deterministic)
+    world = comm.setup(args.device, args.deterministic)
     torch.manual_seed(args.seed)
 
     # Data
@@ -288,7 +288,7 @@ def main(args):
     with Training(args, world, images, build_views(args),
                   chance_loss=1.0 if args.norm_pix else None) as run:
         run.resume(model=model, optimizer=optimizer, scaler=scaler)
-        ddp_model = dist.data_parallel(model)
+        ddp_model = comm.data_parallel(model)
         num_patches = backbone.grid[0] * backbone.grid[1]
         lr_of_step = optim.warmup_cosine(
             start=0.0, base=lr, final=0.0,
@@ -317,4 +317,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    sys.exit(dist.launch(main, parse_args()))
+    sys.exit(comm.launch(main, parse_args()))

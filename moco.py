@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import augment, backbones, cli, data, dist, optim
+from common import augment, backbones, cli, data, distributed as comm, optim
 from common.training import Training
 
 V1 = dict(views="v1", mlp_head=False, temperature=0.07, schedule="step", blur=False)
@@ -73,13 +73,13 @@ def parse_args(argv=None):
     group.add_argument("--views", choices=("v1", "v2", "digits"), help="kind of augmentation")
     group.add_argument("--blur", action=cli.Switch, help="Gaussian blur of the views")
     group.add_argument("--mlp-head", action=cli.Switch, help="a hidden layer in the head")
-    group.add_argument("--embedding-dim", type=cli.count, help="D, size of an embedding")
+    group.add_argument("--embedding-dim", type=cli.pos_int, help="D, size of an embedding")
     group.add_argument("--temperature", type=cli.positive, help="lower: hard negatives count more")
-    group.add_argument("--queue-length", type=cli.count, help="K, keys kept as negatives")
-    group.add_argument("--momentum", type=cli.share, help="EMA momentum of the key encoder")
+    group.add_argument("--queue-length", type=cli.pos_int, help="K, keys kept as negatives")
+    group.add_argument("--momentum", type=cli.fraction, help="EMA momentum of the key encoder")
     group.add_argument("--symmetric", action=cli.Switch, help="use each view as query and as key")
-    group.add_argument("--bn-groups", type=cli.count, help="batch-norm groups of the whole batch; "
-                       "as many as the paper had GPUs")
+    group.add_argument("--bn-groups", type=cli.pos_int, help="batch-norm groups of a global batch: "
+                       "the paper's GPUs")
     group.add_argument("--schedule", choices=("cosine", "step"),
                        help="once an epoch: a cosine to 0, or divided by 10 at 60 %% and 80 %%")
     args = cli.parse(parser, recipes, argv)
@@ -178,7 +178,7 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
 
     Reference: equation 1 and algorithm 1.
     """
-    q, k = F.normalize(dist.upcast(q), dim=1), F.normalize(dist.upcast(k.detach()), dim=1)
+    q, k = F.normalize(comm.upcast(q), dim=1), F.normalize(comm.upcast(k.detach()), dim=1)
     positive = (q * k).sum(1, keepdim=True)  # (N, 1)
     negative = q @ queue.detach().to(q.dtype).T  # (N, K)
     logits = torch.cat([positive, negative], dim=1) / temperature
@@ -201,7 +201,7 @@ def update_queue(queue: Tensor, pointer: int, keys: Tensor) -> int:
     Raises:
         ValueError: more keys than rows.
     """
-    keys = dist.all_gather_no_grad(keys)
+    keys = comm.all_gather_no_grad(keys)
     if len(keys) > len(queue):
         raise ValueError(f"{len(keys)} keys do not fit into a queue of {len(queue)}")
     rows = (pointer + torch.arange(len(keys), device=queue.device)) % len(queue)
@@ -231,11 +231,11 @@ def encode_keys(encoder: nn.Module, images: list[Tensor], order: Tensor) -> list
         Unit embeddings (N, D) of each view, in the order of the images.
     """
     n = len(images[0])
-    own = slice(dist.rank() * n, (dist.rank() + 1) * n)
-    shuffled = [dist.all_gather_no_grad(view)[order[own]] for view in images]
+    own = slice(comm.rank() * n, (comm.rank() + 1) * n)
+    shuffled = [comm.all_gather_no_grad(view)[order[own]] for view in images]
     back = order.argsort()[own]
-    keys = [dist.all_gather_no_grad(key)[back] for key in encoder(shuffled)]
-    return [F.normalize(dist.upcast(key), dim=1) for key in keys]
+    keys = [comm.all_gather_no_grad(key)[back] for key in encoder(shuffled)]
+    return [F.normalize(comm.upcast(key), dim=1) for key in keys]
 
 
 @torch.no_grad()
@@ -262,7 +262,7 @@ def build_views(args):
 
 
 def main(args):
-    world = dist.setup(args.device, args.deterministic)
+    world = comm.setup(args.device, args.deterministic)
     torch.manual_seed(args.seed)
 
     # Data
@@ -273,7 +273,7 @@ def main(args):
     backbone = backbones.build_backbone(args.arch, stem=args.stem, in_chans=args.in_chans,
                                         zero_init_residual=False)
     model = MoCo(backbone, args.mlp_head, args.embedding_dim)
-    model = dist.prepare(model, world, args.sync_bn)
+    model = comm.prepare(model, world, args.sync_bn)
     if not args.sync_bn:
         model = group_batchnorm(model, args.bn_groups // world.size)
     key_encoder = copy.deepcopy(model).requires_grad_(False)
@@ -294,7 +294,7 @@ def main(args):
                   floors={"z_std": 0.1 / math.sqrt(args.embedding_dim)}) as run:
         run.resume(model=model, key_encoder=key_encoder, queue=queue, optimizer=optimizer,
                    scaler=scaler)
-        ddp_model = dist.data_parallel(model)
+        ddp_model = comm.data_parallel(model)
         pointer = run.step * args.batch_size * directions % args.queue_length
         lr_of_step = optim.lr_by_epoch(lr, args.schedule, args.epochs, args.warmup_epochs,
                                        run.steps_per_epoch)
@@ -322,4 +322,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    sys.exit(dist.launch(main, parse_args()))
+    sys.exit(comm.launch(main, parse_args()))

@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import augment, backbones, cli, data, dist, optim
+from common import augment, backbones, cli, data, distributed as comm, optim
 from common.training import Training
 
 IMAGENET = dict(  # NPID: paper, section 4, and its code
@@ -100,19 +100,19 @@ def parse_args(argv=None):
     group.add_argument("--flip", action=cli.Switch, help="mirror half of the views and patches")
     group.add_argument("--blur", action=cli.Switch,
                        help="Gaussian blur of half of the views; stronger colours in pirl's")
-    group.add_argument("--jigsaw-size", type=cli.count, metavar="PX",
+    group.add_argument("--jigsaw-size", type=cli.pos_int, metavar="PX",
                        help="pirl: side of the crop that is cut into 3 x 3 cells")
-    group.add_argument("--jigsaw-crop-scale", type=cli.share, nargs=2,
+    group.add_argument("--jigsaw-crop-scale", type=cli.fraction, nargs=2,
                        help="pirl: smallest, largest area fraction of that crop")
-    group.add_argument("--jigsaw-patch-size", type=cli.count, metavar="PX",
+    group.add_argument("--jigsaw-patch-size", type=cli.pos_int, metavar="PX",
                        help="pirl: side of a patch, which lies anywhere in its cell")
     group.add_argument("--mlp-head", action=cli.Switch, help="a hidden layer in the heads")
-    group.add_argument("--embedding-dim", type=cli.count, help="D, size of an embedding")
+    group.add_argument("--embedding-dim", type=cli.pos_int, help="D, size of an embedding")
     group.add_argument("--loss", choices=("nce", "cross_entropy"), help="among 1 + K rows")
-    group.add_argument("--num-negatives", type=cli.whole, metavar="K",
+    group.add_argument("--num-negatives", type=cli.nonneg_int, metavar="K",
                        help="rows of other images; 0: the softmax over the bank, whatever --loss")
     group.add_argument("--temperature", type=cli.positive, help="lower: hard negatives count more")
-    group.add_argument("--memory-momentum", type=cli.share, help="EMA momentum of the bank's rows")
+    group.add_argument("--memory-momentum", type=cli.fraction, help="EMA momentum of the bank")
     group.add_argument("--schedule", choices=("cosine", "step"), help="once an epoch: a cosine to "
                        "a thousandth, or divided by 10 at 60 %% and 80 %%")
     group.add_argument("--decay-norms", action=cli.Switch, help="decay biases and norms as well")
@@ -250,7 +250,7 @@ class NPID(nn.Module):
 
 def unit_rows(x: Tensor) -> Tensor:
     """Give every row unit length, in float32 at least."""
-    return F.normalize(dist.upcast(x), dim=-1)
+    return F.normalize(comm.upcast(x), dim=-1)
 
 
 def draw_negatives(index: Tensor, num_images: int, num_negatives: int, seed: int, step: int):
@@ -263,7 +263,7 @@ def draw_negatives(index: Tensor, num_images: int, num_negatives: int, seed: int
         Data-set indices (N, K), on the CPU: a function of seed, step, own index and place in the
         global batch.
     """
-    first = dist.rank() * len(index)
+    first = comm.rank() * len(index)
     rows = [
         data.philox(seed, data.NEGATIVES, step, first + row).integers(
             num_images - 1, size=num_negatives, dtype=np.int32)
@@ -307,8 +307,8 @@ def estimate_z(logits: Tensor, num_images: int) -> Tensor:
 
     Reference: NPID, section 3.2.
     """
-    logits = dist.upcast(logits)
-    return dist.mean_over_processes(logits.exp().mean()) * num_images
+    logits = comm.upcast(logits)
+    return comm.mean_over_processes(logits.exp().mean()) * num_images
 
 
 def nce_loss(logits: Tensor, num_images: int, z: Tensor | float) -> Tensor:
@@ -325,7 +325,7 @@ def nce_loss(logits: Tensor, num_images: int, z: Tensor | float) -> Tensor:
 
     Reference: NPID, section 3.2.
     """
-    logits = dist.upcast(logits)
+    logits = comm.upcast(logits)
     probability = logits.exp() / z
     c, eps = (logits.shape[1] - 1) / num_images, 1e-7
     positive = torch.log1p((c + eps) / probability[:, 0])
@@ -343,7 +343,7 @@ def update_memory(memory: Tensor, index: Tensor, embedding: Tensor, momentum: fl
         embedding: their unit embeddings (N, D).
         momentum: what a row keeps of itself.
     """
-    index, embedding = dist.all_gather_no_grad(index), dist.all_gather_no_grad(embedding)
+    index, embedding = comm.all_gather_no_grad(index), comm.all_gather_no_grad(embedding)
     last = {image: row for row, image in enumerate(index.tolist())}
     images, rows = (torch.tensor(list(x)).to(memory.device, non_blocking=True)
                     for x in (last.keys(), last.values()))
@@ -387,20 +387,20 @@ def build_views(args):
 
 
 def main(args):
-    world = dist.setup(args.device, args.deterministic)
+    world = comm.setup(args.device, args.deterministic)
     torch.manual_seed(args.seed)
 
     # Data
     images = data.open_images(args.data, "pretrain", args.in_chans, root=args.data_root,
                               download=args.download, limit=args.limit)
     if len(images) < 2:
-        raise dist.RunError("--data holds one image: there is nothing to tell it from")
+        raise comm.RunError("--data holds one image: there is nothing to tell it from")
 
     # Model
     backbone = backbones.build_backbone(args.arch, stem=args.stem, in_chans=args.in_chans,
                                         zero_init_residual=False)
     model = NPID(backbone, args.method == "pirl", args.mlp_head, args.embedding_dim)
-    model = dist.prepare(model, world, args.sync_bn)
+    model = comm.prepare(model, world, args.sync_bn)
     if args.compile:
         backbones.compile(backbone)
     memory = unit_rows(torch.randn(len(images), args.embedding_dim)).to(world.device)
@@ -420,7 +420,7 @@ def main(args):
                   chance_loss=chance_loss(args.loss, args.num_negatives, len(images)),
                   floors={"z_std": 0.1 / math.sqrt(args.embedding_dim)}) as run:
         run.resume(model=model, memory=memory, constant_z=nce_z, optimizer=optimizer, scaler=scaler)
-        ddp_model = dist.data_parallel(model)
+        ddp_model = comm.data_parallel(model)
         lr_of_step = optim.lr_by_epoch(lr, args.schedule, args.epochs, args.warmup_epochs,
                                        run.steps_per_epoch, final=0.001)
         for step, batch in run.steps(export=model.backbone):  # 1. an image, a jigsaw
@@ -452,4 +452,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    sys.exit(dist.launch(main, parse_args()))
+    sys.exit(comm.launch(main, parse_args()))

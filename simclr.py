@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import augment, backbones, cli, data, dist, optim
+from common import augment, backbones, cli, data, distributed as comm, optim
 from common.training import Training
 
 IMAGENET = dict(  # paper, sections 2 and 3; inputs not normalised, as in the official code
@@ -61,8 +61,8 @@ def parse_args(argv=None):
     group.add_argument("--views", choices=("photo", "digits"), help="kind of augmentation")
     group.add_argument("--jitter-strength", type=cli.not_negative, help="strength of colour jitter")
     group.add_argument("--blur", action=cli.Switch, help="Gaussian blur of the views")
-    group.add_argument("--projector-dim", type=cli.count, help="hidden width of the projector")
-    group.add_argument("--embedding-dim", type=cli.count, help="D, size of an embedding")
+    group.add_argument("--projector-dim", type=cli.pos_int, help="hidden width of the projector")
+    group.add_argument("--embedding-dim", type=cli.pos_int, help="D, size of an embedding")
     group.add_argument("--temperature", type=cli.positive, help="lower: hard negatives count more")
     return cli.parse(parser, RECIPES, argv)
 
@@ -126,11 +126,11 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
 
     Reference: section 2.1 and algorithm 1.
     """
-    z = F.normalize(dist.upcast(torch.stack([z1, z2], dim=1)), dim=-1)  # (N, 2, D): pairs adjacent
-    z_all = dist.all_gather_with_grad(z).flatten(0, 1)  # (W*N*2, D)
+    z = F.normalize(comm.upcast(torch.stack([z1, z2], dim=1)), dim=-1)  # (N, 2, D): pairs adjacent
+    z_all = comm.all_gather_with_grad(z).flatten(0, 1)  # (W*N*2, D)
     z_local = z.flatten(0, 1)  # (N*2, D)
     logits = z_local @ z_all.T / temperature  # (2N, 2WN)
-    self_index = torch.arange(len(z_local), device=z.device) + dist.rank() * len(z_local)
+    self_index = torch.arange(len(z_local), device=z.device) + comm.rank() * len(z_local)
     logits = logits.scatter(1, self_index[:, None], -math.inf)
     # The views of an image are neighbours, rows 2i and 2i + 1: the positive of row r is r ^ 1.
     return F.cross_entropy(logits, self_index ^ 1)
@@ -162,7 +162,7 @@ def build_views(args):
 
 
 def main(args):
-    world = dist.setup(args.device, args.deterministic)
+    world = comm.setup(args.device, args.deterministic)
     torch.manual_seed(args.seed)
 
     # Data
@@ -173,7 +173,7 @@ def main(args):
     backbone = backbones.build_backbone(args.arch, stem=args.stem, in_chans=args.in_chans,
                                         zero_init_residual=True)
     model = SimCLR(backbone, args.projector_dim, args.embedding_dim)
-    model = dist.prepare(model, world, args.sync_bn)
+    model = comm.prepare(model, world, args.sync_bn)
     if args.compile:
         backbones.compile(backbone)
 
@@ -193,7 +193,7 @@ def main(args):
                   chance_loss=math.log(2 * args.batch_size - 1),
                   floors={"z_std": 0.1 / math.sqrt(args.embedding_dim)}) as run:
         run.resume(model=model, optimizer=optimizer, scaler=scaler)
-        ddp_model = dist.data_parallel(model)
+        ddp_model = comm.data_parallel(model)
         lr_of_step = optim.warmup_cosine(
             start=0.0, base=lr, final=0.0,
             warmup_steps=args.warmup_epochs * run.steps_per_epoch,
@@ -211,4 +211,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    sys.exit(dist.launch(main, parse_args()))
+    sys.exit(comm.launch(main, parse_args()))

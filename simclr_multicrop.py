@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import augment, backbones, cli, data, dist, optim
+from common import augment, backbones, cli, data, distributed as comm, optim
 from common.training import Training
 
 IMAGENET = dict(  # simclr.py, with the crops of SwAV's paper (section 4.4): two of 160, four of 96
@@ -57,10 +57,10 @@ def parse_args(argv=None):
     group.add_argument("--views", choices=("photo", "digits"), help="kind of augmentation")
     group.add_argument("--jitter-strength", type=cli.not_negative, help="strength of colour jitter")
     group.add_argument("--blur", action=cli.Switch, help="Gaussian blur of the views")
-    group.add_argument("--projector-dim", type=cli.count, help="hidden width of the projector")
-    group.add_argument("--embedding-dim", type=cli.count, help="D, size of an embedding")
+    group.add_argument("--projector-dim", type=cli.pos_int, help="hidden width of the projector")
+    group.add_argument("--embedding-dim", type=cli.pos_int, help="D, size of an embedding")
     group.add_argument("--temperature", type=cli.positive, help="lower: hard negatives count more")
-    group.add_argument("--grad-cache", type=cli.count, metavar="CHUNK", help="embed this many "
+    group.add_argument("--grad-cache", type=cli.pos_int, metavar="CHUNK", help="embed this many "
                        "images of a process at a time, twice: large batches in little memory")
     args = cli.parse(parser, RECIPES, argv)
     cli.check_crops(parser, args)
@@ -140,15 +140,15 @@ def multicrop_nt_xent(z: Tensor, num_views: int, temperature: float) -> Tensor:
 
     Reference: the multi-crop of 2006.09882, section 3.2, applied to SimCLR's equation 1.
     """
-    z = F.normalize(dist.upcast(z), dim=1)
+    z = F.normalize(comm.upcast(z), dim=1)
     n = len(z) // num_views
     z = z.view(num_views, n, -1).transpose(0, 1)  # (N, V, D): views of an image adjacent
-    z_all = dist.all_gather_with_grad(z)  # (W*N, V, D)
+    z_all = comm.all_gather_with_grad(z)  # (W*N, V, D)
     logits = torch.einsum("nvd,mud->nvmu", z, z_all) / temperature  # (N, V, W*N, V)
     image = torch.arange(n, device=z.device)
-    same = logits[image, :, image + dist.rank() * n]  # (N, V, V): the views of the image itself
+    same = logits[image, :, image + comm.rank() * n]  # (N, V, V): the views of the image itself
     own = torch.eye(n, dtype=torch.bool, device=z.device)
-    own = F.pad(own, (dist.rank() * n, len(z_all) - (dist.rank() + 1) * n))
+    own = F.pad(own, (comm.rank() * n, len(z_all) - (comm.rank() + 1) * n))
     others = logits.masked_fill(own[:, None, :, None], -math.inf).flatten(2).logsumexp(2)  # (N, V)
     terms = torch.logaddexp(same, others[:, :, None]) - same  # (N, V, V)
     pairs = terms.sum() - terms.diagonal(dim1=1, dim2=2).sum()  # of two different views
@@ -180,7 +180,7 @@ def grad_cache_backward(model: nn.Module, views: list[Tensor], chunk: int, tempe
     scaler.scale(loss).backward()
     buffers = [buffer.clone() for buffer in model.buffers()]
     for number, (part, grad) in enumerate(zip(chunks, z.grad.split(chunk, dim=1), strict=True), 1):
-        is_last = number == len(chunks) or dist.size() == 1
+        is_last = number == len(chunks) or comm.size() == 1
         with contextlib.nullcontext() if is_last else model.no_sync():
             with autocast():
                 z_chunk = model(list(part))
@@ -213,7 +213,7 @@ def build_views(args):
 
 
 def main(args):
-    world = dist.setup(args.device, args.deterministic)
+    world = comm.setup(args.device, args.deterministic)
     torch.manual_seed(args.seed)
 
     # Data
@@ -224,7 +224,7 @@ def main(args):
     backbone = backbones.build_backbone(args.arch, stem=args.stem, in_chans=args.in_chans,
                                         zero_init_residual=True)
     model = SimCLR(backbone, args.projector_dim, args.embedding_dim)
-    model = dist.prepare(model, world, args.sync_bn)
+    model = comm.prepare(model, world, args.sync_bn)
     if args.compile:
         backbones.compile(backbone)
 
@@ -244,7 +244,7 @@ def main(args):
                   chance_loss=math.log(1 + sum(args.num_crops) * (args.batch_size - 1)),
                   floors={"z_std": 0.1 / math.sqrt(args.embedding_dim)}) as run:
         run.resume(model=model, optimizer=optimizer, scaler=scaler)
-        ddp_model = dist.data_parallel(model)
+        ddp_model = comm.data_parallel(model)
         lr_of_step = optim.warmup_cosine(
             start=0.0, base=lr, final=0.0,
             warmup_steps=args.warmup_epochs * run.steps_per_epoch,
@@ -266,4 +266,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    sys.exit(dist.launch(main, parse_args()))
+    sys.exit(comm.launch(main, parse_args()))

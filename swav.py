@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import augment, backbones, cli, data, dist, optim
+from common import augment, backbones, cli, data, distributed as comm, optim
 from common.training import Training
 
 IMAGENET = dict(  # paper, appendix A: batch 4,096, rates .3 to 4.8 to .0048, here per 256 images
@@ -77,20 +77,20 @@ def parse_args(argv=None):
     group.add_argument("--views", choices=("photo", "digits"), help="kind of augmentation")
     group.add_argument("--jitter-strength", type=cli.not_negative, help="strength of colour jitter")
     group.add_argument("--blur", action=cli.Switch, help="Gaussian blur of half of the views")
-    group.add_argument("--projector-dim", type=cli.count, help="hidden width of the projector")
-    group.add_argument("--embedding-dim", type=cli.count, help="D, size of an embedding")
-    group.add_argument("--num-prototypes", type=cli.count, nargs="+",
+    group.add_argument("--projector-dim", type=cli.pos_int, help="hidden width of the projector")
+    group.add_argument("--embedding-dim", type=cli.pos_int, help="D, size of an embedding")
+    group.add_argument("--num-prototypes", type=cli.pos_int, nargs="+",
                        help="K; several numbers: several sets, their losses averaged")
     group.add_argument("--temperature", type=cli.positive, help="temperature of the predictions")
     group.add_argument("--epsilon", type=cli.positive, help="weight of the codes' entropy: lower "
                        "is harder; if the loss stays at ln K, try .03")
-    group.add_argument("--sinkhorn-iterations", type=cli.count, help="more: more equal use")
-    group.add_argument("--queue-length", type=cli.whole,
+    group.add_argument("--sinkhorn-iterations", type=cli.pos_int, help="more: more equal use")
+    group.add_argument("--queue-length", type=cli.nonneg_int,
                        help="earlier embeddings that join in the codes, for batches below a few "
                        "times K; a multiple of the batch size; 0: none")
-    group.add_argument("--queue-start-epoch", type=cli.whole, help="when the queue starts to fill")
-    group.add_argument("--freeze-prototypes-epochs", type=cli.whole, help="epochs during which the "
-                       "prototypes are frozen; more, if the loss stays at ln K")
+    group.add_argument("--queue-start-epoch", type=cli.nonneg_int, help="epoch in which it starts to fill")
+    group.add_argument("--freeze-prototypes-epochs", type=cli.nonneg_int,
+                       help="prototypes frozen so long; more, if the loss stays at ln K")
     group.add_argument("--start-lr", type=cli.not_negative, help="per 256, where warm-up starts")
     group.add_argument("--final-lr", type=cli.not_negative, help="per 256, where the cosine ends")
     args = cli.parse(parser, RECIPES, argv)
@@ -153,7 +153,7 @@ class SwAV(nn.Module):
         h = torch.cat([self.backbone(torch.cat(list(same))) for _, same in sizes])
         z = self.projector(h)
         with torch.autocast(z.device.type, enabled=False):  # codes need the cosines' digits
-            z = F.normalize(dist.upcast(z), dim=1)
+            z = F.normalize(comm.upcast(z), dim=1)
             z = z.view(len(views), -1, z.shape[1])
             return z, [layer(z) for layer in self.prototypes]
 
@@ -183,11 +183,11 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
 
     Reference: section 3.1, equations 3 to 5; Cuturi, arXiv 1306.0895.
     """
-    scores = dist.upcast(scores)
+    scores = comm.upcast(scores)
     log_codes = scores / epsilon
     for _ in range(iterations):
         masses = log_codes.logsumexp(0, keepdim=True)  # (1, K) of this process
-        log_codes -= dist.all_gather_no_grad(masses).logsumexp(0)  # of all
+        log_codes -= comm.all_gather_no_grad(masses).logsumexp(0)  # of all
         log_codes -= log_codes.logsumexp(1, keepdim=True)
     return log_codes.exp_()
 
@@ -205,7 +205,7 @@ def swapped_prediction_loss(scores: Tensor, codes: Tensor, temperature: float) -
 
     Reference: section 3, equations 1 and 2; multi-crop: section 3.2, equation 6.
     """
-    scores = dist.upcast(scores)
+    scores = comm.upcast(scores)
     log_p = (scores / temperature).log_softmax(2)
     pairs = torch.einsum("ank,vnk->nav", codes.detach().to(log_p.dtype), log_p).sum(0)
     a, v = pairs.shape
@@ -224,7 +224,7 @@ def update_queue(queue: Tensor, pointer: int, z: Tensor) -> int:
     Returns:
         The new pointer.
     """
-    z = dist.all_gather_no_grad(z.transpose(0, 1)).transpose(0, 1)
+    z = comm.all_gather_no_grad(z.transpose(0, 1)).transpose(0, 1)
     queue[:, pointer : pointer + z.shape[1]] = z.to(queue.dtype)
     return (pointer + z.shape[1]) % queue.shape[1]
 
@@ -239,8 +239,8 @@ def compute_codes(scores: Tensor, queue: Tensor | None, prototypes: Tensor, epsi
     codes = []
     for a, own in enumerate(scores):
         if queue is not None:
-            share = queue.shape[1] // dist.size()
-            rows = queue[a, dist.rank() * share : (dist.rank() + 1) * share]
+            share = queue.shape[1] // comm.size()
+            rows = queue[a, comm.rank() * share : (comm.rank() + 1) * share]
             own = torch.cat([rows @ prototypes.T, own])
         codes.append(sinkhorn(own, epsilon, iterations)[-scores.shape[1] :])
     return torch.stack(codes)
@@ -249,7 +249,7 @@ def compute_codes(scores: Tensor, queue: Tensor | None, prototypes: Tensor, epsi
 @torch.no_grad()
 def indicators(z: Tensor, scores: Tensor) -> dict[str, Tensor]:
     """Collapse indicators, logged: on the global crops' z (A, N, D) and scores (A, N, K)."""
-    nearest = dist.all_gather_no_grad(scores.argmax(2).flatten())
+    nearest = comm.all_gather_no_grad(scores.argmax(2).flatten())
     use = nearest.bincount(minlength=scores.shape[2]) / len(nearest)
     return {
         "prototype_entropy": torch.special.entr(use).sum(),  # ln K if all are used alike
@@ -268,7 +268,7 @@ def build_views(args):
 
 
 def main(args):
-    world = dist.setup(args.device, args.deterministic)
+    world = comm.setup(args.device, args.deterministic)
     torch.manual_seed(args.seed)
 
     # Data
@@ -276,14 +276,14 @@ def main(args):
                               download=args.download, limit=args.limit)
     if args.queue_length > len(images):
         fits = len(images) - len(images) % args.batch_size
-        raise dist.RunError(f"--queue-length {args.queue_length} is more than the {len(images)} "
+        raise comm.RunError(f"--queue-length {args.queue_length} is more than the {len(images)} "
                             f"images of --data; at most {fits}")
 
     # Model
     backbone = backbones.build_backbone(args.arch, stem=args.stem, in_chans=args.in_chans,
                                         zero_init_residual=False)
     model = SwAV(backbone, args.projector_dim, args.embedding_dim, args.num_prototypes)
-    model = dist.prepare(model, world, args.sync_bn)
+    model = comm.prepare(model, world, args.sync_bn)
     if args.compile:
         backbones.compile(backbone)
     num_global = args.num_crops[0]
@@ -303,7 +303,7 @@ def main(args):
                   floors={"z_std": 0.1 / math.sqrt(args.embedding_dim),
                           "prototype_entropy": max_entropy / 2}) as run:
         run.resume(model=model, queue=queue, optimizer=optimizer, scaler=scaler)
-        ddp_model = dist.data_parallel(model)
+        ddp_model = comm.data_parallel(model)
         queue_start = args.queue_start_epoch * run.steps_per_epoch
         lr_of_step = optim.warmup_cosine(
             start=start_lr, base=lr, final=final_lr,
@@ -334,4 +334,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    sys.exit(dist.launch(main, parse_args()))
+    sys.exit(comm.launch(main, parse_args()))

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common import augment, backbones, checkpoint, cli, data, dist, features, weights
+from common import augment, backbones, checkpoint, cli, data, distributed as comm, features, weights
 
 TILE = 96  # smallest side of an image in a picture, in pixels
 GAP = 4
@@ -44,7 +44,7 @@ def parse_args(argv=None):
                           help="where torchvision's data sets are")
     for kind in kinds.choices.values():
         kind.add_argument("--image", required=True, metavar="PNG", help="the picture to write")
-        kind.add_argument("--rows", type=cli.count, default=6, help="number of images")
+        kind.add_argument("--rows", type=cli.pos_int, default=6, help="number of images")
     args, others = parser.parse_known_args(argv)
     if others and args.kind != "views":
         parser.error(f"unrecognized arguments: {' '.join(others)}")
@@ -106,7 +106,7 @@ def method(name: str):
         module = importlib.import_module(os.path.basename(name).removesuffix(".py"))
         module.build_views  # noqa: B018  a method script has it
     except (ImportError, AttributeError, ValueError):
-        raise dist.RunError(f"{name} is no method script; try simclr") from None
+        raise comm.RunError(f"{name} is no method script; try simclr") from None
     return module
 
 
@@ -117,7 +117,7 @@ def views_picture(args) -> Image.Image:
     images = data.open_images(given.data, "pretrain", given.in_chans, root=given.data_root,
                               download=given.download, limit=given.limit)
     rows = min(args.rows, len(images))
-    world = dist.World(0, 1, torch.device("cpu"))
+    world = comm.World(0, 1, torch.device("cpu"))
     loader = data.Loader(images, module.build_views(given), batch_size=rows, epochs=1,
                          seed=given.seed, world=world, workers=0)
     batch = next(loader.epoch(0))
@@ -143,7 +143,7 @@ def some_images(args, settings: dict) -> Tensor:
     try:
         images = data.open_images(args.data or settings["data"], "test", settings["in_chans"],
                                   root=args.data_root)
-    except dist.RunError:
+    except comm.RunError:
         images = data.open_images(args.data or settings["data"], "pretrain", settings["in_chans"],
                                   root=args.data_root)
     size = settings["image_size"]
@@ -157,7 +157,7 @@ def some_images(args, settings: dict) -> Tensor:
         try:
             planes = images.read(index)
         except Exception as error:  # Pillow's decoders raise what they like
-            raise dist.RunError(f"{images.name(index)} cannot be read: {error}") from error
+            raise comm.RunError(f"{images.name(index)} cannot be read: {error}") from error
         drawn, _ = view.draw(np.empty((1, 0)), np.array([planes[0].size[::-1]]))
         crops.append(torch.from_numpy(view.crop(planes, [part[0] for part in drawn]).copy()))
     return view.finish(torch.stack(crops), torch.empty(rows, 0), torch.device("cpu"))
@@ -167,17 +167,17 @@ def settings_of(args, script: str) -> dict:
     """The settings of a run of a certain script, from its run.json or its backbone.pth."""
     try:
         settings = dict(features.find_checkpoint(args.checkpoint).settings)
-    except dist.RunError:
+    except comm.RunError:
         settings = {}
     if "arch" not in settings:
-        raise dist.RunError(f"--checkpoint {args.checkpoint}: no run.json that can be read there; "
+        raise comm.RunError(f"--checkpoint {args.checkpoint}: no run.json that can be read there; "
                             f"give the folder of a run of {script}")
     if settings.get("arch") not in backbones.VITS:
-        raise dist.RunError(f"--checkpoint {args.checkpoint}: {settings.get('arch')} is no vision "
+        raise comm.RunError(f"--checkpoint {args.checkpoint}: {settings.get('arch')} is no vision "
                             "transformer")
     missing = {*checkpoint.DESCRIBED} - {"stem"} - settings.keys()
     if missing:
-        raise dist.RunError(f"--checkpoint {args.checkpoint} does not say its {min(missing)}; give "
+        raise comm.RunError(f"--checkpoint {args.checkpoint} does not say its {min(missing)}; give "
                             f"the folder of a run of {script}")
     return {"data": "digits", **settings}
 
@@ -210,12 +210,12 @@ def reconstruction_picture(args) -> Image.Image:
 
     settings = settings_of(args, "mae.py")
     if "mask_ratio" not in settings:
-        raise dist.RunError(f"--checkpoint {args.checkpoint} is no run of mae.py")
+        raise comm.RunError(f"--checkpoint {args.checkpoint} is no run of mae.py")
     path = os.path.join(args.checkpoint, "checkpoint.pt")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)["state"]["model"]
     except Exception as error:
-        raise dist.RunError(f"{path} cannot be read: {type(error).__name__}") from error
+        raise comm.RunError(f"{path} cannot be read: {type(error).__name__}") from error
     patch = settings["patch_size"]
     backbone = backbones.build_backbone(
         settings["arch"], in_chans=settings["in_chans"], image_size=settings["image_size"],
@@ -249,10 +249,10 @@ def main(args):
     pictures = {"views": views_picture, "attention": attention_picture,
                 "reconstruction": reconstruction_picture}
     picture = pictures[args.kind](args)
-    with dist.together(writing=args.image):
+    with comm.together(writing=args.image):
         picture.save(args.image, format="PNG")
-    dist.say(f"{args.image}: {picture.width} x {picture.height} pixels")
+    comm.say(f"{args.image}: {picture.width} x {picture.height} pixels")
 
 
 if __name__ == "__main__":
-    sys.exit(dist.launch(main, parse_args()))
+    sys.exit(comm.launch(main, parse_args()))

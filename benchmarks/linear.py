@@ -22,13 +22,13 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import eval_linear
-from common import dist, features, solver
+from common import distributed as comm, features, solver
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="+", help="made by --save-features")
-    world = dist.World(0, 1, torch.device("cpu"))
+    world = comm.World(0, 1, torch.device("cpu"))
     differences = []
     print(f"{'features':<40}{'auto':>8}{'s':>7}{'sklearn':>9}{'s':>7}")
     for path in parser.parse_args().files:

@@ -24,8 +24,8 @@ import torch
 import torchvision
 from torch import nn
 
-from common import dist
-from common.dist import RunError, World
+from common import distributed as comm
+from common.distributed import RunError, World
 
 RECORD = {"step", "settings", "identity", "processes", "state"}  # what a checkpoint holds
 DESCRIBED = ("arch", "stem", "patch_size", "image_size", "in_chans", "mean", "std")
@@ -70,23 +70,23 @@ class Run:
 
     def __enter__(self):
         try:
-            with dist.together(writing=self.folder):
+            with comm.together(writing=self.folder):
                 if self.world.is_main:
                     os.makedirs(self.folder, exist_ok=True)
                     self.lock = hold(self.path(".lock"))
-            with dist.together():
+            with comm.together():
                 if self.resume:
                     self.checkpoint = self.newest_checkpoint()
                     self.compare_settings()
             step = self.checkpoint["step"] if self.checkpoint else 0
-            if len(set(dist.all_gather_objects((step, self.identity)))) > 1:
+            if len(set(comm.all_gather_objects((step, self.identity)))) > 1:
                 raise RunError(f"the processes see different images or different checkpoints in "
                                f"{self.folder}; all machines need the same files")
         except RunError:
             self.__exit__(RunError)
             raise
         if self.world.device.type == "cpu":
-            dist.keep_freed_memory()
+            comm.keep_freed_memory()
         self.handlers = {n: signal.signal(n, self.request_stop) for n in STOP_SIGNALS}
         return self
 
@@ -99,11 +99,11 @@ class Run:
             where = "before the first step" if self.saved_step is None else (
                 f"at step {self.saved_step} and saved")
             command = "the same command" + ("" if self.resume else " without --no-resume")
-            dist.say(f"stopped {where}; {command} goes on")
+            comm.say(f"stopped {where}; {command} goes on")
             if self.interrupted and self.world.size == 1:
                 raise KeyboardInterrupt  # what a shell was to do next, it must not
         elif kind is None:
-            dist.say(f"finished: {self.path(self.product)}")
+            comm.say(f"finished: {self.path(self.product)}")
 
     def path(self, name: str) -> str:
         return os.path.join(self.folder, name)
@@ -134,7 +134,7 @@ class Run:
             self.keeps_previous = name == "checkpoint.pt"
             if name != "checkpoint.pt":
                 missing = failures[0] + " does not load" if failures else "checkpoint.pt is missing"
-                dist.say(f"warning: {missing}; going on from {name}")
+                comm.say(f"warning: {missing}; going on from {name}")
             return loaded
         if failures:
             raise RunError(
@@ -177,16 +177,16 @@ class Run:
         step = 0
         if self.checkpoint:
             step = self.saved_step = self.checkpoint["step"]
-            with dist.together():
+            with comm.together():
                 for name, part in state.items():
                     self.restore(name, part)
             processes = self.checkpoint["processes"]
             note = f"resuming {self.folder} at step {step}"
             if processes != self.world.size:
                 note += f" (saved by {processes} processes, now {self.world.size})"
-            dist.say(note)
+            comm.say(note)
             self.checkpoint = None
-        with dist.together(writing=self.folder):
+        with comm.together(writing=self.folder):
             if self.world.is_main:
                 if not self.resume:
                     self.forget()
@@ -241,7 +241,7 @@ class Run:
         record["settings"] = self.settings
         record["data"] = self.identity
         record["parameters"] = sum(p.numel() for m in modules for p in m.parameters())
-        with replacing(self.path("run.json")) as file:
+        with atomic_write(self.path("run.json")) as file:
             file.write(json.dumps(record, indent=1).encode())
 
     # ------------------------------------------------------------------------------------ saving
@@ -249,7 +249,7 @@ class Run:
     def agree(self, epoch_ends: bool) -> tuple[bool, bool]:
         """Whether to save now and whether to stop then: the same answer on every process."""
         due = self.world.is_main and time.monotonic() - self.last_save > self.save_every
-        self.stopping, due = dist.agree(self.stop_requested, due)
+        self.stopping, due = comm.any_rank(self.stop_requested, due)
         return self.stopping or due or epoch_ends, self.stopping
 
     def save(self, step: int, state: dict, backbone: nn.Module):
@@ -259,7 +259,7 @@ class Run:
             RunError: the disk is full or the like, or a weight is not finite; the last good
                 checkpoint stays.
         """
-        with dist.together(writing=self.folder):
+        with comm.together(writing=self.folder):
             if self.world.is_main:
                 self.check_finite(step, state)
                 self.write(step, state, backbone)
@@ -277,11 +277,11 @@ class Run:
             "processes": self.world.size,
             "state": kept,
         }
-        with replacing(self.path(self.product)) as file:
+        with atomic_write(self.path(self.product)) as file:
             torch.save(described(backbone.state_dict(), self.settings), file)
         # What is moved behind the new checkpoint is this run's, and whole.
         newest, previous = self.path("checkpoint.pt"), self.path("checkpoint.prev.pt")
-        with replacing(newest, previous if self.keeps_previous else None) as file:
+        with atomic_write(newest, previous if self.keeps_previous else None) as file:
             torch.save(record, file)
         self.keeps_previous = True
 
@@ -345,12 +345,12 @@ def unless_missing(what: str | None = None, path: str = ""):
         if error.errno not in NOT_THERE:
             raise
         if what:
-            dist.say(f"warning: the file system of {os.path.dirname(path)} has no {what} "
+            comm.say(f"warning: the file system of {os.path.dirname(path)} has no {what} "
                      f"({error.strerror})")
 
 
 @contextlib.contextmanager
-def replacing(path: str, previous: str | None = None):
+def atomic_write(path: str, previous: str | None = None):
     """Open a file that takes the place of `path` once it is whole and on the disk.
 
     What stood at `path` before is kept at `previous`, if that is given.
@@ -392,7 +392,7 @@ def cut_log(path: str, step: int):
         with contextlib.suppress(ValueError):
             if json.loads(line)["step"] <= step:
                 kept.append(line.rstrip(b"\n") + b"\n")
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(b"".join(kept))
 
 

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 
-from common import dist
+from common import distributed as comm
 
 # Settings that do not change what is computed beyond rounding: they may differ when a run resumes.
 RUN_FLAGS = {
@@ -25,16 +25,16 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, printed by one process."""
 
     def parse_known_args(self, args=None, namespace=None):
-        dist.print_any_character()
+        comm.print_any_character()
         return super().parse_known_args(args, namespace)
 
     def error(self, message):
-        if dist.speaks():
+        if comm.speaks():
             print(f"{self.prog}: error: {message} (--help lists the flags)", file=sys.stderr)
         raise SystemExit(2)
 
     def exit(self, status=0, message=None):
-        dist.end_output()  # --help | head
+        comm.end_output()  # --help | head
         super().exit(status, message)
 
 
@@ -76,11 +76,11 @@ def parser(script: str, description: str) -> Parser:
                       help="where torchvision's data sets are")
     data.add_argument("--download", action=Switch, default=False,
                       help="fetch a torchvision data set that is not there")
-    data.add_argument("--limit", type=count, metavar="N", help="take N evenly spaced images only")
+    data.add_argument("--limit", type=pos_int, metavar="N", help="take N evenly spaced images only")
     run = made.add_argument_group("run (none of these changes the method; --amp its precision)")
     run.add_argument("--output", metavar="FOLDER", help="default: runs/<script>-<data>-<arch>")
     run_flags(run)
-    run.add_argument("--workers", type=whole, metavar="N",
+    run.add_argument("--workers", type=nonneg_int, metavar="N",
                      help="loader processes a training process; default: its share of cores")
     run.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto",
                      help="where to train")
@@ -100,7 +100,7 @@ def run_flags(group) -> None:
                        "--no-resume starts anew and replaces what the folder holds")
     group.add_argument("--save-every-minutes", type=positive, default=15.0, metavar="M",
                        help="save within an epoch as well; every epoch's end saves")
-    group.add_argument("--log-every", type=count, default=20, metavar="STEPS",
+    group.add_argument("--log-every", type=pos_int, default=20, metavar="STEPS",
                        help="steps between two log lines")
 
 
@@ -114,19 +114,19 @@ def method_parser(script: str, description: str, archs, *, crops: str, batch_nor
     """
     made = parser(script, description)
     group = made.add_argument_group("images")
-    group.add_argument("--image-size", type=count, help="side of a view in pixels" + (
+    group.add_argument("--image-size", type=pos_int, help="side of a view in pixels" + (
         ": the first of --crop-sizes" if crops == "multi" else ""))
-    group.add_argument("--in-chans", type=count, help="channels of the images")
+    group.add_argument("--in-chans", type=pos_int, help="channels of the images")
     group.add_argument("--mean", type=number, nargs="+", help="subtracted from each channel")
     group.add_argument("--std", type=positive, nargs="+", help="each channel is divided by it")
     if crops == "multi":
-        group.add_argument("--num-crops", type=count, nargs="+",
+        group.add_argument("--num-crops", type=pos_int, nargs="+",
                            help="crops of each size, the global ones first")
-        group.add_argument("--crop-sizes", type=count, nargs="+", help="their sides in pixels")
-        group.add_argument("--crop-scales", type=share, nargs="+",
+        group.add_argument("--crop-sizes", type=pos_int, nargs="+", help="their sides in pixels")
+        group.add_argument("--crop-scales", type=fraction, nargs="+",
                            help="smallest, largest area fraction for each size")
     else:
-        group.add_argument("--crop-scale", type=share, nargs=2,
+        group.add_argument("--crop-scale", type=fraction, nargs=2,
                            help="smallest, largest area fraction of a crop")
     group = made.add_argument_group("optimisation")
     group.add_argument("--arch", choices=archs, help="backbone")
@@ -134,12 +134,12 @@ def method_parser(script: str, description: str, archs, *, crops: str, batch_nor
         group.add_argument("--stem", choices=("imagenet", "small"),
                            help="of a ResNet; small: 3x3 stride 1, no pool")
         group.add_argument("--sync-bn", action=Switch, help="batch norm over all processes")
-    group.add_argument("--epochs", type=count, help="passes over the images")
-    group.add_argument("--batch-size", type=count, help="images over all processes")
+    group.add_argument("--epochs", type=pos_int, help="passes over the images")
+    group.add_argument("--batch-size", type=pos_int, help="images over all processes")
     group.add_argument("--lr", type=positive, help="learning rate per 256 images")
     group.add_argument("--weight-decay", type=not_negative, help="weight decay")
-    group.add_argument("--warmup-epochs", type=whole, help="linear warm-up of the learning rate")
-    group.add_argument("--seed", type=whole, default=0, help="random seed")
+    group.add_argument("--warmup-epochs", type=nonneg_int, help="linear warm-up of the rate")
+    group.add_argument("--seed", type=nonneg_int, default=0, help="random seed")
     return made, made.add_argument_group("method")
 
 
@@ -199,7 +199,7 @@ def parse(made: Parser, recipes: dict, argv=None) -> argparse.Namespace:
 
 def processes() -> int:
     """Number of processes that torchrun started."""
-    return max(1, dist.told("WORLD_SIZE", 1))
+    return max(1, comm.told("WORLD_SIZE", 1))
 
 
 def peek(argv, flag: str, kind=int):
@@ -254,9 +254,9 @@ def _number(kind, accept, wanted):
     return convert
 
 
-whole = _number(int, lambda v: 0 <= v < 2**63, "a whole number of at least 0")
-count = _number(int, lambda v: v >= 1, "a whole number of at least 1")
+nonneg_int = _number(int, lambda v: 0 <= v < 2**63, "a whole number of at least 0")
+pos_int = _number(int, lambda v: v >= 1, "a whole number of at least 1")
 positive = _number(float, lambda v: 0 < v < math.inf, "a number above 0")
 not_negative = _number(float, lambda v: 0 <= v < math.inf, "a number of at least 0")
-share = _number(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
+fraction = _number(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
 number = _number(float, math.isfinite, "a number")

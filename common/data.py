@@ -25,8 +25,8 @@ import torchvision
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from common import dist
-from common.dist import RunError, World
+from common import distributed as comm
+from common.distributed import RunError, World
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -226,10 +226,10 @@ def open_images(
         RunError: there is no such source, or it holds no image.
     """
     if data in TORCHVISION and download:
-        with dist.together(writing=root):  # one process a machine fetches, the others wait for it
-            if dist.told("LOCAL_RANK", 0) == 0:
+        with comm.together(writing=root):  # one process a machine fetches, the others wait for it
+            if comm.told("LOCAL_RANK", 0) == 0:
                 torchvision_images(data, split, channels, root, download=True)
-    with dist.together():
+    with comm.together():
         if data == "digits":
             images = digits(split, channels)
         elif data == "fake":
@@ -323,14 +323,14 @@ def folder(root: str, split: str, channels: int) -> FileImages:
     if not paths:
         raise RunError(f"--data {top}: no image file in it{beside} ({' '.join(EXTENSIONS)})")
     if held_out:
-        dist.say(f"warning: {top}: {' and '.join(held_out)} taken for held-out images and not "
+        comm.say(f"warning: {top}: {' and '.join(held_out)} taken for held-out images and not "
                  "trained on; a class needs another name")
     inside = [path[len(os.path.join(top, "")) :].split(os.sep) for path in paths]
     if split == "pretrain" or all(len(parts) == 1 for parts in inside):
         return FileImages(paths, None, channels, top)
     stray = [path for path, parts in zip(paths, inside, strict=True) if len(parts) == 1]
     if stray:
-        dist.say(f"warning: left out, for no class folder holds it: {some(stray)}")
+        comm.say(f"warning: left out, for no class folder holds it: {some(stray)}")
         paths = [path for path, parts in zip(paths, inside, strict=True) if len(parts) > 1]
     classes = [parts[0] for parts in inside if len(parts) > 1]
     # A class has the same number in every split: that of the training split.
@@ -341,7 +341,7 @@ def folder(root: str, split: str, channels: int) -> FileImages:
         raise RunError(f"--data {root}: class folders of {top} that {train} does not have: "
                        f"{some(unknown)}; a class has one name in both")
     if empty and split == "train":
-        dist.say(f"warning: class folders of {train} without an image: {some(empty)}")
+        comm.say(f"warning: class folders of {train} without an image: {some(empty)}")
     number = {name: label for label, name in enumerate(known)}
     return FileImages(paths, np.array([number[name] for name in classes]), channels, top)
 
@@ -358,10 +358,10 @@ def train_is_a_class(root: str) -> bool:
     if not beside:
         return False
     if nested or any(os.path.isdir(os.path.join(root, name)) for name in HELD_OUT):
-        dist.say(f"warning: {own} is taken for the training split; beside it, not trained on: "
+        comm.say(f"warning: {own} is taken for the training split; beside it, not trained on: "
                  f"{some(beside)}")
         return False
-    dist.say(f"warning: {own} is taken for a class like {some(beside)}; for the training split "
+    comm.say(f"warning: {own} is taken for a class like {some(beside)}; for the training split "
              f"pass --data {own}")
     return True
 
@@ -557,7 +557,7 @@ class Loader:
                            f"--data; {remedy}")
         left_out = sorted({what for view in views for what in view.left_out})
         if left_out:
-            dist.say(f"left out, for it needs RGB images: {', '.join(left_out)}")
+            comm.say(f"left out, for it needs RGB images: {', '.join(left_out)}")
         self.images, self.views, self.world = images, views, world
         self.steps_per_epoch = len(images) // batch_size
         self.step, self.bad_files, self.waited = start_step, {}, 0.0
@@ -566,7 +566,7 @@ class Loader:
         workers = min(default_workers() if workers is None else workers, len(steps))
         # Large batches, as of many crops, are held to one waiting for each worker.
         large = shares.share * sum(v.channels * math.prod(v.size) for v in views) > 2**26
-        context = (multiprocessing_context or dist.worker_context()) if workers else None
+        context = (multiprocessing_context or comm.worker_context()) if workers else None
         atexit.unregister(end_workers)
         atexit.register(end_workers)  # after multiprocessing's own, so that it runs before it
         gc.freeze()  # in the workers, whose collections would copy every page that they share
@@ -602,9 +602,9 @@ class Loader:
     def report(self, problems: dict[int, str]) -> None:
         """Join all processes' unreadable files, name each once, and stop if there are too many."""
         new = {i: reason for i, reason in problems.items() if i not in self.bad_files}
-        if not any(dist.agree(bool(new))):
+        if not any(comm.any_rank(bool(new))):
             return
-        joined = {i: r for part in dist.all_gather_objects(new) for i, r in part.items()}
+        joined = {i: r for part in comm.all_gather_objects(new) for i, r in part.items()}
         hopeless = joined.pop(FATAL, None)
         self.bad_files.update(joined)
         allowed = max(1, len(self.images) // 100)
@@ -617,13 +617,13 @@ class Loader:
         if hopeless:
             raise RunError(hopeless)
         for i in sorted(joined):
-            dist.say(f"unreadable, replaced: {self.images.name(i)}: {joined[i]}")
+            comm.say(f"unreadable, replaced: {self.images.name(i)}: {joined[i]}")
 
 
 def default_workers() -> int:
     """This process's share of the cores, at most 16."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(16, cores // dist.told("LOCAL_WORLD_SIZE", 1))
+    return min(16, cores // comm.told("LOCAL_WORLD_SIZE", 1))
 
 
 def start_worker(worker: int) -> None:
@@ -634,7 +634,7 @@ def start_worker(worker: int) -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    dist.end_if_unsent(worker)
+    comm.end_if_unsent(worker)
 
 
 def end_workers() -> None:

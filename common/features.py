@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import augment, backbones, cli, data, dist, weights
-from common.dist import RunError, World
+from common import augment, backbones, cli, data, distributed as comm, weights
+from common.distributed import RunError, World
 
 # ------------------------------------------------------------------------------------- command line
 
@@ -56,26 +56,26 @@ def parser(
                        help="where torchvision's data sets are")
     group.add_argument("--download", action=cli.Switch, default=False,
                        help="fetch a torchvision data set that is not there")
-    group.add_argument("--image-size", type=cli.count, help="side in pixels")
-    group.add_argument("--resize", type=cli.count,
+    group.add_argument("--image-size", type=cli.pos_int, help="side in pixels")
+    group.add_argument("--resize", type=cli.pos_int,
                        help=f"shorter side before the central crop; default: {resize}")
-    group.add_argument("--in-chans", type=cli.count, help="channels of the images")
+    group.add_argument("--in-chans", type=cli.pos_int, help="channels of the images")
     group.add_argument("--mean", type=cli.number, nargs="+", help="subtracted from each channel")
     group.add_argument("--std", type=cli.positive, nargs="+", help="each channel is divided by it")
-    group.add_argument("--limit", type=cli.count, metavar="N",
+    group.add_argument("--limit", type=cli.pos_int, metavar="N",
                        help="take N evenly spaced images of each split")
     group = made.add_argument_group("backbone (default: as above)")
     group.add_argument("--arch", choices=backbones.NAMES, help="backbone")
     group.add_argument("--stem", choices=tuple(backbones.STEMS),
                        help="small: 3x3 stride 1, no pool; small-pad2: solo-learn's, padded by 2")
-    group.add_argument("--patch-size", type=cli.count, help="side of a transformer's patches")
+    group.add_argument("--patch-size", type=cli.pos_int, help="side of a transformer's patches")
     group = made.add_argument_group("run")
-    group.add_argument("--batch-size", type=cli.count, default=256,
+    group.add_argument("--batch-size", type=cli.pos_int, default=256,
                        help="images in one forward pass")
-    group.add_argument("--workers", type=cli.whole, metavar="N",
+    group.add_argument("--workers", type=cli.nonneg_int, metavar="N",
                        help="loader processes; default: the share of the cores, 0 if no files")
     group.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="device")
-    group.add_argument("--seed", type=cli.whole, default=0, help="random seed")
+    group.add_argument("--seed", type=cli.nonneg_int, default=0, help="random seed")
     return made
 
 
@@ -249,11 +249,11 @@ class Source:
         else:
             line = assumed(checkpoint, settings)
             if line:
-                dist.say(line)
+                comm.say(line)
             for name in ("mean", "std"):
                 said, now = checkpoint.settings.get(name, settings[name]), settings[name]
                 if list(said) != list(now) and len({*said, *now}) > 1:
-                    dist.say(f"warning: {as_flag(name, settings)}, and {checkpoint.name} was "
+                    comm.say(f"warning: {as_flag(name, settings)}, and {checkpoint.name} was "
                              f"trained with {as_flag(name, checkpoint.settings)}")
             yield freeze(build(settings), checkpoint.weights, self.world)
 
@@ -264,9 +264,9 @@ class Source:
             RunError: the backbone has no such layer; an image, a file or a number is broken.
         """
         if backbone is None:
-            with dist.together():
+            with comm.together():
                 found = read(self.name, self.args.layers)
-            dist.say(f"{self.name}: {found.checkpoint} on {found.protocol}")
+            comm.say(f"{self.name}: {found.checkpoint} on {found.protocol}")
             return found
         names = None if self.checkpoint.name == "pixels" else self.args.layers
         if names is None and backbones.is_resnet(backbone):
@@ -309,7 +309,7 @@ def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
             settings = evaluation_settings(args, [checkpoint], shared["data"])
             trained_on = checkpoint.settings.get("data", shared["data"])
             if trained_on != shared["data"] and not args.data:
-                dist.say(f"warning: {checkpoint.name} was trained on {trained_on}, and is "
+                comm.say(f"warning: {checkpoint.name} was trained on {trained_on}, and is "
                          f"evaluated on {shared['data']} like the first run; --data chooses")
         channels, size = settings["in_chans"], settings["image_size"]
         settings["trained_size"] = checkpoint.settings.get("image_size", size)
@@ -331,7 +331,7 @@ def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
         protocol = (f"{settings['data']}: {len(train)} training and {len(test)} test images of "
                     f"{size} px, {step}")
         if protocol not in said:
-            dist.say(protocol)
+            comm.say(protocol)
             said.add(protocol)
         arch = f" ({settings['arch']})" if checkpoint.name == "random" else ""
         yield Source(checkpoint.name + arch, args, world, checkpoint, settings, train, test, view,
@@ -356,7 +356,7 @@ def build(settings: dict) -> nn.Module:
 
 def freeze(backbone: nn.Module, path: str | None, world: World) -> nn.Module:
     """Put a backbone on the device in eval mode, with weights from a file or as it stands."""
-    with dist.together():
+    with comm.together():
         if path is not None:
             weights.load_backbone(backbone, path)
     return backbone.to(world.device, memory_format=torch.channels_last).eval().requires_grad_(False)
@@ -521,11 +521,11 @@ def extract(
     workers = min(workers, len(own))
     loader = torch.utils.data.DataLoader(
         Chunks(images, view, own, batch_size), batch_size=None, num_workers=workers,
-        pin_memory=world.device.type == "cuda", worker_init_fn=dist.end_if_unsent,
-        multiprocessing_context=dist.worker_context() if workers else None,
+        pin_memory=world.device.type == "cuda", worker_init_fn=comm.end_if_unsent,
+        multiprocessing_context=comm.worker_context() if workers else None,
     )
     found, widths = {}, {}
-    with dist.together():
+    with comm.together():
         for chunk, loaded in zip(own, loader, strict=True):
             if isinstance(loaded, str):
                 raise RunError(loaded)
@@ -539,11 +539,11 @@ def extract(
                 kept.copy_(rows)
                 check_finite(kept, f"of {name}", chunk * batch_size)
     widths = {name: rows.shape[1] for name, rows in found.items()}
-    widths = next(w for w in dist.all_gather_objects(widths) if w)  # some process may have no image
+    widths = next(w for w in comm.all_gather_objects(widths) if w)  # some process may have no image
     bounds = [min(part * batch_size, n) for part in parts]
     for name, width in widths.items():
         found.setdefault(name, torch.empty(n, width))
-        dist.share_rows(found[name], bounds)
+        comm.share_rows(found[name], bounds)
     return {name: found[name] for name in widths}
 
 
@@ -624,13 +624,13 @@ def write(features: Features, path: str, world: World) -> None:
         arrays |= {f"{name}/{layer}": rows.numpy() for layer, rows in split.layers.items()}
         arrays |= {f"{name}/labels": split.labels, f"{name}/index": split.index}
     folder = os.path.dirname(path) or "."
-    with dist.together(writing=folder):
+    with comm.together(writing=folder):
         if world.is_main:
             os.makedirs(folder, exist_ok=True)
             with open(f"{path}.tmp", "wb") as file:
                 np.savez(file, **arrays)
             os.replace(f"{path}.tmp", path)
-    dist.say(f"features written to {path}")
+    comm.say(f"features written to {path}")
 
 
 def read(path: str, layers: list[str] | None = None) -> Features:

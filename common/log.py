@@ -10,8 +10,8 @@ import time
 import torch
 from torch import Tensor
 
-from common import dist
-from common.dist import RunError, World
+from common import distributed as comm
+from common.distributed import RunError, World
 
 
 class Log:
@@ -61,7 +61,7 @@ class Log:
             return
         tensors = {"loss": loss, **indicators}
         stacked = torch.stack([value.detach().to(loss.dtype) for value in tensors.values()])
-        values = dict(zip(tensors, dist.mean_over_processes(stacked).tolist(), strict=True))
+        values = dict(zip(tensors, comm.mean_over_processes(stacked).tolist(), strict=True))
         self.check()
         now = time.perf_counter()
         seconds = max(now - self.last_time, 1e-9)
@@ -75,7 +75,7 @@ class Log:
             "memory_gb": round(memory_gb(self.world.device), 3),
             **values,
         }
-        with dist.together(writing=self.path):
+        with comm.together(writing=self.path):
             if self.world.is_main:
                 with open(self.path, "a") as file:
                     file.write(json.dumps(line) + "\n")
@@ -85,7 +85,7 @@ class Log:
 
     def check(self):
         """Stop on every process if a loss was not finite on any; called before each save too."""
-        bad_steps = dist.all_gather_no_grad(self.bad_step[None]).tolist()
+        bad_steps = comm.all_gather_no_grad(self.bad_step[None]).tolist()
         bad_steps = [step for step in bad_steps if step >= 0]
         if bad_steps:
             raise RunError(
@@ -101,7 +101,7 @@ class Log:
         self.warned &= left.keys()
         for name, where in sorted(self.out & left.keys() - self.warned):
             self.warned.add((name, where))
-            dist.say(f"warning: {name} is {line[name]:.3g}, {where} {left[name, where]:.3g}: the "
+            comm.say(f"warning: {name} is {line[name]:.3g}, {where} {left[name, where]:.3g}: the "
                      "embeddings collapse (docs/guide.md, symptoms)")
         self.out = set(left)
 
@@ -110,9 +110,9 @@ class Log:
         step = line["step"]
         if step == 1:
             chance = "" if self.chance_loss is None else f" (chance: {self.chance_loss:.4f})"
-            dist.say(f"first loss {line['loss']:.4f}{chance}")
+            comm.say(f"first loss {line['loss']:.4f}{chance}")
         left = (self.total_steps - step) * self.batch_size / max(line["images_per_second"], 1e-9)
-        dist.say(
+        comm.say(
             f"epoch {line['epoch'] + 1}  step {step}/{self.total_steps}  loss {line['loss']:.4f}  "
             f"lr {line['lr']:.4g}  {line['images_per_second']:.0f} img/s  eta {clock(left)}",
             stays=step == self.total_steps,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import dist, features
+from common import distributed as comm, features
 
 LOGITS_AT_A_TIME = 2**25
 MANY_ROWS = 20_000  # from here on, one fold left out tells enough
@@ -21,7 +21,7 @@ P_SPREAD = 0.05  # p (1 - p) of a usual probability p: the curvature that a logi
 
 def cross_validated(
     train, labels, test, truth, *, decays: list[float], folds: int, num_classes: int, seed: int,
-    world: dist.World,
+    world: comm.World,
 ) -> dict:
     """Choose a weight decay on the training rows, train on all of them, count on the test rows.
 
@@ -88,7 +88,7 @@ def count_correct(points: Tensor, x, y, rows: Tensor, k: int, num_classes: int) 
         truth = y[part, None].expand(-1, len(points))
         hits = features.share_right(logits, truth, min(k, num_classes))
         count += (hits * rows[part]).sum(0)
-    return dist.sum_over_processes(count)
+    return comm.sum_over_processes(count)
 
 
 def standardisation(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,12 +110,12 @@ def principal_axes(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
     is what it was. Axes along which nothing varies are left out: their weights would stay 0.
     """
     if x.shape[1] > 4096:  # would take longer than what it saves
-        variances = dist.sum_over_processes(x.square().sum(0).double()) / n
+        variances = comm.sum_over_processes(x.square().sum(0).double()) / n
         return torch.eye(len(variances), dtype=x.dtype, device=x.device), variances
-    covariance = dist.sum_over_processes((x.T @ x).double()) / n
+    covariance = comm.sum_over_processes((x.T @ x).double()) / n
     variances, axes = torch.linalg.eigh(covariance)
     joined = torch.cat([axes, variances[None]]).cpu().contiguous()
-    dist.share_rows(joined, [0] + [len(joined)] * dist.size())  # the same ones on every machine
+    comm.share_rows(joined, [0] + [len(joined)] * comm.size())  # the same ones on every machine
     joined = joined[:, joined[-1] > 1e-12 * joined[-1].max()]
     return joined[:-1], joined[-1]
 
@@ -176,7 +176,7 @@ def cross_entropies(rows, labels, shares, decays, num_classes: int):
             error = error.mul_(share[:, :, None]).view(len(x), -1)
             gradient[:d] += x.T @ error
             gradient[d] += error.sum(0)
-        total = dist.sum_over_processes(total)
+        total = comm.sum_over_processes(total)
         values = total[:n] + decays[which] / 2 * heads[:, :d].square().sum((1, 2))
         gradient = total[n:].view(d + 1, n, num_classes).transpose(0, 1).contiguous()
         gradient[:, :d] += decays[which, None, None] * heads[:, :d]
@@ -274,6 +274,6 @@ def minimise(
     solution[remaining] = x
     failed += len(remaining)
     if failed:
-        dist.say(f"warning: {failed} of {len(points)} heads are not trained to the end (in "
+        comm.say(f"warning: {failed} of {len(points)} heads are not trained to the end (in "
                  f"{iterations} steps, or as far as rounding lets it)")
     return solution * unit

@@ -9,7 +9,7 @@
 A run saves between two steps: at every epoch's end, every --save-every-minutes, on a stop signal.
 """
 
-from common import cli, data, dist
+from common import cli, data, distributed as comm
 from common.checkpoint import Run
 from common.log import Log
 
@@ -52,7 +52,7 @@ class Training:
     def resume(self, **state) -> None:
         """Load the newest checkpoint, if there is one, into modules, optimisers and tensors."""
         args, size = self.args, self.world.size
-        dist.say(f"{len(self.images)} images; batch {args.batch_size} = {args.batch_size // size} "
+        comm.say(f"{len(self.images)} images; batch {args.batch_size} = {args.batch_size // size} "
                  f"on each of {size}; lr {args.lr:g} x {args.batch_size} / 256 = "
                  f"{args.lr * args.batch_size / 256:g}")
         self.state = state

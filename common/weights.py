@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import dist
-from common.dist import RunError
+from common import distributed as comm
+from common.distributed import RunError
 
 # What is known of the files that others release: words for it; the keys to go down to the state
 # dict; what stands before the names of the backbone's tensors; what else stands there (heads). The
@@ -92,7 +92,7 @@ def load_backbone(backbone: nn.Module, path: str) -> None:
             raise RunError(f"{path} ({layout}): {key} is not finite ({wrong} of "
                            f"{found[key].numel()} values); take a checkpoint from before that")
     backbone.load_state_dict(found)
-    dist.say(f"{path}: {layout}, {len(wanted)} of {len(wanted)} tensors of the backbone loaded"
+    comm.say(f"{path}: {layout}, {len(wanted)} of {len(wanted)} tensors of the backbone loaded"
              f"{', left out: ' if ignored else ''}{' '.join(ignored)}")
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import dist
+from common import distributed as comm
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py") if "\nRECIPES = " in p.read_text())
@@ -56,7 +56,7 @@ def state_of(folder):
 
 def own_rows(x, dim=0):
     """This process's share of an array along a dimension, as a tensor."""
-    own = np.split(x, dist.size(), axis=dim)[dist.rank()]
+    own = np.split(x, comm.size(), axis=dim)[comm.rank()]
     return torch.from_numpy(np.ascontiguousarray(own))
 
 
@@ -65,7 +65,7 @@ def own_gradients(loss, *inputs, dim=0):
     leaves = [own_rows(x, dim).requires_grad_() for x in inputs]
     value = loss(*leaves)
     value.backward()
-    return value.item(), *((leaf.grad / dist.size()).numpy() for leaf in leaves)
+    return value.item(), *((leaf.grad / comm.size()).numpy() for leaf in leaves)
 
 
 def joined(parts, dim=0):
@@ -86,10 +86,10 @@ def check_joined(pool, size, function, *arguments, dim=0):
 @contextlib.contextmanager
 def raw_collectives():
     """Collectives without the gradient over processes, as scripts have them that forget it."""
-    gather, reduce = dist.all_gather_with_grad, dist.all_reduce_with_grad
-    dist.all_gather_with_grad = dist.all_gather_no_grad
-    dist.all_reduce_with_grad = lambda x: x + (reduce(x) - x).detach()
+    gather, reduce = comm.all_gather_with_grad, comm.all_reduce_with_grad
+    comm.all_gather_with_grad = comm.all_gather_no_grad
+    comm.all_reduce_with_grad = lambda x: x + (reduce(x) - x).detach()
     try:
         yield
     finally:
-        dist.all_gather_with_grad, dist.all_reduce_with_grad = gather, reduce
+        comm.all_gather_with_grad, comm.all_reduce_with_grad = gather, reduce

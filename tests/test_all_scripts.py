@@ -25,7 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import drill
 from common import cli
 from common.checkpoint import Run
-from common.dist import RunError
+from common.distributed import RunError
 from common.log import Log
 from helpers import EXTRA, ROOT, SCRIPTS, TINY, lines, parsed
 

@@ -17,10 +17,10 @@ import torch
 import torchvision
 from torch import nn
 
-from common import checkpoint, dist
+from common import checkpoint, distributed as comm
 from common.checkpoint import Run
 from common.data import ArrayImages, FileImages
-from common.dist import RunError, World
+from common.distributed import RunError, World
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ def noise(seed=0, n=8):
 
 
 def opened(folder, images=None, world=None, resume=True, save_every_minutes=60, **settings):
-    world = world or dist.setup("cpu")
+    world = world or comm.setup("cpu")
     return Run(str(folder), {**SETTINGS, **settings}, images or noise(), world, resume=resume,
                save_every_minutes=save_every_minutes)
 
@@ -382,7 +382,7 @@ def test_a_file_system_without_syncing_is_used_but_no_failure_to_sync_is_passed_
 ):
     monkeypatch.setattr(os, "fsync", refusing(number))
     outcome = contextlib.nullcontext() if fine else pytest.raises(OSError)
-    with outcome, checkpoint.replacing(str(tmp_path / "file")) as file:
+    with outcome, checkpoint.atomic_write(str(tmp_path / "file")) as file:
         file.write(b"whole")
     assert os.listdir(tmp_path) == (["file"] if fine else [])
 
@@ -615,7 +615,7 @@ def agreed(folder, signalled):
     """What each process answers before and after one of them gets a signal."""
     with opened(folder) as run:
         before = run.agree(False)
-        if dist.rank() == signalled:
+        if comm.rank() == signalled:
             os.kill(os.getpid(), signal.SIGUSR1)
         return before, run.agree(False)
 
@@ -627,7 +627,7 @@ def test_all_processes_stop_together(signalled, pool, tmp_path):
 
 
 def agreed_by_clock(folder, minutes):
-    with opened(folder, save_every_minutes=minutes[dist.rank()]) as run:
+    with opened(folder, save_every_minutes=minutes[comm.rank()]) as run:
         return run.agree(False)
 
 
@@ -671,11 +671,11 @@ def test_the_signals_are_handled_as_before_once_the_run_ends(tmp_path):
 
 def sees_its_own_folder(folder):
     """Two machines without a shared folder: each process has an output folder of its own."""
-    from common import dist
+    from common import distributed as comm
 
-    world = World(dist.rank(), dist.size(), torch.device("cpu"))
+    world = World(comm.rank(), comm.size(), torch.device("cpu"))
     images = ArrayImages(np.zeros((4, 2, 2, 1), np.uint8), None, 1)
-    own = os.path.join(folder, str(dist.rank()))
+    own = os.path.join(folder, str(comm.rank()))
     try:
         with Run(own, {}, images, world, resume=True, save_every_minutes=1):
             return None

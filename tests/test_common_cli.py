@@ -23,17 +23,17 @@ DOC = """Method: one line.
 def parse(*flags, recipes=RECIPES):
     parser = cli.parser("/somewhere/method.py", DOC)
     parser.add_argument("--arch", choices=("big", "small", "tiny"), help="backbone")
-    parser.add_argument("--in-chans", type=cli.count, help="channels")
+    parser.add_argument("--in-chans", type=cli.pos_int, help="channels")
     parser.add_argument("--mean", type=cli.number, nargs="+", help="subtracted")
     parser.add_argument("--std", type=cli.positive, nargs="+", help="divided by")
-    parser.add_argument("--epochs", type=cli.count, help="passes")
-    parser.add_argument("--batch-size", type=cli.count, help="images")
-    parser.add_argument("--warmup-epochs", type=cli.whole, help="linear from 0")
+    parser.add_argument("--epochs", type=cli.pos_int, help="passes")
+    parser.add_argument("--batch-size", type=cli.pos_int, help="images")
+    parser.add_argument("--warmup-epochs", type=cli.nonneg_int, help="linear from 0")
     parser.add_argument("--lr", type=cli.positive, help="per 256 images")
-    parser.add_argument("--crops", type=cli.share, nargs=2, help="area")
+    parser.add_argument("--crops", type=cli.fraction, nargs=2, help="area")
     parser.add_argument("--blur", action=cli.Switch, help="of half of the views")
     parser.add_argument("--keep", default="90 %", help="share, 100 %% is all")
-    parser.add_argument("--seed", type=cli.whole, default=0, help="of all")
+    parser.add_argument("--seed", type=cli.nonneg_int, default=0, help="of all")
     return cli.parse(parser, recipes, [str(flag) for flag in flags])
 
 
@@ -152,16 +152,16 @@ def test_help_shows_no_default_twice(capsys):
 @pytest.mark.parametrize(
     "kind, text, value",
     [
-        (cli.whole, "0", 0),
-        (cli.whole, "12", 12),
-        (cli.count, "1", 1),
+        (cli.nonneg_int, "0", 0),
+        (cli.nonneg_int, "12", 12),
+        (cli.pos_int, "1", 1),
         (cli.positive, "1e-6", 1e-6),
         (cli.positive, "3", 3.0),
         (cli.not_negative, "0", 0.0),
         (cli.not_negative, "0.5", 0.5),
-        (cli.share, "0", 0.0),
-        (cli.share, "1", 1.0),
-        (cli.share, "0.08", 0.08),
+        (cli.fraction, "0", 0.0),
+        (cli.fraction, "1", 1.0),
+        (cli.fraction, "0.08", 0.08),
         (cli.number, "-2.5", -2.5),
         (cli.number, "0", 0.0),
     ],
@@ -174,11 +174,11 @@ def test_a_value_within_the_limits_is_taken(kind, text, value):
 @pytest.mark.parametrize(
     "kind, refused",
     [
-        (cli.whole, ["-1", "1.5", "1e3"]),
-        (cli.count, ["0", "-1", "2.0"]),
+        (cli.nonneg_int, ["-1", "1.5", "1e3"]),
+        (cli.pos_int, ["0", "-1", "2.0"]),
         (cli.positive, ["0", "-0.0", "-1"]),
         (cli.not_negative, ["-0.001", "-1"]),
-        (cli.share, ["-0.001", "1.001", "2"]),
+        (cli.fraction, ["-0.001", "1.001", "2"]),
         (cli.number, ["1,5"]),
     ],
     ids=["whole", "count", "positive", "not_negative", "share", "number"],

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from common import augment, data, dist
-from common.dist import RunError, World
+from common import augment, data, distributed as comm
+from common.distributed import RunError, World
 
 WORLD = World(0, 1, torch.device("cpu"))
 
@@ -261,7 +261,7 @@ def test_workers_and_processes_change_no_crop_and_no_parameter(size, workers):
 
 def test_workers_are_started_as_dist_says(monkeypatch):
     asked = []
-    monkeypatch.setattr(dist, "worker_context", lambda: asked.append(1))  # None: torch's own way
+    monkeypatch.setattr(comm, "worker_context", lambda: asked.append(1))  # None: torch's own way
     images = data.ArrayImages(random_images(), None, 3)
     assert len(batches(loader(images, workers=0))) == 10 and asked == []
     assert len(batches(loader(images, workers=1))) == 10 and asked == [1]
@@ -388,10 +388,10 @@ def test_too_many_unreadable_files_stop_the_run(thousand, tmp_path):
 
 
 def bad_on_one_process(root, batch_size):
-    from common import dist
+    from common import distributed as comm
 
     images = data.open_images(root, "pretrain", 3)
-    world = World(dist.rank(), dist.size(), torch.device("cpu"))
+    world = World(comm.rank(), comm.size(), torch.device("cpu"))
     try:
         batches(loader(images, batch_size=batch_size, world=world))
     except RunError as error:

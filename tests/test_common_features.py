@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from common import augment, backbones, checkpoint, dist, features
+from common import augment, backbones, checkpoint, distributed as comm, features
 from common.data import ArrayImages, FileImages
-from common.dist import RunError, World
+from common.distributed import RunError, World
 
 WORLD = World(0, 1, torch.device("cpu"))
 
@@ -320,7 +320,7 @@ def expected(pixels):
 
 def extracted(n, batch_size, workers=0, backbone=False):
     """Features of n images on as many processes as there are."""
-    world, images = dist.setup("cpu"), ArrayImages(noise(n), None, 3)
+    world, images = comm.setup("cpu"), ArrayImages(noise(n), None, 3)
     function = flat
     if backbone:
         frozen = features.freeze(tiny(1), None, world)
@@ -375,7 +375,7 @@ def test_files_of_odd_sizes_keep_their_order(tmp_path):
 
 def test_workers_are_started_as_dist_says(monkeypatch):
     asked = []
-    monkeypatch.setattr(dist, "worker_context", lambda: asked.append(1))  # None: torch's own way
+    monkeypatch.setattr(comm, "worker_context", lambda: asked.append(1))  # None: torch's own way
     images = ArrayImages(noise(20), None, 3)
     for workers in (0, 1):
         features.extract(flat, images, centre_view(9), WORLD, batch_size=4, workers=workers)
@@ -396,7 +396,7 @@ def test_extraction_leaves_the_backbone_bit_for_bit_as_it_was():
 def message_of_a_broken_file(folder, workers):
     images = FileImages([f"{folder}/{number}.png" for number in range(6)], None, 3, folder)
     with pytest.raises(RunError) as error:
-        features.extract(flat, images, centre_view(4), dist.setup("cpu"), batch_size=2,
+        features.extract(flat, images, centre_view(4), comm.setup("cpu"), batch_size=2,
                          workers=workers)
     return str(error.value)
 
@@ -431,7 +431,7 @@ def message_of_features_without_number(value, size):
     pixels = np.zeros((size, 4, 4, 3), dtype=np.uint8)
     pixels[-2] = 255
     with pytest.raises(RunError) as error:
-        features.extract(spoiled, ArrayImages(pixels, None, 3), centre_view(4), dist.setup("cpu"),
+        features.extract(spoiled, ArrayImages(pixels, None, 3), centre_view(4), comm.setup("cpu"),
                          batch_size=size, workers=0)
     return str(error.value)
 
@@ -450,11 +450,11 @@ def test_the_chunk_of_sharing_does_not_count(pool):
 
 
 def shared_rows():
-    x, rank = torch.zeros(10, 4), dist.setup("cpu").rank
+    x, rank = torch.zeros(10, 4), comm.setup("cpu").rank
     bounds = [0, 3, 3, 10]  # the second process has none
     for row in range(bounds[rank], bounds[rank + 1]):
         x[row] = torch.arange(4 * row, 4 * row + 4)
-    dist.share_rows(x, bounds, piece=9)
+    comm.share_rows(x, bounds, piece=9)
     return x.numpy()
 
 
@@ -576,5 +576,5 @@ def labelled():
     def function(crops, labels):
         return {"pair": torch.stack([(crops[:, 0, 0, 0] * 255).round(), labels.float()], dim=1)}
 
-    return features.extract(function, images, view, dist.setup("cpu"), batch_size=2, workers=0,
+    return features.extract(function, images, view, comm.setup("cpu"), batch_size=2, workers=0,
                             labels=torch.arange(11))["pair"].tolist()

@@ -7,15 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common import dist, log
-from common.dist import RunError
+from common import distributed as comm, log
+from common.distributed import RunError
 from common.log import Log
 
 NAN = float("nan")
 
 
 def made(folder, every=5, total_steps=12, first_step=0, floors=(), batch_size=16, ceilings=None):
-    return Log(str(folder), dist.setup("cpu"), batch_size=batch_size, total_steps=total_steps,
+    return Log(str(folder), comm.setup("cpu"), batch_size=batch_size, total_steps=total_steps,
                first_step=first_step, every=every, chance_loss=3.4340, floors=dict(floors),
                ceilings=ceilings)
 
@@ -89,7 +89,7 @@ def test_lines_are_added_to_those_of_the_run_before(tmp_path):
 
 def logged_by_rank(folder):
     watched = made(folder)
-    write(watched, 1, loss=10.0 + dist.rank(), z_std=2.0 * dist.rank())
+    write(watched, 1, loss=10.0 + comm.rank(), z_std=2.0 * comm.rank())
 
 
 def test_numbers_are_means_over_processes_and_one_process_writes(pool, tmp_path):
@@ -150,7 +150,7 @@ def stopped(folder, bad_steps):
     watched = made(folder)
     for step in range(1, 13):
         try:
-            write(watched, step, loss=NAN if step == bad_steps[dist.rank()] else 1.0)
+            write(watched, step, loss=NAN if step == bad_steps[comm.rank()] else 1.0)
         except RunError as error:
             return step, str(error)
 
@@ -166,7 +166,7 @@ def test_a_bad_loss_on_one_process_stops_all_at_the_same_step(bad_steps, first, 
 def checked(folder):
     watched = made(folder)
     write(watched, 1)
-    write(watched, 2, loss=NAN if dist.rank() == 1 else 1.0)
+    write(watched, 2, loss=NAN if comm.rank() == 1 else 1.0)
     with pytest.raises(RunError) as error:
         watched.check()
     return str(error.value)

@@ -8,7 +8,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from common import solver
-from common.dist import World
+from common.distributed import World
 
 ALONE = World(0, 1, torch.device("cpu"))
 DECAYS = [float(f"{10 ** (half / 2 - 6):.1e}") for half in range(13)]

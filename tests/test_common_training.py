@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from common import augment, checkpoint, cli, dist
+from common import augment, checkpoint, cli, distributed as comm
 from common.data import ArrayImages
 from common.training import Training
 from helpers import lines, state_of
@@ -37,7 +37,7 @@ class Toy:
         return {"twice": torch.tensor(2.0 * step)}
 
     def run(self, stop_at=None, fill=False, stop_filling=False):
-        world = dist.setup("cpu")
+        world = comm.setup("cpu")
         pixels = np.random.default_rng(0).integers(0, 256, (9, 6, 6, 3), dtype=np.uint8)
         crop = augment.RandomResizedCrop((0.3, 1), ratio=(1, 1), interpolation="bilinear")
         views = augment.normalized([(4, [crop])], 3, [0.0], [1.0])
@@ -114,7 +114,7 @@ def test_a_loss_that_is_not_finite_is_not_saved(tmp_path):
     def spoil(self, loss, *rest):
         plain(self, torch.tensor(float("nan")) if self.step == 2 else loss, *rest)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(dist.RunError, match="of step 3 is"):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(comm.RunError, match="of step 3 is"):
         patch.setattr(Training, "log", spoil)
         toy.run()
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2

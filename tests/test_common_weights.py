@@ -14,7 +14,7 @@ import torch
 import torchvision
 
 from common import backbones
-from common.dist import RunError
+from common.distributed import RunError
 from common.weights import load_backbone, load_tensors
 
 # ------------------------------------------------------------------------------------ load_backbone

@@ -8,7 +8,7 @@ import torchvision
 
 import convert
 from common import backbones
-from common.dist import RunError
+from common.distributed import RunError
 from common.weights import load_backbone
 
 SETTINGS = dict(data="/images", arch="resnet18", stem="imagenet", image_size=64, in_chans=3,

@@ -7,7 +7,7 @@ import torch
 
 import deepcluster_v2
 import helpers
-from common import dist
+from common import distributed as comm
 from helpers import check_joined, own_gradients, own_rows
 
 # --------------------------------------------------------------------------------------- parse_args
@@ -29,7 +29,7 @@ RUN = ["--limit", "72", "--epochs", "2", "--num-clusters", "6", "4"]
 
 
 def test_more_clusters_than_images_are_refused_with_a_number_that_works(tmp_path):
-    with pytest.raises(dist.RunError, match="--num-clusters 65 is more than the 64 images"):
+    with pytest.raises(comm.RunError, match="--num-clusters 65 is more than the 64 images"):
         helpers.train(deepcluster_v2, tmp_path, *RUN, "--num-clusters", "65")
 
 
@@ -127,8 +127,8 @@ def kmeans_loops(x, centroids, iterations):
 
 def clustered(x, k, iterations, seed, init=None):
     """This process's share of x clustered: centroids and clusters."""
-    parts = np.array_split(x, dist.size())  # shares of different sizes
-    own = torch.from_numpy(parts[dist.rank()])
+    parts = np.array_split(x, comm.size())  # shares of different sizes
+    own = torch.from_numpy(parts[comm.rank()])
     init = None if init is None else torch.from_numpy(init)
     generator = torch.Generator().manual_seed(seed)
     found = deepcluster_v2.spherical_kmeans(own, k, iterations, generator, init)
@@ -222,7 +222,7 @@ def memory_after(steps):
     """Two steps of four images each; image i has the embedding (i, i) and (-i, i)."""
     memory = torch.zeros(2, 10, 2)
     for index in steps:
-        own = torch.tensor(np.array_split(index, dist.size())[dist.rank()])
+        own = torch.tensor(np.array_split(index, comm.size())[comm.rank()])
         z = torch.stack([torch.stack([own, own], 1), torch.stack([-own, own], 1)]).float()
         deepcluster_v2.update_memory(memory, own, z)
     return memory.numpy()

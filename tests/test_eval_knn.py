@@ -11,7 +11,7 @@ from PIL import Image
 
 import eval_knn
 from common import backbones, data
-from common.dist import RunError
+from common.distributed import RunError
 
 # --------------------------------------------------------------------------------------- parse_args
 

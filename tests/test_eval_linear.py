@@ -13,7 +13,7 @@ from torch import nn
 import drill
 import eval_linear
 from common import backbones, checkpoint, data, features
-from common.dist import RunError, World
+from common.distributed import RunError, World
 
 ALONE = World(0, 1, torch.device("cpu"))
 

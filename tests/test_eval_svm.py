@@ -13,8 +13,8 @@ from torchvision import transforms
 
 import drill
 import eval_svm
-from common import data, dist
-from common.dist import RunError
+from common import data, distributed as comm
+from common.distributed import RunError
 
 # --------------------------------------------------------------------------------------- parse_args
 
@@ -479,7 +479,7 @@ def test_a_damaged_result_is_not_taken(damage, voc, tmp_path, monkeypatch):
 
 def test_no_bit_of_a_result_can_turn_unseen(tmp_path):
     """Or it changes nothing, as those of the header that name the compressing system."""
-    cached = eval_svm.cached_fit(str(tmp_path), dist.World(0, 1, torch.device("cpu")))
+    cached = eval_svm.cached_fit(str(tmp_path), comm.World(0, 1, torch.device("cpu")))
     rows, targets = np.random.default_rng(0).random((30, 4)), np.where(np.arange(30) % 3, 1, -1)
     task = (np.arange(20), targets[:20], [(np.arange(20, 30), targets[20:])], 1.0)
     result = cached("key", rows, task, 0)

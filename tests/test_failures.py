@@ -24,7 +24,7 @@ from helpers import EXTRA, SCRIPTS, TINY, state_of
 
 def launched(script, flags, file_limit=None):
     """Exit status and error output of a script on this process, as its command gives them."""
-    from common import dist
+    from common import distributed as comm
 
     module, errors = importlib.import_module(script), io.StringIO()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -32,7 +32,7 @@ def launched(script, flags, file_limit=None):
         try:
             if file_limit is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, hard))
-            status = dist.launch(module.main, module.parse_args(flags))
+            status = comm.launch(module.main, module.parse_args(flags))
         except SystemExit as ended:  # from the parser
             status = ended.code
         finally:

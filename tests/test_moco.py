@@ -8,7 +8,7 @@ from torch import nn
 
 import helpers
 import moco
-from common import backbones, data, dist
+from common import backbones, data, distributed as comm
 from helpers import check_joined, own_gradients, own_rows
 
 # --------------------------------------------------------------------------------------- parse_args
@@ -141,9 +141,9 @@ def test_loss_and_gradient_are_those_of_the_joined_batch(pool, size):
 def filled_queue(length, batches, batch_size):
     """The queue after batches whose keys are numbered through; each process gives its share."""
     queue, pointer = torch.full((length, 1), -1.0), 0
-    share = batch_size // dist.size()
+    share = batch_size // comm.size()
     for number in range(batches):
-        first = number * batch_size + dist.rank() * share
+        first = number * batch_size + comm.rank() * share
         keys = torch.arange(first, first + share)[:, None].float()
         pointer = moco.update_queue(queue, pointer, keys)
     return queue[:, 0].tolist(), pointer
@@ -235,7 +235,7 @@ def test_the_steps_of_the_paper_one_by_one(tmp_path):
     velocity = [torch.zeros_like(p) for p in model.parameters()]
     images = data.open_images("digits", "pretrain", 3, limit=64)
     loader = data.Loader(images, moco.build_views(args), batch_size=16, epochs=1,
-                         seed=args.seed, workers=0, world=dist.World(0, 1, torch.device("cpu")))
+                         seed=args.seed, workers=0, world=comm.World(0, 1, torch.device("cpu")))
     for step, batch in enumerate(loader.epoch(0)):
         first, second = batch.views
         q = torch.cat([model([group])[0] for group in first.split(4)])  # 4 groups of batch norm

@@ -8,7 +8,7 @@ from torch import nn
 
 import simclr
 import simclr_multicrop
-from common import dist
+from common import distributed as comm
 from helpers import check_joined, joined, own_gradients, own_rows, raw_collectives, train
 from simclr_multicrop import grad_cache_backward, multicrop_nt_xent
 
@@ -156,7 +156,7 @@ def gradients(make, views, chunk, cached):
     """Loss, gradients and buffers of one step, in the joined batch or in chunks of it."""
     torch.manual_seed(0)
     model = make().double()
-    if dist.size() > 1:
+    if comm.size() > 1:
         model = nn.parallel.DistributedDataParallel(model)
     own = [own_rows(view) for view in views]
     if cached:

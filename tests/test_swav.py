@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import swav
-from common import dist
+from common import distributed as comm
 from helpers import check_joined, own_gradients, own_rows, train
 
 # --------------------------------------------------------------------------------------- parse_args
@@ -51,7 +51,7 @@ def test_combinations_that_cannot_be_are_refused(flags, named, capsys):
 
 
 def test_a_queue_longer_than_the_data_is_refused_with_a_length_that_works(tmp_path):
-    with pytest.raises(dist.RunError, match="48 is more than the 40 images of --data; at most 32"):
+    with pytest.raises(comm.RunError, match="48 is more than the 40 images of --data; at most 32"):
         train(swav, tmp_path, "--limit", "40", "--queue-length", "48")
 
 
@@ -219,9 +219,9 @@ def test_loss_and_gradient_are_those_of_the_joined_batch(pool, size):
 def filled_queue(steps, n):
     """A queue of 12 rows after some steps of 4 images; image i of step t is the number 4 t + i."""
     queue, pointer = torch.zeros(2, 12, 1), 0
-    share = n // dist.size()
+    share = n // comm.size()
     for step in range(steps):
-        numbers = n * step + dist.rank() * share + torch.arange(share, dtype=torch.float32)
+        numbers = n * step + comm.rank() * share + torch.arange(share, dtype=torch.float32)
         z = torch.stack([numbers, -numbers])[:, :, None]
         pointer = swav.update_queue(queue, pointer, z)
     return queue[:, :, 0].tolist(), pointer

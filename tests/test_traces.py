@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import backbones, checkpoint, data, dist, log
+from common import backbones, checkpoint, data, distributed as comm, log
 
 TRACES = {path.stem: path for path in sorted((Path(__file__).parent / "traces").glob("*.json"))}
 # Settings that compute the same on two processes: batch norm over both of them, or none at all.
@@ -64,8 +64,8 @@ def negatives(step, index, images, count, batch_size):
 
 def here(rows):
     """This process's rows of a global batch."""
-    share = len(rows) // dist.size()
-    return rows[dist.rank() * share :][:share]
+    share = len(rows) // comm.size()
+    return rows[comm.rank() * share :][:share]
 
 
 # ------------------------------------------------------------------------------ our side of a trace
@@ -132,7 +132,7 @@ def run(name, folder):
         return 0
 
     def write(_, step, *, loss, **__):
-        losses.append(dist.mean_over_processes(loss).item())
+        losses.append(comm.mean_over_processes(loss).item())
 
     def shuffled(seed, stream, *key):
         if stream != data.SHUFFLE:

@@ -7,7 +7,7 @@ from PIL import Image
 
 import mae
 import visualize
-from common import data, dist
+from common import data, distributed as comm
 from helpers import SCRIPTS, TINY
 
 
@@ -77,7 +77,7 @@ def test_attention_of_weights_that_do_not_say_what_they_are_is_refused(mae_run, 
     found = torch.load(mae_run / "backbone.pth", weights_only=True)
     del found._metadata["settings"]["mean"]
     torch.save(found, tmp_path / "some.pth")
-    with pytest.raises(dist.RunError, match="some.pth does not say its mean"):
+    with pytest.raises(comm.RunError, match="some.pth does not say its mean"):
         run("attention", "--checkpoint", tmp_path / "some.pth", "--image", tmp_path / "out.png")
 
 
@@ -100,5 +100,5 @@ def test_what_was_not_removed_is_shown_as_it_is(mae_run, tmp_path):
     ],
 )
 def test_what_cannot_be_shown_is_said(flags, named, tmp_path):
-    with pytest.raises(dist.RunError, match=named):
+    with pytest.raises(comm.RunError, match=named):
         run(*flags, "--image", tmp_path / "out.png")

@@ -415,7 +415,7 @@ def all_gather_objects(value) -> list:
     return values
 
 
-def agree(*flags: bool) -> tuple[bool, ...]:
+def any_rank(*flags: bool) -> tuple[bool, ...]:
     """Each flag is true on every process as soon as it is true on one (one small exchange)."""
     votes = all_gather_no_grad(torch.tensor([flags], dtype=torch.uint8))
     return tuple(bool(vote) for vote in votes.amax(0).tolist())

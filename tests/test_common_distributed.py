@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import drill
-from common import dist
+from common import distributed as comm
 
 CPU = torch.device("cpu")
 two_and_four = pytest.mark.parametrize("size", [2, 4])
@@ -27,8 +27,8 @@ two_and_four = pytest.mark.parametrize("size", [2, 4])
 
 def own_rows(values):
     """This process's contiguous share of the rows."""
-    share = len(values) // dist.size()
-    return torch.from_numpy(values[dist.rank() * share : (dist.rank() + 1) * share])
+    share = len(values) // comm.size()
+    return torch.from_numpy(values[comm.rank() * share : (comm.rank() + 1) * share])
 
 
 def noise(*shape, seed=0):
@@ -39,24 +39,24 @@ def noise(*shape, seed=0):
 
 
 def test_without_torchrun_there_is_one_process():
-    world = dist.setup("cpu")
+    world = comm.setup("cpu")
     assert (world.rank, world.size, world.device, world.is_main) == (0, 1, CPU, True)
     assert not torch.distributed.is_initialized()
 
 
 def test_asking_for_cuda_where_there_is_none_names_the_remedy(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(dist.RunError, match="--device cuda.*use --device cpu"):
-        dist.setup("cuda")
-    assert dist.setup("auto").device == CPU
+    with pytest.raises(comm.RunError, match="--device cuda.*use --device cpu"):
+        comm.setup("cuda")
+    assert comm.setup("auto").device == CPU
 
 
 def test_more_processes_than_gpus_is_an_error_that_names_both(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    with pytest.raises(dist.RunError, match="8 processes.*there are 3"):
-        dist.setup("cuda")
+    with pytest.raises(comm.RunError, match="8 processes.*there are 3"):
+        comm.setup("cuda")
 
 
 GROUP = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500",
@@ -92,7 +92,7 @@ def test_an_environment_that_makes_no_group_is_one_line_on_every_process(
     given, named, environment, capsys
 ):
     environment(given)
-    assert dist.launch(lambda _: dist.setup("cpu"), None) == 2
+    assert comm.launch(lambda _: comm.setup("cpu"), None) == 2
     out, err = capsys.readouterr()
     assert re.search(f"^error: .*{named}", err) and err.count("\n") == 1 and out == ""
 
@@ -101,7 +101,7 @@ def test_a_port_in_use_is_one_line(environment, capsys):
     with socket.create_server(("localhost", 0)) as server:
         port = str(server.getsockname()[1])
         environment({**GROUP, "MASTER_PORT": port})
-        assert dist.launch(lambda _: dist.setup("cpu"), None) == 2
+        assert comm.launch(lambda _: comm.setup("cpu"), None) == 2
     err = capsys.readouterr().err
     assert f"localhost:{port}" in err and err.count("error: ") == 1
 
@@ -110,15 +110,15 @@ def test_a_port_in_use_is_one_line(environment, capsys):
                                    {"WORLD_SIZE": "1", "RANK": "0"}, {"RANK": "0"}])
 def test_an_environment_of_one_process_is_one_process(given, environment):
     environment(given)
-    assert dist.setup("cpu") == dist.World(0, 1, CPU)
+    assert comm.setup("cpu") == comm.World(0, 1, CPU)
 
 
 def test_a_process_whose_number_has_no_gpu_is_told(environment, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     environment({"LOCAL_RANK": "1"})
-    with pytest.raises(dist.RunError, match="2 processes.*there are 1"):
-        dist.setup("cuda")
+    with pytest.raises(comm.RunError, match="2 processes.*there are 1"):
+        comm.setup("cuda")
 
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
@@ -141,20 +141,20 @@ def interrupted(_args):
 
 
 def test_a_shell_hears_of_an_interrupt():
-    assert dist.launch(interrupted, None) == 130
+    assert comm.launch(interrupted, None) == 130
 
 
 @linux
 def test_workers_are_forked_once_no_other_thread_runs(capsys):
     thread = busy_thread(0.4)
-    assert dist.worker_context().get_start_method() == "fork"
+    assert comm.worker_context().get_start_method() == "fork"
     assert not thread.is_alive() and capsys.readouterr().out == ""
 
 
 @linux
 def test_a_thread_that_never_rests_is_told_of_and_does_not_keep_a_run_from_starting(capsys):
     thread, started = busy_thread(2), time.monotonic()
-    dist.worker_context(patience=0.2)
+    comm.worker_context(patience=0.2)
     assert time.monotonic() - started < 1.5 and thread.is_alive()
     assert "warning: another thread still runs after 0.2 s" in capsys.readouterr().out
     thread.join()
@@ -168,9 +168,9 @@ class Terminal(io.StringIO):
 def test_a_passing_line_gives_way_on_a_terminal_and_stays_elsewhere():
     terminal, file = Terminal(), io.StringIO()
     for stream in (terminal, file):
-        dist.say("step 1", stream, stays=False)
-        dist.say("step 2", stream, stays=False)
-        dist.say("done", stream)
+        comm.say("step 1", stream, stays=False)
+        comm.say("step 2", stream, stays=False)
+        comm.say("done", stream)
     assert file.getvalue() == "step 1\nstep 2\ndone\n"
     written = terminal.getvalue()
     assert written.count("\r") == 3 and written.count("\n") == 1 and written.endswith("done\n")
@@ -182,7 +182,7 @@ class Gone(io.StringIO):
 
 
 def test_a_terminal_that_has_gone_away_does_not_end_a_run():
-    dist.say("step 1", Gone())
+    comm.say("step 1", Gone())
 
 
 ODD = "caf\udce9 \u00b1"  # from a name that is not UTF-8, and a sign beyond ASCII
@@ -191,9 +191,9 @@ ODD = "caf\udce9 \u00b1"  # from a name that is not UTF-8, and a sign beyond ASC
 @pytest.mark.parametrize("encoding, printed", [("ascii", rb"caf\udce9 \xb1"),
                                                ("utf-8", b"caf\\udce9 \xc2\xb1")])
 def test_what_a_terminal_cannot_print_is_escaped(encoding, printed):
-    code = ("import sys; from common import dist\n"
-            f"def main(_): dist.say({ODD!a}); print({ODD!a}); raise dist.RunError({ODD!a})\n"
-            "sys.exit(dist.launch(main, None))")
+    code = ("import sys; from common import distributed as comm\n"
+            f"def main(_): comm.say({ODD!a}); print({ODD!a}); raise comm.RunError({ODD!a})\n"
+            "sys.exit(comm.launch(main, None))")
     done = subprocess.run([sys.executable, "-c", code], cwd=drill.ROOT, capture_output=True,
                           env={**os.environ, "PYTHONIOENCODING": f"{encoding}:strict"})
     assert (done.returncode, done.stdout) == (2, 2 * (printed + b"\n"))
@@ -202,7 +202,8 @@ def test_what_a_terminal_cannot_print_is_escaped(encoding, printed):
 
 def printing(stdout, body, buffered):
     """Exit status and errors of a program that prints where nobody takes it."""
-    code = f"import sys; from common import dist\nsys.exit(dist.launch({body}, None))"
+    code = ("import sys; from common import distributed as comm\n"
+            f"sys.exit(comm.launch({body}, None))")
     environment = {**os.environ, "PYTHONUNBUFFERED": "" if buffered else "1"}
     done = subprocess.run([sys.executable, "-c", code], cwd=drill.ROOT, env=environment, text=True,
                           stdout=stdout, stderr=subprocess.PIPE)
@@ -219,8 +220,8 @@ def broken_pipe():
 
 @pytest.mark.parametrize("buffered", [True, False])
 def test_a_reader_that_has_left_is_no_error_and_a_full_disk_is_one_line(buffered, broken_pipe):
-    said = "lambda _: dist.say('progress')"
-    result = "lambda _: [dist.say('progress'), print('result', flush=True)]"
+    said = "lambda _: comm.say('progress')"
+    result = "lambda _: [comm.say('progress'), print('result', flush=True)]"
     assert printing(broken_pipe, said, buffered) == (0, "")
     assert printing(broken_pipe, result, buffered) == (141, "")
     if os.path.exists("/dev/full"):
@@ -232,7 +233,7 @@ def test_a_reader_that_has_left_is_no_error_and_a_full_disk_is_one_line(buffered
 
 def test_an_error_of_the_system_that_is_not_of_the_output_keeps_its_traceback():
     with pytest.raises(BrokenPipeError):
-        dist.launch(raise_it, BrokenPipeError())
+        comm.launch(raise_it, BrokenPipeError())
 
 
 def test_a_lost_output_hides_no_other_error(broken_pipe):
@@ -241,7 +242,8 @@ def test_a_lost_output_hides_no_other_error(broken_pipe):
 
 
 def test_a_closed_output_is_no_error():
-    code = "from common import dist; dist.say('progress'); raise SystemExit(dist.launch(print, 1))"
+    code = ("from common import distributed as comm; comm.say('progress');"
+            "raise SystemExit(comm.launch(print, 1))")
     done = subprocess.run(["sh", "-c", 'exec "$0" -c "$1" >&-', sys.executable, code],
                           cwd=drill.ROOT, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (0, "")
@@ -249,7 +251,7 @@ def test_a_closed_output_is_no_error():
 
 def spoken():
     stream = io.StringIO()
-    dist.say("hello", stream)
+    comm.say("hello", stream)
     return stream.getvalue()
 
 
@@ -263,19 +265,19 @@ def test_one_process_speaks_for_all(pool):
 def ending(failures, writing):
     """How `together` ends where the process of each rank raises its own failure, or none."""
     try:
-        with dist.together(writing):
-            failure = failures[dist.rank()]
+        with comm.together(writing):
+            failure = failures[comm.rank()]
             if failure is not None:
                 raise failure
         return "fine"
-    except dist.RunError as error:
+    except comm.RunError as error:
         return str(error)
 
 
 @pytest.mark.parametrize(
     "failure, message",
     [
-        (dist.RunError("--data x: no such folder"), "--data x: no such folder"),
+        (comm.RunError("--data x: no such folder"), "--data x: no such folder"),
         (FileNotFoundError(errno.ENOENT, "No such file", "a/list.txt"), "a/list.txt: No such file"),
     ],
 )
@@ -286,7 +288,7 @@ def test_an_error_on_one_process_is_the_same_on_all(pool, failure, message, fail
 
 
 def test_of_several_errors_all_processes_name_the_first(pool):
-    failures = [None, dist.RunError("one"), None, dist.RunError("two")]
+    failures = [None, comm.RunError("one"), None, comm.RunError("two")]
     assert pool.run(4, ending, failures, None) == ["one"] * 4
 
 
@@ -316,7 +318,7 @@ def test_a_failed_write_names_path_and_free_bytes(failure, reason, monkeypatch, 
         asked.append(folder)
         return namedtuple("usage", "total used free")(0, 0, 1234567)
 
-    monkeypatch.setattr(dist.shutil, "disk_usage", disk_usage)
+    monkeypatch.setattr(comm.shutil, "disk_usage", disk_usage)
     message = ending([failure], str(tmp_path / "run" / "new"))
     assert reason in message and message.endswith("(1,234,567 bytes free)") and "\n" not in message
     assert asked == [str(tmp_path)]  # the folder that would hold those yet to be made
@@ -338,40 +340,40 @@ def raise_it(error):
 
 
 def test_a_run_error_is_one_line_on_stderr_and_status_2(capsys):
-    assert dist.launch(raise_it, dist.RunError("--lr -1: must be above 0")) == 2
+    assert comm.launch(raise_it, comm.RunError("--lr -1: must be above 0")) == 2
     out, err = capsys.readouterr()
     assert (out, err) == ("", "error: --lr -1: must be above 0\n")
 
 
 def test_a_run_without_error_ends_with_status_0(capsys):
-    assert dist.launch(raise_it, None) == 0
+    assert comm.launch(raise_it, None) == 0
     assert capsys.readouterr() == ("", "")
 
 
 def test_launch_does_not_hide_a_programming_error():
     with pytest.raises(ZeroDivisionError):
-        dist.launch(raise_it, ZeroDivisionError())
+        comm.launch(raise_it, ZeroDivisionError())
 
 
 def test_a_loader_process_that_was_killed_is_one_line(capsys):
     killed = "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible ..."
-    assert dist.launch(raise_it, RuntimeError(killed)) == 2
+    assert comm.launch(raise_it, RuntimeError(killed)) == 2
     err = capsys.readouterr().err
     assert "signal: Bus error" in err and "--shm-size" in err and err.count("\n") == 1
     with pytest.raises(RuntimeError):
-        dist.launch(raise_it, RuntimeError("shapes do not fit"))
+        comm.launch(raise_it, RuntimeError("shapes do not fit"))
 
 
 def fail_on_the_last(_):
-    with dist.together():
-        if dist.rank() == dist.size() - 1:
+    with comm.together():
+        if comm.rank() == comm.size() - 1:
             raise OSError(errno.EACCES, "Permission denied", "images")
 
 
 def launched():
     error = io.StringIO()
     with contextlib.redirect_stderr(error):
-        status = dist.launch(fail_on_the_last, None)
+        status = comm.launch(fail_on_the_last, None)
     return status, error.getvalue(), torch.distributed.is_initialized()
 
 
@@ -387,27 +389,27 @@ def test_an_error_on_one_process_ends_all_with_status_2_and_one_line(pool):
 def gathered_loss(rows):
     """A loss of every own row against all rows: its own mean, and its gradient as DDP averages."""
     x = own_rows(rows).requires_grad_()
-    loss = (x @ dist.all_gather_with_grad(x).T).tanh().square().mean()
+    loss = (x @ comm.all_gather_with_grad(x).T).tanh().square().mean()
     loss.backward()
-    return loss.item(), (x.grad / dist.size()).numpy()
+    return loss.item(), (x.grad / comm.size()).numpy()
 
 
 def raw_gathered_loss(rows):
-    kept = dist.all_gather_with_grad
-    dist.all_gather_with_grad = dist.all_gather_no_grad
+    kept = comm.all_gather_with_grad
+    comm.all_gather_with_grad = comm.all_gather_no_grad
     try:
         return gathered_loss(rows)
     finally:
-        dist.all_gather_with_grad = kept
+        comm.all_gather_with_grad = kept
 
 
 def reduced_loss(rows):
     """A loss of every own row about the mean of all rows."""
     x = own_rows(rows).requires_grad_()
-    mean = dist.all_reduce_with_grad(x.sum(0)) / len(rows)
+    mean = comm.all_reduce_with_grad(x.sum(0)) / len(rows)
     loss = (x - mean).pow(3).tanh().mean()
     loss.backward()
-    return loss.item(), (x.grad / dist.size()).numpy()
+    return loss.item(), (x.grad / comm.size()).numpy()
 
 
 @two_and_four
@@ -435,12 +437,12 @@ def collected(rows):
     x = own_rows(rows).requires_grad_()
     strided = x.detach().to(memory_format=torch.channels_last)
     gathered = [
-        dist.all_gather_no_grad(x),
-        dist.all_gather_no_grad(strided),
-        dist.all_gather_with_grad(strided),
+        comm.all_gather_no_grad(x),
+        comm.all_gather_no_grad(strided),
+        comm.all_gather_with_grad(strided),
     ]
-    means = [dist.mean_over_processes(x), dist.mean_over_processes(strided)]
-    sums = [dist.all_reduce_with_grad(strided)]
+    means = [comm.mean_over_processes(x), comm.mean_over_processes(strided)]
+    sums = [comm.all_reduce_with_grad(strided)]
     detached = not any(t.requires_grad for t in (*gathered, *means))
     return *([t.numpy() for t in ts] for ts in (gathered, means, sums)), detached
 
@@ -461,22 +463,22 @@ def test_rows_come_in_rank_order_and_detached(pool, size):
 
 def test_in_one_process_collectives_are_the_identity():
     x = torch.rand(4, 3, requires_grad=True)
-    assert dist.all_gather_with_grad(x) is x and dist.all_reduce_with_grad(x) is x
-    for alone in (dist.all_gather_no_grad(x), dist.mean_over_processes(x)):
+    assert comm.all_gather_with_grad(x) is x and comm.all_reduce_with_grad(x) is x
+    for alone in (comm.all_gather_no_grad(x), comm.mean_over_processes(x)):
         assert torch.equal(alone, x) and not alone.requires_grad
-    assert dist.all_gather_objects({"a": 1}) == [{"a": 1}]
-    assert dist.agree(True, False) == (True, False)
+    assert comm.all_gather_objects({"a": 1}) == [{"a": 1}]
+    assert comm.any_rank(True, False) == (True, False)
 
 
 def votes(table):
-    return dist.agree(*table[dist.rank()]), dist.all_gather_objects({"rank": dist.rank()})
+    return comm.any_rank(*table[comm.rank()]), comm.all_gather_objects({"rank": comm.rank()})
 
 
 @pytest.mark.parametrize("dtype, wanted", [
     (torch.bfloat16, torch.float32), (torch.float16, torch.float32),
     (torch.float32, torch.float32), (torch.float64, torch.float64)])
 def test_what_is_narrow_becomes_float32_and_what_is_wide_stays(dtype, wanted):
-    assert dist.upcast(torch.ones(2, dtype=dtype)).dtype == wanted
+    assert comm.upcast(torch.ones(2, dtype=dtype)).dtype == wanted
 
 
 def test_a_flag_is_up_for_all_when_it_is_for_one(pool):
@@ -502,7 +504,7 @@ def batch_norm(x, target, weight, bias, dtype):
     """
     settings = dict(eps=1e-3, momentum=0.3, affine=weight is not None)
     kinds = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d}
-    kind = kinds[x.ndim - 1] if dist.size() == 1 else dist.SyncBatchNorm
+    kind = kinds[x.ndim - 1] if comm.size() == 1 else comm.SyncBatchNorm
     norm = kind(x.shape[2], **settings)
     if weight is not None:
         norm.weight.data, norm.bias.data = torch.from_numpy(weight), torch.from_numpy(bias)
@@ -515,7 +517,7 @@ def batch_norm(x, target, weight, bias, dtype):
         loss.backward()
         assert out.dtype == rows.grad.dtype == rows.dtype
         outputs.append(out.detach().double().numpy())
-        grads.append(rows.grad.double().numpy() / dist.size())
+        grads.append(rows.grad.double().numpy() / comm.size())
     norm.eval()
     evaluated = norm(own_rows(x[0]).to(getattr(torch, dtype))).detach().double().numpy()
     affine = [] if weight is None else [norm.weight.grad.numpy(), norm.bias.grad.numpy()]
@@ -592,8 +594,8 @@ def network(dtype=None):
 def network_gradients(images):
     """Gradients of a network's parameters on the own images, averaged by DDP over processes."""
     torch.set_default_dtype(torch.float64)
-    net = dist.convert_sync_batchnorm(network(), CPU)
-    model = DistributedDataParallel(net) if dist.size() > 1 else net
+    net = comm.convert_sync_batchnorm(network(), CPU)
+    model = DistributedDataParallel(net) if comm.size() > 1 else net
     model(own_rows(images)).square().mean().backward()
     return [p.grad.numpy() for p in net.parameters()]
 
@@ -612,7 +614,7 @@ def conversion():
     nn.init.normal_(net[1].running_mean)
     before = {name: value.clone() for name, value in net.state_dict().items()}
     params = dict(net.named_parameters())
-    converted = dist.convert_sync_batchnorm(net, CPU)
+    converted = comm.convert_sync_batchnorm(net, CPU)
     after = converted.state_dict()
     return {
         "kinds": [type(converted[1]).__name__, type(converted[4][1]).__name__],
@@ -633,7 +635,7 @@ def test_conversion_keeps_parameters_what_is_frozen_and_the_state(pool):
 
 
 def conversion_in_eval():
-    converted = dist.convert_sync_batchnorm(network().eval(), CPU)
+    converted = comm.convert_sync_batchnorm(network().eval(), CPU)
     return [module.training for module in converted.modules()]
 
 
@@ -642,7 +644,7 @@ def test_conversion_keeps_a_frozen_network_in_eval(pool):
 
 
 def conversion_in_float64():
-    converted = dist.convert_sync_batchnorm(network(torch.float64), CPU)
+    converted = comm.convert_sync_batchnorm(network(torch.float64), CPU)
     return [str(value.dtype) for name, value in converted.state_dict().items()
             if value.is_floating_point()]
 
@@ -652,7 +654,7 @@ def test_conversion_keeps_the_dtype(pool):
 
 
 def conversion_of_one_layer():
-    return type(dist.convert_sync_batchnorm(nn.BatchNorm1d(3), CPU)).__name__
+    return type(comm.convert_sync_batchnorm(nn.BatchNorm1d(3), CPU)).__name__
 
 
 def test_a_batch_norm_that_stands_alone_is_converted(pool):
@@ -661,10 +663,10 @@ def test_a_batch_norm_that_stands_alone_is_converted(pool):
 
 def test_in_one_process_conversion_changes_nothing():
     net = network()
-    assert dist.convert_sync_batchnorm(net, CPU) is net
+    assert comm.convert_sync_batchnorm(net, CPU) is net
     assert type(net[1]) is nn.BatchNorm2d
 
 
 def test_sync_batch_norm_refuses_rows_without_channels():
     with pytest.raises(ValueError, match="batch norm needs"):
-        dist.SyncBatchNorm(3)(torch.rand(3))
+        comm.SyncBatchNorm(3)(torch.rand(3))
