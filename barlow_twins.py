@@ -212,6 +212,7 @@ def main(args):
     optimizer = optim.LARS(groups, lr=lr, momentum=0.9, weight_decay=args.weight_decay,
                            trust_coefficient=0.001)
     autocast, scaler = optim.precision(args.amp, world.device)
+    comm.say(f"lr of biases and norms {args.lr_biases * args.batch_size / 256:g}")
 
     # Train
     with Training(args, world, images, build_views(args),

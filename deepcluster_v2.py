@@ -68,7 +68,8 @@ RECIPES = {
 
 
 def parse_args(argv=None):
-    parser, group = cli.method_parser(__file__, __doc__, backbones.RESNETS, crops="multi")
+    parser, group = cli.method_parser(__file__, __doc__, backbones.RESNETS, crops="multi",
+                                      decay="all")
     group.add_argument("--views", choices=("photo", "digits"), help="kind of augmentation")
     group.add_argument("--jitter-strength", type=cli.not_negative, help="strength of colour jitter")
     group.add_argument("--blur", action=cli.Switch, help="Gaussian blur of half of the views")
@@ -81,7 +82,6 @@ def parse_args(argv=None):
     group.add_argument("--start-lr", type=cli.not_negative, help="per 256, where warm-up starts")
     group.add_argument("--final-lr", type=cli.not_negative, help="per 256, where the cosine ends")
     args = cli.parse(parser, RECIPES, argv)
-    cli.check_crops(parser, args)
     return args
 
 
@@ -148,8 +148,8 @@ def cluster_loss(scores: Tensor, assignment: Tensor, temperature: float) -> Tens
     """
     scores = comm.upcast(scores)
     labels = assignment.repeat(len(scores))  # (V*N,)
-    total = F.cross_entropy(scores.flatten(0, 1) / temperature, labels,
-                                        ignore_index=-100, reduction="sum")
+    total = F.cross_entropy(scores.flatten(0, 1) / temperature, labels, ignore_index=-100,
+                            reduction="sum")
     labelled = comm.sum_over_processes((labels != -100).sum()).clamp(min=1)
     return total * comm.size() / labelled
 

@@ -129,7 +129,6 @@ def parse_args(argv=None):
                        help="largest gradient norm of each parameter by itself; 0: none; lower it "
                        "if the loss jumps")
     args = cli.parse(parser, RECIPES, argv)
-    cli.check_crops(parser, args)
     if args.arch not in backbones.VITS and cli.peek(argv, "--drop-path", float):
         parser.error(f"--drop-path is for transformers, and --arch is {args.arch}")
     if args.arch in backbones.VITS and any(size % args.patch_size for size in args.crop_sizes):

@@ -245,7 +245,7 @@ def reconstruction_loss(pred: Tensor, images: Tensor, mask: Tensor, patch_size: 
 
 @torch.no_grad()
 def indicators(images: Tensor, mask: Tensor, patch_size: int, norm_pix: bool) -> dict[str, Tensor]:
-    """Logged beside the loss: what a prediction of nothing scores on the same mask."""
+    """Logged beside the loss: what zeros score on the mask (of the last of --accum-steps)."""
     zeros = torch.zeros_like(patchify(images, patch_size))
     return {"zero_loss": reconstruction_loss(zeros, images, mask, patch_size, norm_pix)}
 
@@ -290,6 +290,7 @@ def main(args):
         run.resume(model=model, optimizer=optimizer, scaler=scaler)
         ddp_model = comm.data_parallel(model)
         num_patches = backbone.grid[0] * backbone.grid[1]
+        comm.say(f"{num_kept(num_patches, args.mask_ratio)} of {num_patches} patches are encoded")
         lr_of_step = optim.warmup_cosine(
             start=0.0, base=lr, final=0.0,
             warmup_steps=args.warmup_epochs * run.steps_per_epoch,

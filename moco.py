@@ -44,8 +44,7 @@ IMAGENET = V2 | dict(  # the papers, v2 unless `--version 1`
 )
 RECIPES = {
     "imagenet": IMAGENET,
-    # The authors' CIFAR-10 notebook: linear head, v2's colours without blur, its std; its symmetric
-    # loss: --symmetric.
+    # The authors' CIFAR-10 notebook (its std, too); its symmetric loss: --symmetric.
     "cifar10": IMAGENET | dict(
         arch="resnet18", stem="small", image_size=32,
         mean=[0.4914, 0.4822, 0.4465], std=[0.2023, 0.1994, 0.2010],
@@ -67,7 +66,8 @@ RECIPES = {
 def parse_args(argv=None):
     version = {1: V1, 2: V2}.get(cli.peek(argv, "--version"), {})
     recipes = {name: recipe | version for name, recipe in RECIPES.items()}
-    parser, group = cli.method_parser(__file__, __doc__, backbones.RESNETS, crops="one")
+    parser, group = cli.method_parser(__file__, __doc__, backbones.RESNETS, crops="one",
+                                      decay="all")
     group.add_argument("--version", type=int, choices=(1, 2),
                        help="sets views, head, temperature, schedule as in that paper")
     group.add_argument("--views", choices=("v1", "v2", "digits"), help="kind of augmentation")
@@ -145,8 +145,8 @@ class GroupedBatchNorm(nn.BatchNorm2d):
         means = x.new_zeros(self.groups, x.shape[1], dtype=self.running_mean.dtype)
         variances, parts = torch.zeros_like(means), []
         for part, mean, var in zip(x.chunk(self.groups), means, variances, strict=True):
-            parts.append(F.batch_norm(part, mean, var, self.weight, self.bias,
-                                                  training=True, momentum=1.0, eps=self.eps))
+            parts.append(F.batch_norm(part, mean, var, self.weight, self.bias, training=True,
+                                      momentum=1.0, eps=self.eps))
         self.num_batches_tracked += 1
         self.running_mean.lerp_(means.mean(0), self.momentum)
         self.running_var.lerp_(variances.mean(0), self.momentum)

@@ -63,7 +63,6 @@ def parse_args(argv=None):
     group.add_argument("--grad-cache", type=cli.pos_int, metavar="CHUNK", help="embed this many "
                        "images of a process at a time, twice: large batches in little memory")
     args = cli.parse(parser, RECIPES, argv)
-    cli.check_crops(parser, args)
     images = args.batch_size // cli.processes()
     if args.grad_cache and images % args.grad_cache:
         parser.error(f"--grad-cache {args.grad_cache} does not divide the {images} images of a "
@@ -164,7 +163,7 @@ def grad_cache_backward(model: nn.Module, views: list[Tensor], chunk: int, tempe
     has the statistics of a chunk, and the second pass leaves its running ones alone.
 
     Args:
-        model: views (N, C, H, W) to embeddings (V, N, D), in DDP or not.
+        model: views (N, C, H, W) to embeddings (V, N, D); in DDP on several processes.
         chunk: images at a time; divides N.
         temperature: of the loss.
 

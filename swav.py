@@ -73,7 +73,8 @@ RECIPES = {
 
 
 def parse_args(argv=None):
-    parser, group = cli.method_parser(__file__, __doc__, backbones.RESNETS, crops="multi")
+    parser, group = cli.method_parser(__file__, __doc__, backbones.RESNETS, crops="multi",
+                                      decay="all")
     group.add_argument("--views", choices=("photo", "digits"), help="kind of augmentation")
     group.add_argument("--jitter-strength", type=cli.not_negative, help="strength of colour jitter")
     group.add_argument("--blur", action=cli.Switch, help="Gaussian blur of half of the views")
@@ -88,13 +89,12 @@ def parse_args(argv=None):
     group.add_argument("--queue-length", type=cli.nonneg_int,
                        help="earlier embeddings that join in the codes, for batches below a few "
                        "times K; a multiple of the batch size; 0: none")
-    group.add_argument("--queue-start-epoch", type=cli.nonneg_int, help="epoch in which it starts to fill")
+    group.add_argument("--queue-start-epoch", type=cli.nonneg_int, help="when it starts to fill")
     group.add_argument("--freeze-prototypes-epochs", type=cli.nonneg_int,
                        help="prototypes frozen so long; more, if the loss stays at ln K")
     group.add_argument("--start-lr", type=cli.not_negative, help="per 256, where warm-up starts")
     group.add_argument("--final-lr", type=cli.not_negative, help="per 256, where the cosine ends")
     args = cli.parse(parser, RECIPES, argv)
-    cli.check_crops(parser, args)
     if args.queue_length % args.batch_size:
         fits = args.queue_length - args.queue_length % args.batch_size
         parser.error(f"--queue-length {args.queue_length} is not a multiple of --batch-size "
@@ -231,7 +231,7 @@ def update_queue(queue: Tensor, pointer: int, z: Tensor) -> int:
 
 @torch.no_grad()
 def compute_codes(scores: Tensor, queue: Tensor | None, prototypes: Tensor, epsilon: float,
-             iterations: int) -> Tensor:
+                  iterations: int) -> Tensor:
     """Codes (A, N, K) of the global crops with scores (A, N, K), beside this process's queue share.
 
     The queue (A, L, D), where there is one, is scored with the current prototypes (K, D).

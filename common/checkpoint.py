@@ -201,6 +201,11 @@ class Run:
             if isinstance(part, torch.Tensor):
                 part.copy_(saved)
             elif saved:  # empty: the scaler of a run without float16
+                if isinstance(part, torch.optim.Optimizer):  # it would take the saved options over
+                    now, then = ([sorted(group) for group in groups] for groups in (
+                        part.state_dict()["param_groups"], saved["param_groups"]))
+                    if now != then:
+                        raise ValueError("other options of parameter groups")
                 part.load_state_dict(saved)
         except (KeyError, RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[-1].strip()

@@ -104,13 +104,15 @@ def run_flags(group) -> None:
                        help="steps between two log lines")
 
 
-def method_parser(script: str, description: str, archs, *, crops: str, batch_norm: bool = True):
+def method_parser(script: str, description: str, archs, *, crops: str, batch_norm: bool = True,
+                  decay: str = "weights"):
     """Make a method's parser with the flags that every method has, and the group for its own.
 
     Args:
         archs: names of the backbones that the method can train.
         crops: "one" kind of crop; "multi": groups of crops of several sizes.
         batch_norm: whether a backbone can have it, and so a stem.
+        decay: what decays, for the help: "weights" (not biases and norms) or "all" parameters.
     """
     made = parser(script, description)
     group = made.add_argument_group("images")
@@ -121,7 +123,7 @@ def method_parser(script: str, description: str, archs, *, crops: str, batch_nor
     group.add_argument("--std", type=positive, nargs="+", help="each channel is divided by it")
     if crops == "multi":
         group.add_argument("--num-crops", type=pos_int, nargs="+",
-                           help="crops of each size, the global ones first")
+                           help="crops of each size; first the global ones, which give targets")
         group.add_argument("--crop-sizes", type=pos_int, nargs="+", help="their sides in pixels")
         group.add_argument("--crop-scales", type=fraction, nargs="+",
                            help="smallest, largest area fraction for each size")
@@ -137,8 +139,9 @@ def method_parser(script: str, description: str, archs, *, crops: str, batch_nor
     group.add_argument("--epochs", type=pos_int, help="passes over the images")
     group.add_argument("--batch-size", type=pos_int, help="images over all processes")
     group.add_argument("--lr", type=positive, help="learning rate per 256 images")
-    group.add_argument("--weight-decay", type=not_negative, help="weight decay")
-    group.add_argument("--warmup-epochs", type=nonneg_int, help="linear warm-up of the rate")
+    group.add_argument("--weight-decay", type=not_negative, help="weight decay of " + (
+        "all parameters" if decay == "all" else "weights, not of biases and norms"))
+    group.add_argument("--warmup-epochs", type=nonneg_int, help="linear, from 0 or --start-lr")
     group.add_argument("--seed", type=nonneg_int, default=0, help="random seed")
     return made, made.add_argument_group("method")
 
@@ -181,6 +184,8 @@ def parse(made: Parser, recipes: dict, argv=None) -> argparse.Namespace:
     if "sync_bn" in args and args.batch_size < 2 * processes():
         made.error(f"--batch-size {args.batch_size} gives less than two images to each of "
                    f"{processes()} processes, too few for batch norm")
+    if "crop_sizes" in args:
+        check_crops(made, args)
     for flag in ("crop_scale", "jigsaw_crop_scale"):
         low, high = getattr(args, flag, None) or (1, 1)
         if not 0 < low <= high:
@@ -210,9 +215,9 @@ def peek(argv, flag: str, kind=int):
 
 
 def check_crops(made: Parser, args: argparse.Namespace) -> None:
-    """Check the flags of a script with crops of several sizes, and set the size of the full ones.
+    """Check the flags of a script with crops of several sizes, and set the size of the global ones.
 
-    `--num-crops`, `--crop-sizes` and `--crop-scales` describe the same groups of crops; the full
+    `--num-crops`, `--crop-sizes` and `--crop-scales` describe the same groups of crops; the global
     crops, the first group, are at least two; the evaluations use their size, `--image-size`.
     """
     groups = len(args.num_crops)

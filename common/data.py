@@ -550,11 +550,7 @@ class Loader:
         self, images, views, *, batch_size, epochs, seed, world: World, workers=None, start_step=0,
         order_epoch=None, multiprocessing_context=None,
     ):
-        if len(images) < batch_size:
-            fits = len(images) - len(images) % world.size
-            remedy = f"--batch-size {fits} fits" if fits else "start fewer processes"
-            raise RunError(f"--batch-size {batch_size} is more than the {len(images)} images of "
-                           f"--data; {remedy}")
+        check_batch_size(images, batch_size, world)
         left_out = sorted({what for view in views for what in view.left_out})
         if left_out:
             comm.say(f"left out, for it needs RGB images: {', '.join(left_out)}")
@@ -618,6 +614,15 @@ class Loader:
             raise RunError(hopeless)
         for i in sorted(joined):
             comm.say(f"unreadable, replaced: {self.images.name(i)}: {joined[i]}")
+
+
+def check_batch_size(images, batch_size: int, world: World) -> None:
+    """Refuse a batch of more images than there are."""
+    if len(images) < batch_size:
+        fits = len(images) - len(images) % world.size
+        remedy = f"--batch-size {fits} fits" if fits else "start fewer processes"
+        raise RunError(f"--batch-size {batch_size} is more than the {len(images)} images of "
+                       f"--data; {remedy}")
 
 
 def default_workers() -> int:

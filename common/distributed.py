@@ -101,6 +101,8 @@ def environment_fault() -> str | None:
         "WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE", "LOCAL_RANK")}
     remedy = "; start with torchrun, or unset what it would set: " + " ".join(given)
     for name, value in given.items():
+        if name == "MASTER_PORT" and told("WORLD_SIZE", 1) == 1:  # of a service named master
+            continue
         if value and name != "MASTER_ADDR" and not value.isdecimal():
             return f"{name} is {value!r} in the environment, no whole number{remedy}"
     for number, of in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):

@@ -39,6 +39,7 @@ class Training:
         self.folder = Run(args.output, settings or cli.settings(args), images, world,
                           resume=args.resume, save_every_minutes=args.save_every_minutes,
                           product=product)
+        data.check_batch_size(images, args.batch_size, world)  # before anything is replaced
         self.steps_per_epoch = len(images) // args.batch_size
         self.total_steps = args.epochs * self.steps_per_epoch
 

@@ -701,6 +701,17 @@ def test_a_checkpoint_of_another_version_of_the_script_is_told(tmp_path):
         trained(tmp_path, 2, save_at=[2])
 
 
+def test_a_group_of_other_options_is_told_and_not_taken_over(tmp_path):
+    with opened(tmp_path) as run:
+        weight = torch.nn.Parameter(torch.zeros(2))
+        run.checkpoint = {"state": {"optimizer": torch.optim.SGD([weight], lr=1.0).state_dict()}}
+        run.restore("optimizer", torch.optim.SGD([weight], lr=0.5))  # the rate is set each step
+        scaled = torch.optim.SGD([{"params": [weight], "lr_scale": 0.01}], lr=1.0)
+        with pytest.raises(RunError, match="another version of this script"):
+            run.restore("optimizer", scaled)
+        assert scaled.param_groups[0]["lr_scale"] == 0.01
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc")
 def test_a_run_does_not_fault_its_memory_in_again_in_every_step(tmp_path):
     code = f"""

@@ -97,6 +97,11 @@ def test_an_environment_that_makes_no_group_is_one_line_on_every_process(
     assert re.search(f"^error: .*{named}", err) and err.count("\n") == 1 and out == ""
 
 
+def test_a_port_alone_is_not_torchruns(environment):
+    environment({"MASTER_PORT": "tcp://10.0.0.1:7077", "MASTER_ADDR": "10.0.0.1"})
+    assert comm.setup("cpu").size == 1 and comm.speaks()
+
+
 def test_a_port_in_use_is_one_line(environment, capsys):
     with socket.create_server(("localhost", 0)) as server:
         port = str(server.getsockname()[1])

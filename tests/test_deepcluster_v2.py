@@ -7,6 +7,7 @@ import torch
 
 import deepcluster_v2
 import helpers
+import swav
 from common import distributed as comm
 from helpers import check_joined, own_gradients, own_rows
 
@@ -40,6 +41,9 @@ def test_crops_come_full_ones_first():
     views = deepcluster_v2.build_views(deepcluster_v2.parse_args(["--recipe", "imagenet"]))
     assert [view.size[0] for view in views] == [224] * 2 + [96] * 6
     assert [view.geometry[0].scale for view in views[1:3]] == [(0.14, 1), (0.05, 0.14)]
+    swavs = swav.build_views(swav.parse_args(["--recipe", "imagenet"]))  # as the authors'
+    assert [repr(v.geometry + v.colour) for v in views] == [
+        repr(v.geometry + v.colour) for v in swavs]
 
 
 # -------------------------------------------------------------------------------------------- model

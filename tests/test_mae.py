@@ -48,8 +48,8 @@ def test_there_is_one_view_without_changes_of_colour(kind):
     assert [type(step).__name__ for step in view.colour] == ["Normalize"]
     crop = next(s for s in view.geometry if type(s).__name__ == "RandomResizedCrop")
     assert crop.scale == [0.2, 1.0]
-    flips = any(type(step).__name__ == "HorizontalFlip" for step in view.geometry)
-    assert flips == (kind == "photo")
+    flips = [step.p for step in view.geometry if type(step).__name__ == "HorizontalFlip"]
+    assert flips == ([0.5] if kind == "photo" else [])
 
 
 # -------------------------------------------------------------------------------------------- model

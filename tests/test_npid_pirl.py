@@ -1,3 +1,4 @@
+import json
 import math
 
 import numpy as np
@@ -62,6 +63,16 @@ def test_combinations_that_cannot_be_are_refused(flags, named, capsys):
     with pytest.raises(SystemExit):
         npid_pirl.parse_args(flags)
     assert named in capsys.readouterr().err
+
+
+def test_the_cosine_ends_at_a_thousandth_as_in_vissl(tmp_path):
+    flags = ["--limit", "16", "--batch-size", "16", "--epochs", "4", "--warmup-epochs", "0",
+             "--workers", "0", "--log-every", "1", "--output", str(tmp_path)]
+    npid_pirl.main(npid_pirl.parse_args(flags))
+    rates = [json.loads(line)["lr"] for line in (tmp_path / "log.jsonl").open()]
+    lr = 0.12 * 16 / 256
+    wanted = [lr * (0.001 + 0.999 * (1 + math.cos(math.pi * epoch / 4)) / 2) for epoch in range(4)]
+    assert rates == pytest.approx(wanted)
 
 
 # -------------------------------------------------------------------------------------------- views

@@ -65,6 +65,8 @@ def test_crops_come_full_ones_first_with_the_papers_strengths():
     jitter, gray, blur, _ = views[0].colour
     strengths = (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue, jitter.p)
     assert strengths == (0.8, 0.8, 0.8, 0.2, 0.8) and (gray.p, blur.p) == (0.2, 0.5)
+    crop, flip = views[0].geometry
+    assert (crop.interpolation, flip.p) == ("bilinear", 0.5)
 
 
 # -------------------------------------------------------------------------------------------- model
