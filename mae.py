@@ -70,8 +70,7 @@ def parse_args(argv=None):
     num_patches = (args.image_size // args.patch_size) ** 2
     kept = num_kept(num_patches, args.mask_ratio)
     if not 1 <= kept < num_patches:
-        parser.error(f"--mask-ratio {args.mask_ratio} keeps {kept} of {num_patches} patches; some "
-                     "have to be kept and some removed")
+        parser.error(f"--mask-ratio {args.mask_ratio} keeps {kept} of {num_patches} patches")
     if args.decoder_dim % 4 or args.decoder_dim % args.decoder_heads:
         parser.error(f"--decoder-dim {args.decoder_dim} is not a multiple of 4 and of "
                      f"--decoder-heads {args.decoder_heads}")
