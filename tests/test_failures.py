@@ -209,7 +209,7 @@ def little_shared_memory():
 
 @pytest.mark.parametrize("script, flags", [
     ("simclr.py", ["--recipe", "cifar10", "--arch", "resnet_tiny", "--batch-size", 64,
-                   "--crop-sizes", 96, "--limit", 256, "--output", "out"]),
+                   "--image-size", 96, "--limit", 256, "--output", "out"]),
     ("eval_knn.py", ["--checkpoint", "pixels", "--image-size", 96, "--limit", 256]),
 ])
 def test_a_batch_that_a_loader_process_cannot_send_ends_the_run(script, flags, tmp_path):
