@@ -41,12 +41,12 @@ RECIPES = {
         num_crops=[2], crop_sizes=[32], crop_scales=[0.08, 1.0], jitter_strength=0.5, blur=False,
         projector_dim=512, temperature=0.5, epochs=1000, batch_size=512, lr=1.0,
     ),
-    # Ours, on the built-in digits.
+    # Ours, chosen on the built-in digits, whose small crops say little: a minute on two cores.
     "digits": IMAGENET | dict(
         arch="resnet_tiny", stem="small", mean=[0.5], std=[0.5],
-        views="digits", num_crops=[2, 2], crop_sizes=[16, 8], crop_scales=[0.6, 1.0, 0.3, 0.6],
+        views="digits", num_crops=[2, 1], crop_sizes=[16, 12], crop_scales=[0.6, 1.0, 0.5, 0.9],
         jitter_strength=0.5, blur=False,
-        projector_dim=128, embedding_dim=64, temperature=0.5,
+        projector_dim=128, embedding_dim=64, temperature=0.2,
         epochs=40, batch_size=256, lr=1.0, warmup_epochs=5,
     ),
 }

@@ -42,7 +42,8 @@ def test_an_image_size_alone_sets_the_size_of_the_full_crops():
 
 
 def test_what_is_not_about_crops_is_as_in_simclr():
-    for name, recipe in simclr_multicrop.RECIPES.items():
+    for name in ("imagenet", "cifar10"):
+        recipe = simclr_multicrop.RECIPES[name]
         same = simclr.RECIPES[name].keys() & recipe.keys() - {"epochs"}
         assert {k: recipe[k] for k in same} == {k: simclr.RECIPES[name][k] for k in same}, name
 
