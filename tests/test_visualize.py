@@ -30,7 +30,7 @@ def test_views_are_those_of_the_scripts_flags(tmp_path):
     for flags in ([], small):
         run("views", "simclr_multicrop.py", "--image", tmp_path / "views.png", "--rows", 2, *flags)
         widths.append(Image.open(tmp_path / "views.png").width)
-    assert [round(width / visualize.TILE) for width in widths] == [5, 6]
+    assert [round(width / visualize.TILE) for width in widths] == [4, 6]
 
 
 def test_the_first_column_is_the_image_itself():
