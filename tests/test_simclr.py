@@ -107,6 +107,11 @@ def test_nt_xent_falls_as_views_of_an_image_come_together():
     assert losses[0] > losses[1] > losses[2]
 
 
+def test_the_gradient_of_nt_xent_is_that_of_its_value():
+    z1, z2 = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(lambda a, b: simclr.nt_xent(a, b, 0.5), (z1, z2))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_nt_xent_computes_in_float32_at_least(dtype):
     z1, z2 = (torch.from_numpy(z).to(dtype) for z in embeddings())

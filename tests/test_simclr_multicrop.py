@@ -106,6 +106,11 @@ def test_multicrop_nt_xent_equals_loops(views):
     assert loss.item() == pytest.approx(multicrop_loops(z, 0.2), rel=1e-12)
 
 
+def test_the_gradient_of_multicrop_nt_xent_is_that_of_its_value():
+    z = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda z: multicrop_nt_xent(z, 3, 0.5), (z,))
+
+
 def test_multicrop_nt_xent_of_two_views_is_nt_xent():
     z1, z2 = torch.from_numpy(np.random.default_rng(1).normal(size=(2, 12, 5)))
     two = multicrop_nt_xent(torch.cat([z1, z2]), 2, 0.2)
