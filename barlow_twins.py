@@ -27,7 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import augment, backbones, cli, data, distributed as comm, optim
+from common import augment, backbones, cli, distributed as comm, optim
+from common.images import open_images
 from common.training import Training
 
 IMAGENET = dict(  # paper, section 2.2; weight decay and rate of biases and norms: see above
@@ -191,8 +192,8 @@ def main(args):
     torch.manual_seed(args.seed)
 
     # Data
-    images = data.open_images(args.data, "pretrain", args.in_chans, root=args.data_root,
-                              download=args.download, limit=args.limit)
+    images = open_images(args.data, "pretrain", args.in_chans, root=args.data_root,
+                         download=args.download, limit=args.limit)
 
     # Model
     backbone = backbones.build_backbone(args.arch, stem=args.stem, in_chans=args.in_chans,
@@ -212,7 +213,7 @@ def main(args):
     optimizer = optim.LARS(groups, lr=lr, momentum=0.9, weight_decay=args.weight_decay,
                            trust_coefficient=0.001)
     autocast, scaler = optim.precision(args.amp, world.device)
-    comm.say(f"lr of biases and norms {args.lr_biases * args.batch_size / 256:g}")
+    comm.print_main(f"lr of biases and norms {args.lr_biases * args.batch_size / 256:g}")
 
     # Train
     with Training(args, world, images, build_views(args),

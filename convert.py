@@ -122,7 +122,7 @@ def main(args):
     state = checkpoint.described(backbone.state_dict(), known | source.settings)
 
     folder = os.path.dirname(args.out) or "."
-    with comm.together(writing=folder):
+    with comm.same_error_on_all_ranks(writing=folder):
         os.makedirs(folder, exist_ok=True)
         with open(f"{args.out}.tmp", "wb") as file:
             if args.to == "detectron2":
@@ -131,8 +131,8 @@ def main(args):
             else:
                 torch.save(state, file)
         os.replace(f"{args.out}.tmp", args.out)
-    comm.say("\n  ".join([f"{args.out}: {arch} for {args.to}", *advice(args.to, settings),
-                         *filter(None, [features.assumed(source, settings)])]))
+    comm.print_main("\n  ".join([f"{args.out}: {arch} for {args.to}", *advice(args.to, settings),
+                                *filter(None, [features.assumed(source, settings)])]))
 
 
 if __name__ == "__main__":

@@ -33,8 +33,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import augment, backbones, cli, data, distributed as comm, optim
+from common import augment, backbones, cli, distributed as comm, optim, rng
 from common.checkpoint import atomic_write
+from common.images import open_images
 from common.training import Training
 
 IMAGENET = dict(  # SwAV's paper, appendix: batch 4,096, rates .3 to 4.8 to .0048, per 256 images
@@ -274,7 +275,7 @@ def indicators(z: Tensor, scores: Tensor, labels: Tensor, assignment: Tensor) ->
 
 def write_assignments(folder: str, assignments: Tensor, world: comm.World) -> None:
     """Write the cluster of every image, (H, M), to assignments.npy."""
-    with comm.together(writing=folder):
+    with comm.same_error_on_all_ranks(writing=folder):
         if world.is_main:
             with atomic_write(os.path.join(folder, "assignments.npy")) as file:
                 np.save(file, assignments.cpu().numpy())
@@ -291,8 +292,8 @@ def main(args):
     torch.manual_seed(args.seed)
 
     # Data
-    images = data.open_images(args.data, "pretrain", args.in_chans, root=args.data_root,
-                              download=args.download, limit=args.limit)
+    images = open_images(args.data, "pretrain", args.in_chans, root=args.data_root,
+                         download=args.download, limit=args.limit)
     seen_images = len(images) - len(images) % args.batch_size
     if args.batch_size <= len(images) and max(args.num_clusters) > seen_images:
         raise comm.RunError(f"--num-clusters {max(args.num_clusters)} is more than the "
@@ -327,7 +328,7 @@ def main(args):
                    **{f"centroids{h}": c for h, c in enumerate(centroids)},
                    optimizer=optimizer, scaler=scaler)
         if run.step == 0:  # the first bank: one pass without a gradient; batch statistics move
-            comm.say("filling the memory bank")
+            comm.print_main("filling the memory bank")
             for batch in run.first_epoch(views[:num_global]):
                 with torch.no_grad(), autocast():
                     z = torch.cat([model([view]) for view in batch.views])
@@ -339,7 +340,7 @@ def main(args):
             total_steps=run.total_steps, warmup_endpoint=True)
         for step, batch in run.steps(export=model.backbone):
             if step % run.steps_per_epoch == 0:  # 1. clusters of the epoch before
-                draw = data.philox(args.seed, data.CLUSTERS, step // run.steps_per_epoch)
+                draw = rng.philox(args.seed, rng.CLUSTERS, step // run.steps_per_epoch)
                 for h, k in enumerate(args.num_clusters):
                     generator = torch.Generator().manual_seed(int(draw.integers(2**63)))
                     found = cluster_memory(memory[h % num_global], k, args.kmeans_iterations,

@@ -31,7 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import augment, backbones, cli, data, distributed as comm, optim
+from common import augment, backbones, cli, distributed as comm, optim, rng
+from common.images import open_images
 from common.training import Training
 
 IMAGENET = dict(  # paper, section 3.2 and appendix C, with the official README's 300 epochs; its
@@ -317,8 +318,8 @@ def main(args):
     torch.manual_seed(args.seed)
 
     # Data
-    images = data.open_images(args.data, "pretrain", args.in_chans, root=args.data_root,
-                              download=args.download, limit=args.limit)
+    images = open_images(args.data, "pretrain", args.in_chans, root=args.data_root,
+                         download=args.download, limit=args.limit)
 
     # Model
     backbone = backbones.build_backbone(
@@ -366,7 +367,7 @@ def main(args):
             optim.set_lr(optimizer, lr_of_step[step])
             optimizer.param_groups[0]["weight_decay"] = decay_of_step[step]
             optimizer.zero_grad(set_to_none=True)
-            draws = data.philox(args.seed, data.DEPTH, step, world.rank)
+            draws = rng.philox(args.seed, rng.DEPTH, step, world.rank)
             torch.manual_seed(int(draws.integers(2**63)))  # of stochastic depth
             with autocast():
                 with torch.no_grad():

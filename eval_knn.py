@@ -233,9 +233,9 @@ def evaluate(given: features.Features, args, world) -> dict:
         shares = {k: share for (k, _), share in zip(settings, undecided, strict=True)}
         for k, share in shares.items():
             if share:
-                comm.say(f"warning: {given.checkpoint} {layer}, k {k}: {share * m:.0f} of {m} "
-                         "images have more neighbours as near as the last of the k; the first in "
-                         "the data set vote")
+                comm.print_main(f"warning: {given.checkpoint} {layer}, k {k}: {share * m:.0f} of "
+                                f"{m} images have more neighbours as near as the last of the k; "
+                                "the first in the data set vote")
         for count in args.shots if number == 0 else ():
             draws = []
             for draw in range(args.draws):
@@ -254,8 +254,8 @@ def main(args):
     # 1. Features; 2. neighbours and 3. votes of each checkpoint
     bank = f", in the {args.leave_one_out} split without the image itself"
     few = f"; few labels: mean and standard deviation of {args.draws} draws"
-    comm.say(f"k-NN by cosine, k {args.k[0]}, votes exp(cosine / {args.temperature[0]})"
-             f"{bank if args.leave_one_out else ''}{few if args.shots else ''}")
+    comm.print_main(f"k-NN by cosine, k {args.k[0]}, votes exp(cosine / {args.temperature[0]})"
+                    f"{bank if args.leave_one_out else ''}{few if args.shots else ''}")
     table = []
     for source in features.sources(args, world, interpolation="bicubic"):
         runs = [evaluate(source.features(backbone), args, world) for backbone in source.backbones()]

@@ -261,8 +261,8 @@ def paper_probe(source: features.Source, backbone, mark: str, args, world) -> di
     views = train_views(protocol["crop"], flip, **shown)
 
     # Train
-    comm.say(f"{args.protocol}: heads on {' '.join(names)}, {epochs} epochs, "
-             f"{'mirrored' if flip else 'unmirrored'} crops")
+    comm.print_main(f"{args.protocol}: heads on {' '.join(names)}, {epochs} epochs, "
+                    f"{'mirrored' if flip else 'unmirrored'} crops")
     changing = dict(
         protocol, protocol=args.protocol, checkpoint=mark, layers=names, epochs=epochs, lr=base_lr,
         train_batch_size=batch_size, flip=flip, train_fraction=args.train_fraction, seed=args.seed,
@@ -316,7 +316,7 @@ def main(args):
     world = comm.setup(args.device, deterministic=True)
     protocol = PROTOCOLS.get(args.protocol)
     if not protocol:
-        comm.say(f"auto: {len(args.weight_decays)} weight decays, {args.folds} folds")
+        comm.print_main(f"auto: {len(args.weight_decays)} weight decays, {args.folds} folds")
     table = []
     interpolation = protocol["resize"] if protocol else "bicubic"
     for source in features.sources(args, world, interpolation=interpolation):
@@ -331,7 +331,8 @@ def main(args):
                 runs.append(auto_probe(source.features(backbone), args, world))
             after = weights.fingerprint(backbone)
             if before:
-                comm.say(f"{source.name}: hash of the backbone {before} before, {after} after")
+                comm.print_main(f"{source.name}: hash of the backbone {before} before, "
+                                f"{after} after")
             if any(comm.any_rank(before != after)):
                 raise comm.RunError(f"{source.name}: the backbone has changed")
         table.append({"checkpoint": source.name, **features.mean_of(runs)})

@@ -32,7 +32,6 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from xml.etree import ElementTree
 
 import joblib
 import numpy as np
@@ -41,7 +40,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import StratifiedKFold
 from sklearn.svm import LinearSVC
 
-from common import augment, cli, data, distributed as comm, features
+from common import augment, cli, distributed as comm, features
 
 SVM = dict(  # as VISSL sets it for VOC07
     penalty="l2", loss="squared_hinge", dual=True, tol=1e-4, max_iter=2000, intercept_scaling=1.0,
@@ -77,42 +76,7 @@ def parse_args(argv=None):
     return args
 
 
-# ------------------------------------------------------------------------------------------- images
-
-
-def open_voc(root: str, split: str, channels: int) -> tuple[data.FileImages, list[str]]:
-    """Open the training (`trainval`) or test split of a VOC folder, and list its classes.
-
-    The labels (N, C) are 1 where a class is present, -1 where all of its objects are marked as
-    difficult, 0 where it is absent. A file that is missing or no annotation is a RunError.
-    """
-    ids, annotations = read_annotations(root, "trainval")
-    names = sorted(set().union(*annotations))
-    if split == "test":
-        ids, annotations = read_annotations(root, "test")
-    labels = np.array([[objects.get(name, 0) for name in names] for objects in annotations], int)
-    folder = os.path.join(root, "JPEGImages")
-    paths = [os.path.join(folder, f"{i}.jpg") for i in ids]
-    return data.FileImages(paths, labels.reshape(len(ids), len(names)), channels, folder), names
-
-
-def read_annotations(root: str, split: str) -> tuple[list[str], list[dict[str, int]]]:
-    """The ids of a split's images, and the labels, 1 or -1, of the classes in each of them."""
-    path = os.path.join(root, "ImageSets", "Main", f"{split}.txt")
-    try:
-        with open(path, encoding="utf-8") as file:
-            ids = [line.split()[0] for line in file if line.strip()]
-        annotations = [{} for _ in ids]
-        for i, labels in zip(ids, annotations, strict=True):
-            path = os.path.join(root, "Annotations", f"{i}.xml")
-            for thing in ElementTree.parse(path).iter("object"):
-                name = thing.findtext("name", "").strip()
-                difficult = thing.findtext("difficult", "0").strip() == "1"
-                labels[name] = max(labels.get(name, -1), -1 if difficult else 1)
-    except (OSError, ElementTree.ParseError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise comm.RunError(f"--data {root}: cannot read {path}: {reason}") from error
-    return ids, annotations
+# --------------------------------------------------------------------------------------------- view
 
 
 @dataclass
@@ -206,7 +170,7 @@ def fit(key, features, task, seed):
 
 def cached_fit(folder: str, world: comm.World):
     """`fit`, which keeps its results in a folder and takes those that are there."""
-    with comm.together(writing=folder):
+    with comm.same_error_on_all_ranks(writing=folder):
         # Compressed files have a checksum: a damaged one is not taken, its fit is done again.
         memory = joblib.Memory(os.path.join(folder, "fits"), compress=True, verbose=0)
         cached = memory.cache(fit, ignore=["features", "task", "seed"])
@@ -227,10 +191,10 @@ class Fits:
     def run(self, features: np.ndarray, fingerprint: str, tasks: list) -> list:
         """The precisions of every task, equal on every process."""
         seed, own = self.args.seed, tasks[self.world.rank :: self.world.size]
-        jobs = self.args.jobs or joblib.cpu_count() // comm.told("LOCAL_WORLD_SIZE", 1)
+        jobs = self.args.jobs or joblib.cpu_count() // comm.env_int("LOCAL_WORLD_SIZE", 1)
         if sum(len(rows) for rows, *_ in own) * features.shape[1] < PARALLEL_FROM:
             jobs = 1
-        with comm.together():
+        with comm.same_error_on_all_ranks():
             found = joblib.Parallel(n_jobs=max(1, min(jobs, len(own))))(
                 joblib.delayed(self.fit)(joblib.hash([fingerprint, task, seed]), features, task,
                                          seed) for task in own)
@@ -356,7 +320,7 @@ def evaluate(found: features.Features, args, fits: Fits, names: list[str]) -> di
     for k in args.low_shot:
         fewest = min((count for count in (labels[:n] == 1).sum(0) if count), default=0)
         if fewest < k:
-            comm.say(f"low-shot {k}: left out, for a class has {fewest} training images")
+            comm.print_main(f"low-shot {k}: left out, for a class has {fewest} training images")
         else:
             few[str(k)] = low_shot(run, k, labels[:n], test, costs, args.draws, args.seed)
     return {"map": best["map"], "map_11point": best["map_11point"], "low_shot": few,
@@ -369,32 +333,22 @@ def evaluate(found: features.Features, args, fits: Fits, names: list[str]) -> di
 def main(args):
     # Only the same features, bit for bit, find their fits in the cache.
     world = comm.setup(args.device, deterministic=True)
-    names = []
-
-    def open_images(source, split, channels, **options):
-        if not os.path.isdir(os.path.join(source, "Annotations")):
-            return data.open_images(source, split, channels, **options)
-        with comm.together():
-            images, names[:] = open_voc(source, split, channels)
-        if args.limit is not None and args.limit < len(images):
-            images = images.subset(np.arange(args.limit) * len(images) // args.limit)
-        return images
-
     treated = "absent in training" if args.vissl_labels else "ignored"
-    comm.say(f"linear SVM of each class against the rest, unit-norm features; cost of "
-             f"{len(args.costs)} by {args.folds}-fold cross-validation; difficult: {treated}")
+    comm.print_main(f"linear SVM of each class against the rest, unit-norm features; cost of "
+                    f"{len(args.costs)} by {args.folds}-fold cross-validation; difficult: "
+                    f"{treated}")
     fit_once, table = cached_fit(args.output, world) if args.output else fit, []
     for source in features.sources(args, world, interpolation="bilinear",
                                    crop=augment.CenterCrop if args.resize else WholeImage,
-                                   open_images=open_images, resnet_layer="res5-grid"):
+                                   resnet_layer="res5-grid", several_classes=True):
         fits = Fits(fit_once, args, world)
-        runs = [evaluate(source.features(backbone), args, fits, names)
+        runs = [evaluate(source.features(backbone), args, fits, source.classes)
                 for backbone in source.backbones()]
         table.append({"checkpoint": source.name, **features.mean_of(runs)})
         if fits.stopped:
-            comm.say(f"warning: {source.name}: {fits.stopped} SVMs, as a rule of high costs, "
-                     f"stopped at the published limit of {SVM['max_iter']} passes before they had "
-                     "converged")
+            comm.print_main(f"warning: {source.name}: {fits.stopped} SVMs, as a rule of high "
+                            f"costs, stopped at the published limit of {SVM['max_iter']} passes "
+                            "before they had converged")
 
     if world.is_main:
         print_table(table)

@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import augment, backbones, cli, data, distributed as comm, optim
+from common import augment, backbones, cli, distributed as comm, optim, rng
+from common.images import open_images
 from common.training import Training
 
 IMAGENET = dict(  # paper, appendix A.1; others: --arch vit_large; vit_huge --patch-size 14
@@ -175,7 +176,7 @@ def random_masking(tokens: Tensor, mask_ratio: float, noise: Tensor
 
 def mask_noise(index: Tensor, num_patches: int, seed: int, epoch: int) -> Tensor:
     """Uniform numbers (N, L) of an epoch for the images of index (N,), on whatever process."""
-    rows = [data.philox(seed, data.MASK, epoch, i).random(num_patches) for i in index.tolist()]
+    rows = [rng.philox(seed, rng.MASK, epoch, i).random(num_patches) for i in index.tolist()]
     return torch.from_numpy(np.stack(rows)).to(torch.get_default_dtype())
 
 
@@ -263,8 +264,8 @@ def main(args):
     torch.manual_seed(args.seed)
 
     # Data
-    images = data.open_images(args.data, "pretrain", args.in_chans, root=args.data_root,
-                              download=args.download, limit=args.limit)
+    images = open_images(args.data, "pretrain", args.in_chans, root=args.data_root,
+                         download=args.download, limit=args.limit)
 
     # Model
     backbone = backbones.build_backbone(args.arch, in_chans=args.in_chans, drop_path=0.0,
@@ -289,7 +290,8 @@ def main(args):
         run.resume(model=model, optimizer=optimizer, scaler=scaler)
         ddp_model = comm.data_parallel(model)
         num_patches = backbone.grid[0] * backbone.grid[1]
-        comm.say(f"{num_kept(num_patches, args.mask_ratio)} of {num_patches} patches are encoded")
+        comm.print_main(f"{num_kept(num_patches, args.mask_ratio)} of {num_patches} patches are "
+                        "encoded")
         lr_of_step = optim.warmup_cosine(
             start=0.0, base=lr, final=0.0,
             warmup_steps=args.warmup_epochs * run.steps_per_epoch,

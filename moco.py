@@ -31,7 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import augment, backbones, cli, data, distributed as comm, optim
+from common import augment, backbones, cli, distributed as comm, optim, rng
+from common.images import open_images
 from common.training import Training
 
 V1 = dict(views="v1", mlp_head=False, temperature=0.07, schedule="step", blur=False)
@@ -266,8 +267,8 @@ def main(args):
     torch.manual_seed(args.seed)
 
     # Data
-    images = data.open_images(args.data, "pretrain", args.in_chans, root=args.data_root,
-                              download=args.download, limit=args.limit)
+    images = open_images(args.data, "pretrain", args.in_chans, root=args.data_root,
+                         download=args.download, limit=args.limit)
 
     # Model
     backbone = backbones.build_backbone(args.arch, stem=args.stem, in_chans=args.in_chans,
@@ -307,12 +308,11 @@ def main(args):
             with autocast():
                 q = ddp_model(queries)  # 2. queries
                 update_ema(key_encoder, model, args.momentum)  # 3. keys
-                shuffle = data.philox(args.seed, data.SHUFFLE, step)
+                shuffle = rng.philox(args.seed, rng.SHUFFLE, step)
                 order = torch.from_numpy(shuffle.permutation(args.batch_size))
                 k = encode_keys(key_encoder, keys, order.to(world.device, non_blocking=True))
             # 4. identify the key; of two directions the sum, as in the authors' notebook
-            losses = [info_nce(*pair, queue, args.temperature) for pair in zip(q, k, strict=True)]
-            loss = torch.stack(losses).sum()
+            loss = sum(info_nce(*pair, queue, args.temperature) for pair in zip(q, k, strict=True))
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()

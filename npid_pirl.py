@@ -37,7 +37,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import augment, backbones, cli, data, distributed as comm, optim
+from common import augment, backbones, cli, distributed as comm, optim, rng
+from common.images import open_images
 from common.training import Training
 
 IMAGENET = dict(  # NPID: paper, section 4, and its code
@@ -265,7 +266,7 @@ def draw_negatives(index: Tensor, num_images: int, num_negatives: int, seed: int
     """
     first = comm.rank() * len(index)
     rows = [
-        data.philox(seed, data.NEGATIVES, step, first + row).integers(
+        rng.philox(seed, rng.NEGATIVES, step, first + row).integers(
             num_images - 1, size=num_negatives, dtype=np.int32)
         for row in range(len(index))
     ]
@@ -391,8 +392,8 @@ def main(args):
     torch.manual_seed(args.seed)
 
     # Data
-    images = data.open_images(args.data, "pretrain", args.in_chans, root=args.data_root,
-                              download=args.download, limit=args.limit)
+    images = open_images(args.data, "pretrain", args.in_chans, root=args.data_root,
+                         download=args.download, limit=args.limit)
     if len(images) < 2:
         raise comm.RunError("--data holds one image: there is nothing to tell it from")
 

@@ -31,7 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import augment, backbones, cli, data, distributed as comm, optim
+from common import augment, backbones, cli, distributed as comm, optim
+from common.images import open_images
 from common.training import Training
 
 IMAGENET = dict(  # paper, appendix A: batch 4,096, rates .3 to 4.8 to .0048, here per 256 images
@@ -272,8 +273,8 @@ def main(args):
     torch.manual_seed(args.seed)
 
     # Data
-    images = data.open_images(args.data, "pretrain", args.in_chans, root=args.data_root,
-                              download=args.download, limit=args.limit)
+    images = open_images(args.data, "pretrain", args.in_chans, root=args.data_root,
+                         download=args.download, limit=args.limit)
     if args.queue_length > len(images):
         fits = len(images) - len(images) % args.batch_size
         raise comm.RunError(f"--queue-length {args.queue_length} is more than the {len(images)} "

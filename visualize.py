@@ -21,7 +21,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common import augment, backbones, checkpoint, cli, data, distributed as comm, features, weights
+from common import augment, backbones, checkpoint, cli, distributed as comm, features, weights
+from common.images import open_images
+from common.loader import Loader
 
 TILE = 96  # smallest side of an image in a picture, in pixels
 GAP = 4
@@ -114,11 +116,11 @@ def views_picture(args) -> Image.Image:
     """Images, and beside each its views in the first epoch."""
     module = method(args.script)
     given = module.parse_args(args.flags)
-    images = data.open_images(given.data, "pretrain", given.in_chans, root=given.data_root,
-                              download=given.download, limit=given.limit)
+    images = open_images(given.data, "pretrain", given.in_chans, root=given.data_root,
+                         download=given.download, limit=given.limit)
     rows = min(args.rows, len(images))
     world = comm.World(0, 1, torch.device("cpu"))
-    loader = data.Loader(images, module.build_views(given), batch_size=rows, epochs=1,
+    loader = Loader(images, module.build_views(given), batch_size=rows, epochs=1,
                          seed=given.seed, world=world, workers=0)
     batch = next(loader.epoch(0))
     pictures = [to_pixels(view, given.mean, given.std) for view in batch.views]
@@ -141,11 +143,11 @@ def views_picture(args) -> Image.Image:
 def some_images(args, settings: dict) -> Tensor:
     """Some evenly spaced images (n, C, S, S) of the test split (all images, if there is none)."""
     try:
-        images = data.open_images(args.data or settings["data"], "test", settings["in_chans"],
-                                  root=args.data_root)
+        images = open_images(args.data or settings["data"], "test", settings["in_chans"],
+                             root=args.data_root)
     except comm.RunError:
-        images = data.open_images(args.data or settings["data"], "pretrain", settings["in_chans"],
-                                  root=args.data_root)
+        images = open_images(args.data or settings["data"], "pretrain", settings["in_chans"],
+                             root=args.data_root)
     size = settings["image_size"]
     view = augment.View(size, [augment.CenterCrop(size, interpolation="bicubic"),
                                augment.Normalize(settings["mean"], settings["std"])],
@@ -249,9 +251,9 @@ def main(args):
     pictures = {"views": views_picture, "attention": attention_picture,
                 "reconstruction": reconstruction_picture}
     picture = pictures[args.kind](args)
-    with comm.together(writing=args.image):
+    with comm.same_error_on_all_ranks(writing=args.image):
         picture.save(args.image, format="PNG")
-    comm.say(f"{args.image}: {picture.width} x {picture.height} pixels")
+    comm.print_main(f"{args.image}: {picture.width} x {picture.height} pixels")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from unittest import mock
 import throughput
 import torch
 
-from common import augment, data
+from common import augment, rng
+from common.loader import RankBatches
 
 KINDS = {  # the first kind with a part in the operator's name
     "convolution": ("convolution", "conv2d", "cudnn_conv", "implicit_gemm", "fprop", "dgrad",
@@ -98,7 +99,7 @@ def data_shares(args) -> dict[str, float]:
         spent["all"] = time.perf_counter() - started
         yield from ()
 
-    stages = [(data.StepShares, "read_slot", "read and decode"), (data, "philox", "generators"),
+    stages = [(RankBatches, "read_slot", "read and decode"), (rng, "philox", "generators"),
               (augment.View, "draw", "parameters"), (augment.View, "crop", "crop and resize"),
               (augment.View, "finish", "colours, normalise")]
     with contextlib.ExitStack() as stack:

@@ -166,7 +166,7 @@ def measure_ours(args, part: str) -> dict:
 
     def noted(run, steps):
         for pair in steps:
-            waited.append(run.loader.waited)
+            waited.append(run.loader.wait_seconds)
             yield pair
 
     def feed(run, steps):

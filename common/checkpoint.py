@@ -26,6 +26,7 @@ from torch import nn
 
 from common import distributed as comm
 from common.distributed import RunError, World
+from common.workers import set_malloc_thresholds
 
 RECORD = {"step", "settings", "identity", "processes", "state"}  # what a checkpoint holds
 DESCRIBED = ("arch", "stem", "patch_size", "image_size", "in_chans", "mean", "std")
@@ -70,11 +71,11 @@ class Run:
 
     def __enter__(self):
         try:
-            with comm.together(writing=self.folder):
+            with comm.same_error_on_all_ranks(writing=self.folder):
                 if self.world.is_main:
                     os.makedirs(self.folder, exist_ok=True)
-                    self.lock = hold(self.path(".lock"))
-            with comm.together():
+                    self.lock = lock_file(self.path(".lock"))
+            with comm.same_error_on_all_ranks():
                 if self.resume:
                     self.checkpoint = self.newest_checkpoint()
                     self.compare_settings()
@@ -86,7 +87,7 @@ class Run:
             self.__exit__(RunError)
             raise
         if self.world.device.type == "cpu":
-            comm.keep_freed_memory()
+            set_malloc_thresholds()
         self.handlers = {n: signal.signal(n, self.request_stop) for n in STOP_SIGNALS}
         return self
 
@@ -99,11 +100,11 @@ class Run:
             where = "before the first step" if self.saved_step is None else (
                 f"at step {self.saved_step} and saved")
             command = "the same command" + ("" if self.resume else " without --no-resume")
-            comm.say(f"stopped {where}; {command} goes on")
+            comm.print_main(f"stopped {where}; {command} goes on")
             if self.interrupted and self.world.size == 1:
                 raise KeyboardInterrupt  # what a shell was to do next, it must not
         elif kind is None:
-            comm.say(f"finished: {self.path(self.product)}")
+            comm.print_main(f"finished: {self.path(self.product)}")
 
     def path(self, name: str) -> str:
         return os.path.join(self.folder, name)
@@ -134,7 +135,7 @@ class Run:
             self.keeps_previous = name == "checkpoint.pt"
             if name != "checkpoint.pt":
                 missing = failures[0] + " does not load" if failures else "checkpoint.pt is missing"
-                comm.say(f"warning: {missing}; going on from {name}")
+                comm.print_main(f"warning: {missing}; going on from {name}")
             return loaded
         if failures:
             raise RunError(
@@ -177,21 +178,21 @@ class Run:
         step = 0
         if self.checkpoint:
             step = self.saved_step = self.checkpoint["step"]
-            with comm.together():
+            with comm.same_error_on_all_ranks():
                 for name, part in state.items():
                     self.restore(name, part)
             processes = self.checkpoint["processes"]
             note = f"resuming {self.folder} at step {step}"
             if processes != self.world.size:
                 note += f" (saved by {processes} processes, now {self.world.size})"
-            comm.say(note)
+            comm.print_main(note)
             self.checkpoint = None
-        with comm.together(writing=self.folder):
+        with comm.same_error_on_all_ranks(writing=self.folder):
             if self.world.is_main:
                 if not self.resume:
-                    self.forget()
+                    self.delete_old_run()
                 self.write_run_json(state)
-                cut_log(self.path("log.jsonl"), step)
+                truncate_log(self.path("log.jsonl"), step)
         return step
 
     def restore(self, name: str, part):
@@ -214,7 +215,7 @@ class Run:
                 f"{reason}); start anew with --no-resume, or choose another --output"
             ) from error
 
-    def forget(self):
+    def delete_old_run(self):
         """Remove what an older run made: nothing can go on from it or be taken for this run's."""
         for name in ("checkpoint.pt", "checkpoint.prev.pt", self.product):
             with contextlib.suppress(FileNotFoundError):
@@ -264,7 +265,7 @@ class Run:
             RunError: the disk is full or the like, or a weight is not finite; the last good
                 checkpoint stays.
         """
-        with comm.together(writing=self.folder):
+        with comm.same_error_on_all_ranks(writing=self.folder):
             if self.world.is_main:
                 self.check_finite(step, state)
                 self.write(step, state, backbone)
@@ -318,7 +319,7 @@ def described(weights: OrderedDict, settings: dict) -> OrderedDict:
     return found
 
 
-def hold(path: str):
+def lock_file(path: str):
     """Lock a file until it is closed or this process ends; forked loader workers do not keep it.
 
     Where the file system has no locks, this is said, and the run goes on without.
@@ -350,8 +351,8 @@ def unless_missing(what: str | None = None, path: str = ""):
         if error.errno not in NOT_THERE:
             raise
         if what:
-            comm.say(f"warning: the file system of {os.path.dirname(path)} has no {what} "
-                     f"({error.strerror})")
+            comm.print_main(f"warning: the file system of {os.path.dirname(path)} has no {what} "
+                            f"({error.strerror})")
 
 
 @contextlib.contextmanager
@@ -386,7 +387,7 @@ def atomic_write(path: str, previous: str | None = None):
         raise
 
 
-def cut_log(path: str, step: int):
+def truncate_log(path: str, step: int):
     """Drop the log lines after `step`: they will be written again."""
     if not os.path.exists(path):
         return

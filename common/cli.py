@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message):
-        if comm.speaks():
+        if comm.prints():
             print(f"{self.prog}: error: {message} (--help lists the flags)", file=sys.stderr)
         raise SystemExit(2)
 
@@ -204,7 +204,7 @@ def parse(made: Parser, recipes: dict, argv=None) -> argparse.Namespace:
 
 def processes() -> int:
     """Number of processes that torchrun started."""
-    return max(1, comm.told("WORLD_SIZE", 1))
+    return max(1, comm.env_int("WORLD_SIZE", 1))
 
 
 def peek(argv, flag: str, kind=int):

@@ -9,15 +9,10 @@ rows keeps it by gathering or summing them with `all_gather_with_grad` or `all_r
 """
 
 import contextlib
-import ctypes
-import multiprocessing
-import multiprocessing.queues
 import os
-import re
 import shutil
 import signal
 import sys
-import time
 from dataclasses import dataclass
 
 import torch
@@ -55,8 +50,8 @@ def setup(device: str = "auto", deterministic: bool = False) -> World:
     """
     if environment_fault():
         raise RunError(environment_fault())
-    local_rank = told("LOCAL_RANK", 0)
-    local_size = max(told("LOCAL_WORLD_SIZE", 1), local_rank + 1)
+    local_rank = env_int("LOCAL_RANK", 0)
+    local_size = max(env_int("LOCAL_WORLD_SIZE", 1), local_rank + 1)
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     target = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
@@ -72,21 +67,21 @@ def setup(device: str = "auto", deterministic: bool = False) -> World:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
-    if told("WORLD_SIZE", 1) > 1 and not dist.is_initialized():
+    if env_int("WORLD_SIZE", 1) > 1 and not dist.is_initialized():
         # gloo beside NCCL, in one group: flags on the CPU are exchanged without touching the GPU.
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
         except (RuntimeError, ValueError, OverflowError) as error:
             address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            message = (f"process {told('RANK', 0)} cannot join the others at {address}: "
+            message = (f"process {env_int('RANK', 0)} cannot join the others at {address}: "
                        f"{str(error).splitlines()[0]}")
-            if not speaks():
-                alone(message)
+            if not prints():
+                print_error(message)
             raise RunError(message) from error
     return World(rank(), size(), target)
 
 
-def told(name: str, missing: int) -> int:
+def env_int(name: str, missing: int) -> int:
     """A number of torchrun's environment; unset and empty are the same."""
     value = os.environ.get(name, "").strip()
     return int(value) if value.isdecimal() else missing
@@ -101,91 +96,26 @@ def environment_fault() -> str | None:
         "WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE", "LOCAL_RANK")}
     remedy = "; start with torchrun, or unset what it would set: " + " ".join(given)
     for name, value in given.items():
-        if name == "MASTER_PORT" and told("WORLD_SIZE", 1) == 1:  # of a service named master
+        if name == "MASTER_PORT" and env_int("WORLD_SIZE", 1) == 1:  # of a service named master
             continue
         if value and name != "MASTER_ADDR" and not value.isdecimal():
             return f"{name} is {value!r} in the environment, no whole number{remedy}"
     for number, of in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
         if number == "LOCAL_RANK" and not given[of]:
             continue
-        if told(number, 0) >= max(1, told(of, 1)):
+        if env_int(number, 0) >= max(1, env_int(of, 1)):
             return (f"{number} is {given[number]} in the environment and {of} is "
                     f"{given[of] or 'not set'}{remedy}")
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not given[name]]
-    if told("WORLD_SIZE", 1) > 1 and missing and not dist.is_initialized():
+    if env_int("WORLD_SIZE", 1) > 1 and missing and not dist.is_initialized():
         return (f"WORLD_SIZE is {given['WORLD_SIZE']} in the environment and {' '.join(missing)} "
                 f"not set{remedy}")
     return None
 
 
-def speaks() -> bool:
+def prints() -> bool:
     """Whether this process prints: the first of a group, and any that belongs to none."""
-    return told("RANK", 0) == 0 or environment_fault() is not None
-
-
-def keep_freed_memory() -> None:
-    """Ask glibc, where that is the C library, to keep freed memory for the next tensors.
-
-    Given back and faulted in again in every step, it costs a tenth of the step on a CPU.
-    """
-    mmap_threshold, trim_threshold = -3, -1  # of mallopt(3)
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        if libc.mallopt(mmap_threshold, 2**30):
-            libc.mallopt(trim_threshold, 2**28)
-
-
-def worker_context(patience: float = 5.0):
-    """How loader processes are started: forked, on Linux, as soon as no other thread runs.
-
-    A thread of gloo frees the tensors of an exchange a moment after the exchange, and takes locks
-    of the interpreter for it. A child forked in that moment finds them held for ever: now and then
-    a start hung there with Python 3.11 (python/cpython#112275). Forked, and not started anew as
-    Python 3.14 would, so that workers share the images of this process.
-
-    Args:
-        patience: seconds after which a thread that does not come to rest is let be, and told of.
-    """
-    if not os.path.isdir("/proc/self/task"):  # not Linux
-        return multiprocessing.get_context()
-    before, end = None, time.monotonic() + patience
-    own = os.path.basename(os.readlink("/proc/thread-self"))
-    while time.monotonic() < end:
-        time.sleep(0.002)  # whoever waits for the interpreter gets it
-        now = [what for task, what in task_states().items() if task != own]
-        if now == before and all("S (sleeping)" in what for what in now):
-            break  # none has run in between, nor wants to
-        before = now
-    else:
-        say(f"warning: another thread still runs after {patience:g} s; the loader's workers are "
-            "forked beside it, and may hang")
-    return multiprocessing.get_context("fork")
-
-
-def end_if_unsent(_worker: int) -> None:
-    """End a loader process, of which this is the start, with a batch that it cannot send.
-
-    It goes through shared memory, of which containers have little. multiprocessing would print a
-    traceback and keep the process, for whose batch the main process would wait for ever.
-    """
-
-    def end(error, item):
-        if not isinstance(error, (RuntimeError, OSError)):
-            report(error, item)
-        os._exit(1)
-
-    report = multiprocessing.queues.Queue._on_queue_feeder_error
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end)
-
-
-def task_states() -> dict[str, str]:
-    """For each thread of this process, whether it runs, and how often it has stopped to."""
-    states = {}
-    for task in os.listdir("/proc/self/task"):
-        with contextlib.suppress(OSError), open(f"/proc/self/task/{task}/status") as file:
-            lines = re.findall(r"^(?:State|\w*ctxt_switches):.*", file.read(), re.MULTILINE)
-            states[task] = " ".join(lines)
-    return states
+    return env_int("RANK", 0) == 0 or environment_fault() is not None
 
 
 def rank() -> int:
@@ -209,23 +139,23 @@ def launch(main, args) -> int:
     try:
         main(args)
         status = 0
-    except RunError as error:  # raised on every process: see `together`
-        say(f"error: {error}", sys.stderr)
+    except RunError as error:  # raised on every process: see `same_error_on_all_ranks`
+        print_main(f"error: {error}", sys.stderr)
         status = 2
     except KeyboardInterrupt:
         status = 130
         if dist.is_initialized():  # others may wait in a collective, until torchrun ends them
             os._exit(status)
     except torch.OutOfMemoryError:  # of this process alone, likewise
-        alone(f"process {rank()} is out of GPU memory; lower --batch-size or pass --amp bf16")
+        print_error(f"process {rank()} is out of GPU memory; lower --batch-size or pass --amp bf16")
         os._exit(2)
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):  # torch's word for one that is dead
             raise
         reason = str(error).splitlines()[0].removesuffix(".")
-        alone(f"process {rank()} has lost a loader process ({reason}): shared memory "
-              f"({free_bytes('/dev/shm'):,} bytes free in /dev/shm; Docker: --shm-size) or memory "
-              "is short; lower --workers (0: none) or --batch-size")
+        print_error(f"process {rank()} has lost a loader process ({reason}): shared memory "
+                    f"({free_bytes('/dev/shm'):,} bytes free in /dev/shm; Docker: --shm-size) or "
+                    "memory is short; lower --workers (0: none) or --batch-size")
         status = 2
         if dist.is_initialized():
             os._exit(status)
@@ -235,7 +165,7 @@ def launch(main, args) -> int:
             raise
         status = 128 + signal.SIGPIPE
         if not isinstance(lost, BrokenPipeError):
-            say(f"error: cannot print the results: {lost.strerror or error}", sys.stderr)
+            print_main(f"error: cannot print the results: {lost.strerror or error}", sys.stderr)
             status = 2
     if dist.is_initialized():
         dist.barrier()
@@ -244,7 +174,7 @@ def launch(main, args) -> int:
     return status
 
 
-def alone(message: str) -> None:
+def print_error(message: str) -> None:
     """Print an error of this process, of which the others may not know."""
     with contextlib.suppress(OSError):
         print(f"error: {message}", file=sys.stderr, flush=True)
@@ -274,20 +204,20 @@ def end_output(last: str = "") -> OSError | None:
     return None
 
 
-def say(message: str, stream=None, stays: bool = True):
-    """Print a line on one process. On a terminal, one that does not stay gives way to the next."""
+def print_main(message: str, stream=None, transient: bool = False):
+    """Print a line on one process. On a terminal, a transient one gives way to the next."""
     stream = stream or sys.stdout
-    if stream is None or not speaks():  # None: started with its output closed
+    if stream is None or not prints():  # None: started with its output closed
         return
     with contextlib.suppress(OSError):  # a terminal that has gone away does not end a run
         if stream.isatty():
-            print(f"\r\x1b[K{message}", end="\n" if stays else "", file=stream, flush=True)
+            print(f"\r\x1b[K{message}", end="" if transient else "\n", file=stream, flush=True)
         else:
             print(message, file=stream, flush=True)
 
 
 @contextlib.contextmanager
-def together(writing: str | None = None):
+def same_error_on_all_ranks(writing: str | None = None):
     """Make an error on any process the same `RunError` on every process.
 
     The body holds no collective, so that a process that fails in it is not waited for by others.
@@ -374,7 +304,7 @@ def all_gather_no_grad(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def share_rows(x: Tensor, bounds: list[int], piece: int = 2**24) -> None:
+def broadcast_rows(x: Tensor, bounds: list[int], piece: int = 2**24) -> None:
     """Complete a CPU tensor (n, ...) of which every process holds some rows, in place.
 
     No process needs more memory than for the tensor itself and a piece of it.

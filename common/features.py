@@ -19,8 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import augment, backbones, cli, data, distributed as comm, weights
+from common import (
+    augment,
+    backbones,
+    cli,
+    distributed as comm,
+    weights,
+)
 from common.distributed import RunError, World
+from common.images import open_images
+from common.workers import default_workers, end_if_unsent, fork_workers
 
 # ------------------------------------------------------------------------------------- command line
 
@@ -222,18 +230,23 @@ class Source:
     world: World
     checkpoint: Checkpoint | None = None  # None for a feature file, which has nothing but a name
     settings: dict | None = None  # `evaluation_settings`, and the "trained_size" of images
-    train: object = None  # images, as `data.open_images` opens them
+    train: object = None  # images, as `images.open_images` opens them
     test: object = None
     view: augment.View | None = None  # without random numbers
     protocol: str = ""  # what the images are, in words
     resnet_layer: str = ""
 
     @property
+    def classes(self) -> list[str] | None:
+        """Names of the classes, where an image may show several."""
+        return getattr(self.train, "classes", None)
+
+    @property
     def workers(self) -> int:
         """Loader processes: as given, else this process's share of the cores if there are files."""
         if self.args.workers is not None:
             return self.args.workers
-        return data.default_workers() if self.train.reads_files else 0
+        return default_workers() if self.train.reads_files else 0
 
     def backbones(self):
         """Yield the frozen backbone: five untrained ones of `random`, None of a feature file."""
@@ -249,12 +262,12 @@ class Source:
         else:
             line = assumed(checkpoint, settings)
             if line:
-                comm.say(line)
+                comm.print_main(line)
             for name in ("mean", "std"):
                 said, now = checkpoint.settings.get(name, settings[name]), settings[name]
                 if list(said) != list(now) and len({*said, *now}) > 1:
-                    comm.say(f"warning: {as_flag(name, settings)}, and {checkpoint.name} was "
-                             f"trained with {as_flag(name, checkpoint.settings)}")
+                    comm.print_main(f"warning: {as_flag(name, settings)}, and {checkpoint.name} "
+                                    f"was trained with {as_flag(name, checkpoint.settings)}")
             yield freeze(build(settings), checkpoint.weights, self.world)
 
     def features(self, backbone: nn.Module | None) -> "Features":
@@ -264,9 +277,9 @@ class Source:
             RunError: the backbone has no such layer; an image, a file or a number is broken.
         """
         if backbone is None:
-            with comm.together():
+            with comm.same_error_on_all_ranks():
                 found = read(self.name, self.args.layers)
-            comm.say(f"{self.name}: {found.checkpoint} on {found.protocol}")
+            comm.print_main(f"{self.name}: {found.checkpoint} on {found.protocol}")
             return found
         names = None if self.checkpoint.name == "pixels" else self.args.layers
         if names is None and backbones.is_resnet(backbone):
@@ -285,7 +298,7 @@ class Source:
 
 
 def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
-            resnet_layer: str = "avgpool", open_images=None):
+            resnet_layer: str = "avgpool", several_classes: bool = False):
     """Yield a `Source` for each of what `--checkpoint` or `--features` name.
 
     Args:
@@ -293,7 +306,7 @@ def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
         interpolation, crop: of the view, which is this step and the normalisation. The shorter side
             becomes `--resize`, else the image size up to 96 px, 8/7 of it above.
         resnet_layer: what `Source.features` takes of a ResNet without `--layers`.
-        open_images: takes the place of `data.open_images`.
+        several_classes: whether labels (N, C) are taken as well, of images that show several.
 
     Raises:
         RunError: something named is not there, does not fit or has no labels.
@@ -309,8 +322,8 @@ def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
             settings = evaluation_settings(args, [checkpoint], shared["data"])
             trained_on = checkpoint.settings.get("data", shared["data"])
             if trained_on != shared["data"] and not args.data:
-                comm.say(f"warning: {checkpoint.name} was trained on {trained_on}, and is "
-                         f"evaluated on {shared['data']} like the first run; --data chooses")
+                comm.print_main(f"warning: {checkpoint.name} was trained on {trained_on}, and is "
+                                f"evaluated on {shared['data']} like the first run; --data chooses")
         channels, size = settings["in_chans"], settings["image_size"]
         settings["trained_size"] = checkpoint.settings.get("image_size", size)
         resize = args.resize or (size if size <= 96 else round(size * 256 / 224))
@@ -319,11 +332,14 @@ def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
         if channels not in opened:
             options = dict(root=args.data_root, download=args.download, limit=args.limit)
             opened[channels] = [
-                (open_images or data.open_images)(settings["data"], split, channels, **options)
+                open_images(settings["data"], split, channels, **options)
                 for split in ("train", "test")
             ]
             if any(images.labels is None for images in opened[channels]):
                 raise RunError(f"--data {settings['data']}: no class folders, so no labels")
+            if opened[channels][0].labels.ndim > 1 and not several_classes:
+                raise RunError(f"--data {settings['data']}: its images show several classes; that "
+                               "is for eval_svm.py")
         train, test = opened[channels]
         step = crop(resize, interpolation=interpolation)
         view = augment.View(size, [step, augment.Normalize(settings["mean"], settings["std"])],
@@ -331,7 +347,7 @@ def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
         protocol = (f"{settings['data']}: {len(train)} training and {len(test)} test images of "
                     f"{size} px, {step}")
         if protocol not in said:
-            comm.say(protocol)
+            comm.print_main(protocol)
             said.add(protocol)
         arch = f" ({settings['arch']})" if checkpoint.name == "random" else ""
         yield Source(checkpoint.name + arch, args, world, checkpoint, settings, train, test, view,
@@ -356,7 +372,7 @@ def build(settings: dict) -> nn.Module:
 
 def freeze(backbone: nn.Module, path: str | None, world: World) -> nn.Module:
     """Put a backbone on the device in eval mode, with weights from a file or as it stands."""
-    with comm.together():
+    with comm.same_error_on_all_ranks():
         if path is not None:
             weights.load_backbone(backbone, path)
     return backbone.to(world.device, memory_format=torch.channels_last).eval().requires_grad_(False)
@@ -519,13 +535,13 @@ def extract(
     parts = [num_chunks * rank // world.size for rank in range(world.size + 1)]
     own = range(parts[world.rank], parts[world.rank + 1])
     workers = min(workers, len(own))
-    loader = torch.utils.data.DataLoader(
-        Chunks(images, view, own, batch_size), batch_size=None, num_workers=workers,
-        pin_memory=world.device.type == "cuda", worker_init_fn=comm.end_if_unsent,
-        multiprocessing_context=comm.worker_context() if workers else None,
-    )
+    with fork_workers(workers) as context:
+        loader = iter(torch.utils.data.DataLoader(
+            Chunks(images, view, own, batch_size), batch_size=None, num_workers=workers,
+            pin_memory=world.device.type == "cuda", worker_init_fn=end_if_unsent,
+            multiprocessing_context=context))
     found, widths = {}, {}
-    with comm.together():
+    with comm.same_error_on_all_ranks():
         for chunk, loaded in zip(own, loader, strict=True):
             if isinstance(loaded, str):
                 raise RunError(loaded)
@@ -543,7 +559,7 @@ def extract(
     bounds = [min(part * batch_size, n) for part in parts]
     for name, width in widths.items():
         found.setdefault(name, torch.empty(n, width))
-        comm.share_rows(found[name], bounds)
+        comm.broadcast_rows(found[name], bounds)
     return {name: found[name] for name in widths}
 
 
@@ -624,13 +640,13 @@ def write(features: Features, path: str, world: World) -> None:
         arrays |= {f"{name}/{layer}": rows.numpy() for layer, rows in split.layers.items()}
         arrays |= {f"{name}/labels": split.labels, f"{name}/index": split.index}
     folder = os.path.dirname(path) or "."
-    with comm.together(writing=folder):
+    with comm.same_error_on_all_ranks(writing=folder):
         if world.is_main:
             os.makedirs(folder, exist_ok=True)
             with open(f"{path}.tmp", "wb") as file:
                 np.savez(file, **arrays)
             os.replace(f"{path}.tmp", path)
-    comm.say(f"features written to {path}")
+    comm.print_main(f"features written to {path}")
 
 
 def read(path: str, layers: list[str] | None = None) -> Features:

@@ -35,7 +35,7 @@ class Log:
         self.batch_size, self.total_steps, self.every = batch_size, total_steps, every
         self.chance_loss, self.floors, self.ceilings = chance_loss, floors, ceilings or {}
         self.first_step = self.last_step = first_step
-        self.last_time, self.last_waited = time.perf_counter(), 0.0
+        self.last_time, self.last_wait_seconds = time.perf_counter(), 0.0
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=world.device)
         self.out, self.warned = set(), set()
 
@@ -43,13 +43,14 @@ class Log:
         """Whether this step gets a line: the first, every few, and the last."""
         return step == self.first_step + 1 or step % self.every == 0 or step == self.total_steps
 
-    def write(self, step: int, *, epoch: int, loss: Tensor, lr: float, waited: float, **indicators):
+    def write(self, step: int, *, epoch: int, loss: Tensor, lr: float, wait_seconds: float,
+              **indicators):
         """Note a step; a line is written when one is due. All processes call it.
 
         Args:
             step: steps done, this one included.
             loss: scalar on the device; its mean over processes is the joined loss.
-            waited: seconds spent waiting for images since the start.
+            wait_seconds: seconds spent waiting for images since the start.
             indicators: scalar tensors, averaged over processes; needed where a line is `due`.
 
         Raises:
@@ -71,17 +72,17 @@ class Log:
             "loss": values.pop("loss"),
             "lr": float(lr),
             "images_per_second": round((step - self.last_step) * self.batch_size / seconds, 1),
-            "data_wait": round((waited - self.last_waited) / seconds, 3),
+            "data_wait": round((wait_seconds - self.last_wait_seconds) / seconds, 3),
             "memory_gb": round(memory_gb(self.world.device), 3),
             **values,
         }
-        with comm.together(writing=self.path):
+        with comm.same_error_on_all_ranks(writing=self.path):
             if self.world.is_main:
                 with open(self.path, "a") as file:
                     file.write(json.dumps(line) + "\n")
         self.show(line)
         self.warn(line)
-        self.last_step, self.last_time, self.last_waited = step, now, waited
+        self.last_step, self.last_time, self.last_wait_seconds = step, now, wait_seconds
 
     def check(self):
         """Stop on every process if a loss was not finite on any; called before each save too."""
@@ -101,8 +102,9 @@ class Log:
         self.warned &= left.keys()
         for name, where in sorted(self.out & left.keys() - self.warned):
             self.warned.add((name, where))
-            comm.say(f"warning: {name} is {line[name]:.3g}, {where} {left[name, where]:.3g}: the "
-                     "embeddings collapse (docs/guide.md, symptoms)")
+            comm.print_main(f"warning: {name} is {line[name]:.3g}, {where} "
+                            f"{left[name, where]:.3g}: the embeddings collapse (docs/guide.md, "
+                            "symptoms)")
         self.out = set(left)
 
     def show(self, line: dict):
@@ -110,12 +112,12 @@ class Log:
         step = line["step"]
         if step == 1:
             chance = "" if self.chance_loss is None else f" (chance: {self.chance_loss:.4f})"
-            comm.say(f"first loss {line['loss']:.4f}{chance}")
+            comm.print_main(f"first loss {line['loss']:.4f}{chance}")
         left = (self.total_steps - step) * self.batch_size / max(line["images_per_second"], 1e-9)
-        comm.say(
+        comm.print_main(
             f"epoch {line['epoch'] + 1}  step {step}/{self.total_steps}  loss {line['loss']:.4f}  "
             f"lr {line['lr']:.4g}  {line['images_per_second']:.0f} img/s  eta {clock(left)}",
-            stays=step == self.total_steps,
+            transient=step < self.total_steps,
         )
 
 

@@ -115,7 +115,7 @@ def principal_axes(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
     covariance = comm.sum_over_processes((x.T @ x).double()) / n
     variances, axes = torch.linalg.eigh(covariance)
     joined = torch.cat([axes, variances[None]]).cpu().contiguous()
-    comm.share_rows(joined, [0] + [len(joined)] * comm.size())  # the same ones on every machine
+    comm.broadcast_rows(joined, [0] + [len(joined)] * comm.size())  # the same ones on every machine
     joined = joined[:, joined[-1] > 1e-12 * joined[-1].max()]
     return joined[:-1], joined[-1]
 
@@ -274,6 +274,6 @@ def minimise(
     solution[remaining] = x
     failed += len(remaining)
     if failed:
-        comm.say(f"warning: {failed} of {len(points)} heads are not trained to the end (in "
-                 f"{iterations} steps, or as far as rounding lets it)")
+        comm.print_main(f"warning: {failed} of {len(points)} heads are not trained to the end (in "
+                        f"{iterations} steps, or as far as rounding lets it)")
     return solution * unit

@@ -9,8 +9,9 @@
 A run saves between two steps: at every epoch's end, every --save-every-minutes, on a stop signal.
 """
 
-from common import cli, data, distributed as comm
+from common import cli, distributed as comm
 from common.checkpoint import Run
+from common.loader import Loader, check_batch_size
 from common.log import Log
 
 
@@ -19,7 +20,7 @@ class Training:
 
     Args:
         args: the shared flags (`cli.method_parser`).
-        images: a source (`data.open_images`).
+        images: a source (`images.open_images`).
         views: one `augment.View` for every view of an image.
         chance_loss: the loss of a model that knows nothing, shown beside the first one, if known.
         floors, ceilings: collapse indicators by name, and the value below or above which to warn.
@@ -39,7 +40,7 @@ class Training:
         self.folder = Run(args.output, settings or cli.settings(args), images, world,
                           resume=args.resume, save_every_minutes=args.save_every_minutes,
                           product=product)
-        data.check_batch_size(images, args.batch_size, world)  # before anything is replaced
+        check_batch_size(images, args.batch_size, world)  # before anything is replaced
         self.steps_per_epoch = len(images) // args.batch_size
         self.total_steps = args.epochs * self.steps_per_epoch
 
@@ -53,9 +54,9 @@ class Training:
     def resume(self, **state) -> None:
         """Load the newest checkpoint, if there is one, into modules, optimisers and tensors."""
         args, size = self.args, self.world.size
-        comm.say(f"{len(self.images)} images; batch {args.batch_size} = {args.batch_size // size} "
-                 f"on each of {size}; lr {args.lr:g} x {args.batch_size} / 256 = "
-                 f"{args.lr * args.batch_size / 256:g}")
+        comm.print_main(f"{len(self.images)} images; batch {args.batch_size} = "
+                        f"{args.batch_size // size} on each of {size}; lr {args.lr:g} x "
+                        f"{args.batch_size} / 256 = {args.lr * args.batch_size / 256:g}")
         self.state = state
         self.step = self.folder.start(state)
 
@@ -90,7 +91,7 @@ class Training:
 
     def load(self, views, **which):
         args = self.args
-        return data.Loader(self.images, views, batch_size=args.batch_size, seed=args.seed,
+        return Loader(self.images, views, batch_size=args.batch_size, seed=args.seed,
                            world=self.world, workers=args.workers, **which)
 
     def log(self, loss, lr: float, indicators, *tensors) -> None:
@@ -98,4 +99,4 @@ class Training:
         step = self.step + 1
         seen = indicators(*tensors) if self.writer.due(step) else {}
         self.writer.write(step, epoch=self.step // self.steps_per_epoch, loss=loss, lr=lr,
-                          waited=self.loader.waited, **seen)
+                          wait_seconds=self.loader.wait_seconds, **seen)

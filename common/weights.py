@@ -92,8 +92,8 @@ def load_backbone(backbone: nn.Module, path: str) -> None:
             raise RunError(f"{path} ({layout}): {key} is not finite ({wrong} of "
                            f"{found[key].numel()} values); take a checkpoint from before that")
     backbone.load_state_dict(found)
-    comm.say(f"{path}: {layout}, {len(wanted)} of {len(wanted)} tensors of the backbone loaded"
-             f"{', left out: ' if ignored else ''}{' '.join(ignored)}")
+    comm.print_main(f"{path}: {layout}, {len(wanted)} of {len(wanted)} tensors of the backbone "
+                    f"loaded{', left out: ' if ignored else ''}{' '.join(ignored)}")
 
 
 def fit_positions(backbone: nn.Module, table) -> None:

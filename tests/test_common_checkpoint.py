@@ -19,8 +19,8 @@ from torch import nn
 
 from common import checkpoint, distributed as comm
 from common.checkpoint import Run
-from common.data import ArrayImages, FileImages
 from common.distributed import RunError, World
+from common.images import ArrayImages, FileImages
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -560,14 +560,14 @@ def test_log_lines_after_the_checkpoint_and_torn_ones_are_dropped(tmp_path):
     kept = [json.dumps({"step": step, "loss": step / 7}) for step in (1, 5, 10)]
     torn = ['{"step": 3, "lo', "", "\0\0\0"]
     log.write_text("\n".join([*kept, *torn, '{"step": 11, "loss": 0.1}', '{"step": 12, "l']))
-    checkpoint.cut_log(str(log), 10)
+    checkpoint.truncate_log(str(log), 10)
     assert log.read_text() == "\n".join(kept) + "\n"
 
 
 def test_a_line_added_to_a_cut_log_is_a_line_of_its_own(tmp_path):
     log = tmp_path / "log.jsonl"
     log.write_text('{"step": 1}\n{"step": 2}')  # the line's end did not reach the disk
-    checkpoint.cut_log(str(log), 2)
+    checkpoint.truncate_log(str(log), 2)
     with log.open("a") as file:
         file.write('{"step": 3}\n')
     assert {"step": 3} in [json.loads(line) for line in log.read_text().splitlines()]

@@ -8,10 +8,13 @@ import zlib
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image, ImageOps
 
-from common import augment, data, distributed as comm
+from common import augment, distributed as comm, rng, workers
 from common.distributed import RunError, World
+from common.images import MODES, TORCHVISION, ArrayImages, RefusedImage, open_images
+from common.loader import Loader, RankBatches
 
 WORLD = World(0, 1, torch.device("cpu"))
 
@@ -28,7 +31,7 @@ def small_views(channels=3, size=8):
 def loader(images, batch_size=4, epochs=2, seed=0, **options):
     options = {"world": WORLD, "workers": 0, **options}
     views = small_views(images.channels)
-    return data.Loader(images, views, batch_size=batch_size, epochs=epochs, seed=seed, **options)
+    return Loader(images, views, batch_size=batch_size, epochs=epochs, seed=seed, **options)
 
 
 def batches(loader, epochs=2):
@@ -44,7 +47,7 @@ def random_images(n=20, channels=3, size=12):
 
 
 def test_digits_are_all_there_balanced_and_split_without_overlap():
-    train, test = (data.open_images("digits", split, 3) for split in ("train", "test"))
+    train, test = (open_images("digits", split, 3) for split in ("train", "test"))
     assert len(train) + len(test) == 1797 and (len(train), len(test)) == (1442, 355)
     share = np.bincount(test.labels) / (np.bincount(test.labels) + np.bincount(train.labels))
     assert np.allclose(share, 0.2, atol=0.01)
@@ -78,7 +81,7 @@ def fifty(tmp_path):
     "form", ["flat", "nested", "classes", "list.txt", "labelled.txt", "paths.npy"]
 )
 def test_the_same_images_in_any_form_are_the_same_set(fifty, form):
-    images = data.open_images(str(fifty / form), "pretrain", 3)
+    images = open_images(str(fifty / form), "pretrain", 3)
     pixels = {images.read(i)[0].tobytes() for i in range(len(images))}
     expected = {Image.open(p).tobytes() for p in (fifty / "flat").glob("*.png")}
     assert len(images) == 50 and pixels == expected
@@ -93,33 +96,33 @@ def test_a_link_to_a_folder_that_holds_it_is_not_followed(fifty):
     (fifty / "linked" / "deep").mkdir(parents=True)
     (fifty / "linked" / "deep" / "back").symlink_to(fifty / "linked")
     (fifty / "linked" / "deep" / "here").symlink_to(fifty / "flat")
-    images = data.open_images(str(fifty / "linked"), "pretrain", 3)
+    images = open_images(str(fifty / "linked"), "pretrain", 3)
     assert len(images) == 50 and all("deep/here/" in name for name in names(images))
 
 
 def test_a_list_that_names_no_file_is_refused_with_its_first_line(fifty):
     (fifty / "words.txt").write_text("flat/00x.png cat\nflat/01x.png dog\n")
     with pytest.raises(RunError, match=r"first line names no file, .*00x\.png cat; .*number"):
-        data.open_images(str(fifty / "words.txt"), "pretrain", 3)
+        open_images(str(fifty / "words.txt"), "pretrain", 3)
 
 
 def test_labels_come_from_class_folders_and_lists(fifty):
-    classes = data.open_images(str(fifty / "classes"), "train", 3)
+    classes = open_images(str(fifty / "classes"), "train", 3)
     assert ["ab"[y] for y in classes.labels] == [p.split(os.sep)[-2] for p in names(classes)]
-    listed = data.open_images(str(fifty / "labelled.txt"), "pretrain", 3)
+    listed = open_images(str(fifty / "labelled.txt"), "pretrain", 3)
     assert listed.labels.tolist() == [number % 2 for number in range(50)]
-    assert data.open_images(str(fifty / "flat"), "pretrain", 3).labels is None
+    assert open_images(str(fifty / "flat"), "pretrain", 3).labels is None
 
 
 def test_limit_takes_evenly_spaced_images_of_the_sorted_list(fifty):
-    images = data.open_images(str(fifty / "flat"), "pretrain", 3, limit=5)
+    images = open_images(str(fifty / "flat"), "pretrain", 3, limit=5)
     assert [os.path.basename(p)[:2] for p in names(images)] == ["00", "10", "20", "30", "40"]
 
 
 def test_an_array_of_any_channel_count_is_memory_mapped_also_in_other_processes(tmp_path):
     pixels = random_images(20, channels=10)
     np.save(tmp_path / "ten.npy", pixels)
-    images = data.open_images(str(tmp_path / "ten.npy"), "pretrain", 10, limit=10)
+    images = open_images(str(tmp_path / "ten.npy"), "pretrain", 10, limit=10)
     assert isinstance(images.images, np.memmap) and len(images) == 10
     sent = pickle.dumps(images)
     assert len(sent) < 2000
@@ -131,7 +134,7 @@ def test_an_array_of_any_channel_count_is_memory_mapped_also_in_other_processes(
 
 @pytest.mark.parametrize("channels, mode", [(1, "L"), (3, "RGB"), (4, "RGBA")])
 def test_files_give_one_three_or_four_channels(fifty, channels, mode):
-    images = data.open_images(str(fifty / "flat"), "pretrain", channels)
+    images = open_images(str(fifty / "flat"), "pretrain", channels)
     planes = images.read(0)
     joined = np.concatenate([np.asarray(p).reshape(9, 11, -1) for p in planes], axis=-1)
     expected = np.asarray(Image.open(images.name(0)).convert(mode)).reshape(9, 11, -1)
@@ -139,24 +142,24 @@ def test_files_give_one_three_or_four_channels(fifty, channels, mode):
 
 
 def test_identity_is_that_of_the_images_not_of_their_place(fifty, tmp_path):
-    here = data.open_images(str(fifty / "flat"), "pretrain", 3).identity()
+    here = open_images(str(fifty / "flat"), "pretrain", 3).identity()
     shutil.copytree(fifty / "flat", tmp_path / "moved")
-    assert data.open_images(str(tmp_path / "moved"), "pretrain", 3).identity() == here
+    assert open_images(str(tmp_path / "moved"), "pretrain", 3).identity() == here
     os.remove(tmp_path / "moved" / "07 x.png")
-    assert data.open_images(str(tmp_path / "moved"), "pretrain", 3).identity() != here
+    assert open_images(str(tmp_path / "moved"), "pretrain", 3).identity() != here
 
 
 def test_torchvision_sets_are_read_and_their_absence_is_told(tmp_path, monkeypatch):
     with pytest.raises(RunError, match=r"cifar10.*--data-root .*--download"):
-        data.open_images("cifar10", "pretrain", 3, root=str(tmp_path))
+        open_images("cifar10", "pretrain", 3, root=str(tmp_path))
 
     class Stl10:
         def __init__(self, root, download, split):
             self.data = np.arange(2 * 3 * 4 * 5, dtype=np.uint8).reshape(2, 3, 4, 5)
             self.labels, self.split = np.array([1, 2]), split
 
-    monkeypatch.setattr(data.torchvision.datasets, "STL10", Stl10)
-    images = data.open_images("stl10", "pretrain", 3)
+    monkeypatch.setattr(torchvision.datasets, "STL10", Stl10)
+    images = open_images("stl10", "pretrain", 3)
     expected = Stl10("", False, "").data[1].transpose(1, 2, 0)
     assert np.array_equal(np.asarray(images.read(1)[0]), expected)
 
@@ -180,14 +183,14 @@ def test_each_split_of_a_torchvision_set_is_the_right_one(name, split, which, mo
         asked.append(options)
         raise RuntimeError("not there")
 
-    monkeypatch.setattr(data.torchvision.datasets, data.TORCHVISION[name], fake_set)
+    monkeypatch.setattr(torchvision.datasets, TORCHVISION[name], fake_set)
     with pytest.raises(RunError):
-        data.open_images(name, split, 3)
+        open_images(name, split, 3)
     assert asked == [which]
 
 
 def test_fake_images_cost_little_memory():
-    images = data.open_images("fake", "pretrain", 3)
+    images = open_images("fake", "pretrain", 3)
     assert len(images) == 10_000 and images.images.nbytes < 2e7
     assert images.read(0)[0].size == (256, 256)
 
@@ -206,33 +209,33 @@ def test_fake_images_cost_little_memory():
 )
 def test_a_source_that_cannot_be_used_is_one_line(make, said, tmp_path):
     with pytest.raises(RunError, match=said) as error:
-        data.open_images(str(make(tmp_path)), "pretrain", 3)
+        open_images(str(make(tmp_path)), "pretrain", 3)
     assert "\n" not in str(error.value)
 
 
 def test_ten_channels_cannot_come_from_files(fifty):
     with pytest.raises(RunError, match=r"--in-chans 10.*1 \(L\), 3 \(RGB\) or 4 \(RGBA\)"):
-        data.open_images(str(fifty / "flat"), "pretrain", 10)
+        open_images(str(fifty / "flat"), "pretrain", 10)
 
 
 # -------------------------------------------------------------------------------------------- order
 
 
 def test_an_epoch_is_a_permutation_drawn_from_seed_and_epoch():
-    orders = [data.epoch_order(seed, epoch, 50) for seed in (0, 1) for epoch in (0, 1)]
+    orders = [rng.epoch_order(seed, epoch, 50) for seed in (0, 1) for epoch in (0, 1)]
     assert all(sorted(order) == list(range(50)) for order in orders)
     assert len({tuple(order) for order in orders}) == 4
 
 
 def test_an_epoch_drops_the_last_short_batch_and_repeats_no_image():
-    images = data.ArrayImages(random_images(21), None, 3)
+    images = ArrayImages(random_images(21), None, 3)
     seen = torch.cat([batch.index for batch in loader(images).epoch(0)]).tolist()
     assert len(seen) == 20 == len(set(seen))
 
 
 def drawn(rank, size, workers, context=None):
     """What a process gets in two epochs before the colour work, and after it."""
-    images = data.ArrayImages(random_images(), None, 3)
+    images = ArrayImages(random_images(), None, 3)
     world = World(rank, size, torch.device("cpu"))
     made = loader(images, world=world, workers=workers, multiprocessing_context=context)
     raw, finished = [], []
@@ -261,8 +264,8 @@ def test_workers_and_processes_change_no_crop_and_no_parameter(size, workers):
 
 def test_workers_are_started_as_dist_says(monkeypatch):
     asked = []
-    monkeypatch.setattr(comm, "worker_context", lambda: asked.append(1))  # None: torch's own way
-    images = data.ArrayImages(random_images(), None, 3)
+    monkeypatch.setattr(workers, "worker_context", lambda: asked.append(1))  # None: torch's own way
+    images = ArrayImages(random_images(), None, 3)
     assert len(batches(loader(images, workers=0))) == 10 and asked == []
     assert len(batches(loader(images, workers=1))) == 10 and asked == [1]
 
@@ -273,7 +276,7 @@ def test_spawned_workers_give_the_same():
 
 
 def test_a_start_in_the_middle_of_an_epoch_goes_on_exactly():
-    images = data.ArrayImages(random_images(), None, 3)
+    images = ArrayImages(random_images(), None, 3)
     whole, late = batches(loader(images)), batches(loader(images, start_step=3))
     assert len(late) == len(whole) - 3
     for a, b in zip(whole[3:], late, strict=True):
@@ -281,7 +284,7 @@ def test_a_start_in_the_middle_of_an_epoch_goes_on_exactly():
 
 
 def test_an_epoch_can_take_the_images_of_another_one_with_its_own_crops():
-    images = data.ArrayImages(random_images(), None, 3)
+    images = ArrayImages(random_images(), None, 3)
     usual, ordered = (list(loader(images, **how).epoch(0)) for how in ({}, {"order_epoch": 1}))
     second = loader(images, start_step=5)
     for one, other, later in zip(ordered, usual, second.epoch(1), strict=True):
@@ -290,9 +293,9 @@ def test_an_epoch_can_take_the_images_of_another_one_with_its_own_crops():
 
 
 def test_views_epochs_and_seeds_draw_differently():
-    images = data.ArrayImages(random_images(4), None, 3)
+    images = ArrayImages(random_images(4), None, 3)
     views = small_views()[:1] * 2
-    shares = [data.StepShares(images, views, 4, seed, 0, 1) for seed in (0, 1)]
+    shares = [RankBatches(images, views, 4, seed, 0, 1) for seed in (0, 1)]
     sorted_rows = []
     for share in shares:
         for epoch in (0, 1):
@@ -303,7 +306,7 @@ def test_views_epochs_and_seeds_draw_differently():
 
 
 def test_a_sample_does_not_depend_on_its_batch():
-    images = data.ArrayImages(random_images(), None, 3)
+    images = ArrayImages(random_images(), None, 3)
     by_index = {}
     for batch_size in (4, 10):
         for batch in loader(images, batch_size=batch_size).epoch(0):
@@ -314,7 +317,7 @@ def test_a_sample_does_not_depend_on_its_batch():
 
 
 def test_fewer_images_than_a_batch_names_both_and_a_size_that_fits():
-    images = data.ArrayImages(random_images(10), None, 3)
+    images = ArrayImages(random_images(10), None, 3)
     with pytest.raises(RunError, match=r"--batch-size 64 .*10 images.*--batch-size 10 fits"):
         loader(images, batch_size=64)
 
@@ -342,7 +345,7 @@ BAD = [0, 111, 222, 333, 500, 999]
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_unreadable_files_are_replaced_and_named_once(thousand, workers, capsys):
-    images = data.open_images(str(thousand), "pretrain", 3)
+    images = open_images(str(thousand), "pretrain", 3)
     for batch in batches(loader(images, batch_size=50, workers=workers)):
         assert len(set(batch.index.tolist())) == 50 and not set(BAD) & set(batch.index.tolist())
     told = [line for line in capsys.readouterr().out.splitlines() if "unreadable" in line]
@@ -350,9 +353,9 @@ def test_unreadable_files_are_replaced_and_named_once(thousand, workers, capsys)
 
 
 def indices(rank, size, root):
-    images = data.open_images(root, "pretrain", 3)
+    images = open_images(root, "pretrain", 3)
     world = World(rank, size, torch.device("cpu"))
-    shares = data.StepShares(images, small_views(), 40, 0, rank, size)
+    shares = RankBatches(images, small_views(), 40, 0, rank, size)
     assert world.size == size
     return [shares[step][2].tolist() for step in range(25)]
 
@@ -365,9 +368,9 @@ def test_unreadable_files_leave_the_batches_equal_for_any_number_of_processes(th
 
 
 def test_the_replacement_stands_in_the_same_slot_of_the_next_batch(thousand):
-    images = data.open_images(str(thousand), "pretrain", 3)
-    shares = data.StepShares(images, small_views(), 50, 0, 0, 1)
-    order = data.epoch_order(0, 0, 1000)
+    images = open_images(str(thousand), "pretrain", 3)
+    shares = RankBatches(images, small_views(), 50, 0, 0, 1)
+    order = rng.epoch_order(0, 0, 1000)
     for bad in BAD:
         step, slot = divmod(int(np.flatnonzero(order == bad)[0]), 50)
         expected = int(order[(step + 1) % 20 * 50 + slot])
@@ -378,7 +381,7 @@ def spoiled(thousand, tmp_path, count):
     shutil.copytree(thousand, tmp_path / "spoiled")
     for number in range(1, 1 + count):
         (tmp_path / "spoiled" / f"{number * 7:04d}.jpg").write_text("spoiled")
-    return data.open_images(str(tmp_path / "spoiled"), "pretrain", 3)
+    return open_images(str(tmp_path / "spoiled"), "pretrain", 3)
 
 
 def test_too_many_unreadable_files_stop_the_run(thousand, tmp_path):
@@ -388,9 +391,8 @@ def test_too_many_unreadable_files_stop_the_run(thousand, tmp_path):
 
 
 def bad_on_one_process(root, batch_size):
-    from common import distributed as comm
 
-    images = data.open_images(root, "pretrain", 3)
+    images = open_images(root, "pretrain", 3)
     world = World(comm.rank(), comm.size(), torch.device("cpu"))
     try:
         batches(loader(images, batch_size=batch_size, world=world))
@@ -418,7 +420,7 @@ def test_a_16_bit_file_stops_the_run_and_is_named(tmp_path, pool):
 def test_too_many_unreadable_files_are_counted_not_listed(tmp_path, capsys):
     for number in range(40):
         (tmp_path / f"{number}.png").write_text("this is no image")
-    images = data.open_images(str(tmp_path), "pretrain", 3)
+    images = open_images(str(tmp_path), "pretrain", 3)
     with pytest.raises(RunError, match=r"of 40 files cannot be read \(at most 1 may\)"):
         batches(loader(images, batch_size=8))
     assert capsys.readouterr().out == ""
@@ -428,7 +430,7 @@ def test_a_slot_without_any_readable_image_stops_the_run(tmp_path):
     for number in range(4):
         Image.fromarray(random_images(1)[0]).save(tmp_path / f"{number}.png")
     (tmp_path / "2.png").write_text("spoiled")
-    images = data.open_images(str(tmp_path), "pretrain", 3)
+    images = open_images(str(tmp_path), "pretrain", 3)
     with pytest.raises(RunError, match=r"could stand in slot .*2\.png"):
         batches(loader(images, batch_size=4))
 
@@ -440,8 +442,8 @@ def test_any_file_of_16_bits_is_refused(mode, suffix, tmp_path):
         write_16_bit_rgb(path)
     else:
         Image.fromarray(np.full((9, 9), 40_000, dtype=np.uint16)).save(path)
-    with pytest.raises(data.RefusedImage, match="more than 8 bits"):
-        data.open_images(str(tmp_path), "pretrain", 3).read(0)
+    with pytest.raises(RefusedImage, match="more than 8 bits"):
+        open_images(str(tmp_path), "pretrain", 3).read(0)
 
 
 def write_16_bit_rgb(path):
@@ -460,7 +462,7 @@ def write_16_bit_rgb(path):
 def test_a_gray_array_without_a_channel_axis_goes_whole_to_another_process(tmp_path):
     pixels = random_images(5, channels=1)[..., 0]
     np.save(tmp_path / "gray.npy", pixels)
-    images = data.open_images(str(tmp_path / "gray.npy"), "pretrain", 3)
+    images = open_images(str(tmp_path / "gray.npy"), "pretrain", 3)
     for source in (images, pickle.loads(pickle.dumps(images))):
         assert np.array_equal(np.asarray(source.read(2)[0])[..., 1], pixels[2])
 
@@ -469,10 +471,10 @@ def test_held_out_folders_are_never_trained_on(tmp_path):
     for name in ("a/0.png", "b/1.png", "val/a/2.png", "test/a/3.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(random_images(1)[0]).save(tmp_path / name)
-    seen = data.open_images(str(tmp_path), "pretrain", 3)
+    seen = open_images(str(tmp_path), "pretrain", 3)
     assert sorted(os.path.basename(path) for path in names(seen)) == ["0.png", "1.png"]
     with pytest.raises(RunError, match="no train folder"):
-        data.open_images(str(tmp_path), "train", 3)
+        open_images(str(tmp_path), "train", 3)
 
 
 def plain(root, *paths):
@@ -485,7 +487,7 @@ def plain(root, *paths):
 
 def seen(root, split="pretrain"):
     """What a split uses, relative to its folder."""
-    images = data.open_images(str(root), split, 3)
+    images = open_images(str(root), split, 3)
     return [os.path.relpath(name, root) for name in names(images)]
 
 
@@ -525,23 +527,23 @@ def test_nothing_but_held_out_images_is_told(tmp_path):
 @pytest.mark.parametrize("tested", ["ac", "abc", "C", "cab"])
 def test_a_test_class_that_training_does_not_have_is_refused_by_name(tested, tmp_path):
     plain(tmp_path, "train/a/0.png", "train/b/1.png", *[f"val/{name}/2.png" for name in tested])
-    assert data.open_images(str(tmp_path), "train", 3).labels.tolist() == [0, 1]
+    assert open_images(str(tmp_path), "train", 3).labels.tolist() == [0, 1]
     with pytest.raises(RunError, match="val that .*train does not have: [cC];"):
-        data.open_images(str(tmp_path), "test", 3)
+        open_images(str(tmp_path), "test", 3)
 
 
 def test_a_class_without_a_training_image_is_told(tmp_path, capsys):
     plain(tmp_path, "train/a/0.png", "train/c/1.png", "val/c/2.png")
     (tmp_path / "train" / "b").mkdir()
-    assert data.open_images(str(tmp_path), "train", 3).labels.tolist() == [0, 2]
+    assert open_images(str(tmp_path), "train", 3).labels.tolist() == [0, 2]
     assert "without an image: b\n" in capsys.readouterr().out
-    assert data.open_images(str(tmp_path), "test", 3).labels.tolist() == [2]
+    assert open_images(str(tmp_path), "test", 3).labels.tolist() == [2]
     assert capsys.readouterr().out == ""
 
 
 def test_an_image_beside_class_folders_has_no_label_and_is_told(tmp_path, capsys):
     plain(tmp_path, "train/a/0.png", "train/b/1.png", "train/preview.png", "val/b/2.png")
-    images = data.open_images(str(tmp_path), "train", 3)
+    images = open_images(str(tmp_path), "train", 3)
     assert images.labels.tolist() == [0, 1] and "preview" not in " ".join(names(images))
     assert f"{tmp_path}/train/preview.png" in capsys.readouterr().out
     assert "train/preview.png" in seen(tmp_path)  # without labels it is an image like any other
@@ -571,7 +573,7 @@ def test_a_folder_that_cannot_be_read_is_named(split, closed, tmp_path, monkeypa
 
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(RunError, match=f"{closed}: Permission denied; make the folder readable"):
-        data.open_images(str(tmp_path), split, 3)
+        open_images(str(tmp_path), split, 3)
 
 
 def test_held_out_images_need_not_be_readable(tmp_path, monkeypatch):
@@ -595,8 +597,8 @@ def test_photographs_are_upright_as_viewers_show_them(orientation, suffix, tmp_p
     Image.fromarray(random_images(1)[0][:8]).save(tmp_path / f"x.{suffix}", exif=exif)
     with Image.open(tmp_path / f"x.{suffix}") as image:
         upright = ImageOps.exif_transpose(image)
-    for channels, mode in data.MODES.items():
-        planes = data.open_images(str(tmp_path), "pretrain", channels).read(0)
+    for channels, mode in MODES.items():
+        planes = open_images(str(tmp_path), "pretrain", channels).read(0)
         assert planes[0].size == ((8, 12) if 5 <= orientation <= 8 else (12, 8))
         for plane, expected in zip(planes, upright.convert(mode).split() if mode == "RGBA" else
                                    [upright.convert(mode)], strict=True):
@@ -605,7 +607,7 @@ def test_photographs_are_upright_as_viewers_show_them(orientation, suffix, tmp_p
 
 def test_a_broken_orientation_does_not_make_a_broken_image(tmp_path):
     Image.new("RGB", (24, 16)).save(tmp_path / "x.jpg", exif=b"Exif\0\0no header of TIFF")
-    assert data.open_images(str(tmp_path), "pretrain", 3).read(0)[0].size == (24, 16)
+    assert open_images(str(tmp_path), "pretrain", 3).read(0)[0].size == (24, 16)
 
 
 def write_bmp(path, masks):
@@ -619,7 +621,7 @@ def write_bmp(path, masks):
 @pytest.mark.parametrize("masks", [(0xF800, 0x07E0, 0x001F), (0x7C00, 0x03E0, 0x001F)])
 def test_16_bits_a_pixel_are_few_not_many(masks, tmp_path):
     write_bmp(tmp_path / "x.bmp", masks)
-    pixel = data.open_images(str(tmp_path), "pretrain", 3).read(0)[0].getpixel((0, 0))
+    pixel = open_images(str(tmp_path), "pretrain", 3).read(0)[0].getpixel((0, 0))
     assert pixel == (255, 0, 0)
 
 
@@ -630,7 +632,7 @@ def test_every_mode_of_8_bits_or_fewer_is_read(mode, suffix, tmp_path):
     image = Image.new("RGB", (8, 8), "white").convert(mode)
     image.save(tmp_path / f"x.{suffix}")
     for channels in (1, 3, 4):
-        planes = data.open_images(str(tmp_path), "pretrain", channels).read(0)
+        planes = open_images(str(tmp_path), "pretrain", channels).read(0)
         assert np.concatenate([np.asarray(p).ravel() for p in planes]).min() >= 250
 
 
@@ -638,22 +640,22 @@ def test_every_mode_of_8_bits_or_fewer_is_read(mode, suffix, tmp_path):
                                      b"P3 1 1 65535\n0 0 0\n", b"P5 1 1 65535\n" + bytes(2)])
 def test_a_portable_pixmap_of_more_than_8_bits_is_refused(content, tmp_path):
     (tmp_path / "x.ppm").write_bytes(content)
-    with pytest.raises(data.RefusedImage, match="more than 8 bits"):
-        data.open_images(str(tmp_path), "pretrain", 3).read(0)
+    with pytest.raises(RefusedImage, match="more than 8 bits"):
+        open_images(str(tmp_path), "pretrain", 3).read(0)
 
 
 def test_a_list_may_begin_with_a_mark_and_name_files_that_are_not_utf8(tmp_path):
     plain(tmp_path, "0.png", "1.png")
     os.rename(tmp_path / "1.png", os.fsencode(tmp_path) + b"/caf\xe9.png")
     (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbf0.png\r\ncaf\xe9.png\n")
-    images = data.open_images(str(tmp_path / "list.txt"), "pretrain", 1)
+    images = open_images(str(tmp_path / "list.txt"), "pretrain", 1)
     assert [images.read(i)[0].getpixel((0, 0)) for i in range(2)] == [0, 1]
 
 
 def test_identity_sees_every_image_of_a_small_array():
-    images = data.ArrayImages(random_images(20), None, 3)
+    images = ArrayImages(random_images(20), None, 3)
     reference = images.identity()
-    assert data.ArrayImages(random_images(20), None, 3).identity() == reference
+    assert ArrayImages(random_images(20), None, 3).identity() == reference
     changed = random_images(20)
     changed[13, 0, 0, 0] ^= 1
-    assert data.ArrayImages(changed, None, 3).identity() != reference
+    assert ArrayImages(changed, None, 3).identity() != reference

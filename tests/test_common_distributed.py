@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import drill
-from common import distributed as comm
+from common import distributed as comm, workers
 
 CPU = torch.device("cpu")
 two_and_four = pytest.mark.parametrize("size", [2, 4])
@@ -99,7 +99,7 @@ def test_an_environment_that_makes_no_group_is_one_line_on_every_process(
 
 def test_a_port_alone_is_not_torchruns(environment):
     environment({"MASTER_PORT": "tcp://10.0.0.1:7077", "MASTER_ADDR": "10.0.0.1"})
-    assert comm.setup("cpu").size == 1 and comm.speaks()
+    assert comm.setup("cpu").size == 1 and comm.prints()
 
 
 def test_a_port_in_use_is_one_line(environment, capsys):
@@ -152,14 +152,14 @@ def test_a_shell_hears_of_an_interrupt():
 @linux
 def test_workers_are_forked_once_no_other_thread_runs(capsys):
     thread = busy_thread(0.4)
-    assert comm.worker_context().get_start_method() == "fork"
+    assert workers.worker_context().get_start_method() == "fork"
     assert not thread.is_alive() and capsys.readouterr().out == ""
 
 
 @linux
 def test_a_thread_that_never_rests_is_told_of_and_does_not_keep_a_run_from_starting(capsys):
     thread, started = busy_thread(2), time.monotonic()
-    comm.worker_context(patience=0.2)
+    workers.worker_context(patience=0.2)
     assert time.monotonic() - started < 1.5 and thread.is_alive()
     assert "warning: another thread still runs after 0.2 s" in capsys.readouterr().out
     thread.join()
@@ -173,9 +173,9 @@ class Terminal(io.StringIO):
 def test_a_passing_line_gives_way_on_a_terminal_and_stays_elsewhere():
     terminal, file = Terminal(), io.StringIO()
     for stream in (terminal, file):
-        comm.say("step 1", stream, stays=False)
-        comm.say("step 2", stream, stays=False)
-        comm.say("done", stream)
+        comm.print_main("step 1", stream, transient=True)
+        comm.print_main("step 2", stream, transient=True)
+        comm.print_main("done", stream)
     assert file.getvalue() == "step 1\nstep 2\ndone\n"
     written = terminal.getvalue()
     assert written.count("\r") == 3 and written.count("\n") == 1 and written.endswith("done\n")
@@ -187,7 +187,7 @@ class Gone(io.StringIO):
 
 
 def test_a_terminal_that_has_gone_away_does_not_end_a_run():
-    comm.say("step 1", Gone())
+    comm.print_main("step 1", Gone())
 
 
 ODD = "caf\udce9 \u00b1"  # from a name that is not UTF-8, and a sign beyond ASCII
@@ -197,7 +197,7 @@ ODD = "caf\udce9 \u00b1"  # from a name that is not UTF-8, and a sign beyond ASC
                                                ("utf-8", b"caf\\udce9 \xc2\xb1")])
 def test_what_a_terminal_cannot_print_is_escaped(encoding, printed):
     code = ("import sys; from common import distributed as comm\n"
-            f"def main(_): comm.say({ODD!a}); print({ODD!a}); raise comm.RunError({ODD!a})\n"
+            f"def main(_): comm.print_main({ODD!a}); print({ODD!a}); raise comm.RunError({ODD!a})\n"
             "sys.exit(comm.launch(main, None))")
     done = subprocess.run([sys.executable, "-c", code], cwd=drill.ROOT, capture_output=True,
                           env={**os.environ, "PYTHONIOENCODING": f"{encoding}:strict"})
@@ -225,8 +225,8 @@ def broken_pipe():
 
 @pytest.mark.parametrize("buffered", [True, False])
 def test_a_reader_that_has_left_is_no_error_and_a_full_disk_is_one_line(buffered, broken_pipe):
-    said = "lambda _: comm.say('progress')"
-    result = "lambda _: [comm.say('progress'), print('result', flush=True)]"
+    said = "lambda _: comm.print_main('progress')"
+    result = "lambda _: [comm.print_main('progress'), print('result', flush=True)]"
     assert printing(broken_pipe, said, buffered) == (0, "")
     assert printing(broken_pipe, result, buffered) == (141, "")
     if os.path.exists("/dev/full"):
@@ -247,7 +247,7 @@ def test_a_lost_output_hides_no_other_error(broken_pipe):
 
 
 def test_a_closed_output_is_no_error():
-    code = ("from common import distributed as comm; comm.say('progress');"
+    code = ("from common import distributed as comm; comm.print_main('progress');"
             "raise SystemExit(comm.launch(print, 1))")
     done = subprocess.run(["sh", "-c", 'exec "$0" -c "$1" >&-', sys.executable, code],
                           cwd=drill.ROOT, stderr=subprocess.PIPE, text=True)
@@ -256,7 +256,7 @@ def test_a_closed_output_is_no_error():
 
 def spoken():
     stream = io.StringIO()
-    comm.say("hello", stream)
+    comm.print_main("hello", stream)
     return stream.getvalue()
 
 
@@ -268,9 +268,9 @@ def test_one_process_speaks_for_all(pool):
 
 
 def ending(failures, writing):
-    """How `together` ends where the process of each rank raises its own failure, or none."""
+    """How `same_error_on_all_ranks` ends where each rank raises its own failure, or none."""
     try:
-        with comm.together(writing):
+        with comm.same_error_on_all_ranks(writing):
             failure = failures[comm.rank()]
             if failure is not None:
                 raise failure
@@ -370,7 +370,7 @@ def test_a_loader_process_that_was_killed_is_one_line(capsys):
 
 
 def fail_on_the_last(_):
-    with comm.together():
+    with comm.same_error_on_all_ranks():
         if comm.rank() == comm.size() - 1:
             raise OSError(errno.EACCES, "Permission denied", "images")
 
@@ -424,8 +424,8 @@ def test_loss_and_gradient_are_those_of_the_joined_batch(pool, function, size):
     loss, grad = function(rows)  # here, in one process
     parts = pool.run(size, function, rows)
     assert np.mean([part[0] for part in parts]) == pytest.approx(loss, rel=1e-12)
-    together = np.concatenate([part[1] for part in parts])
-    np.testing.assert_allclose(together, grad, rtol=1e-6, atol=1e-12)
+    same_error_on_all_ranks = np.concatenate([part[1] for part in parts])
+    np.testing.assert_allclose(same_error_on_all_ranks, grad, rtol=1e-6, atol=1e-12)
 
 
 def test_the_gradient_test_fails_for_the_raw_gather(pool):
@@ -433,8 +433,8 @@ def test_the_gradient_test_fails_for_the_raw_gather(pool):
     loss, grad = gathered_loss(rows)
     parts = pool.run(2, raw_gathered_loss, rows)
     assert np.mean([part[0] for part in parts]) == pytest.approx(loss, rel=1e-12)
-    together = np.concatenate([part[1] for part in parts])
-    assert np.abs(together - grad).max() > 0.1 * np.abs(grad).max()
+    same_error_on_all_ranks = np.concatenate([part[1] for part in parts])
+    assert np.abs(same_error_on_all_ranks - grad).max() > 0.1 * np.abs(grad).max()
 
 
 def collected(rows):

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from common import augment, backbones, checkpoint, distributed as comm, features
-from common.data import ArrayImages, FileImages
+from common import augment, backbones, checkpoint, distributed as comm, features, workers
 from common.distributed import RunError, World
+from common.images import ArrayImages, FileImages
 
 WORLD = World(0, 1, torch.device("cpu"))
 
@@ -375,10 +375,10 @@ def test_files_of_odd_sizes_keep_their_order(tmp_path):
 
 def test_workers_are_started_as_dist_says(monkeypatch):
     asked = []
-    monkeypatch.setattr(comm, "worker_context", lambda: asked.append(1))  # None: torch's own way
+    monkeypatch.setattr(workers, "worker_context", lambda: asked.append(1))  # None: torch's own way
     images = ArrayImages(noise(20), None, 3)
-    for workers in (0, 1):
-        features.extract(flat, images, centre_view(9), WORLD, batch_size=4, workers=workers)
+    for count in (0, 1):
+        features.extract(flat, images, centre_view(9), WORLD, batch_size=4, workers=count)
     assert asked == [1]
 
 
@@ -454,7 +454,7 @@ def shared_rows():
     bounds = [0, 3, 3, 10]  # the second process has none
     for row in range(bounds[rank], bounds[rank + 1]):
         x[row] = torch.arange(4 * row, 4 * row + 4)
-    comm.share_rows(x, bounds, piece=9)
+    comm.broadcast_rows(x, bounds, piece=9)
     return x.numpy()
 
 

@@ -22,7 +22,8 @@ def made(folder, every=5, total_steps=12, first_step=0, floors=(), batch_size=16
 
 def write(watched, step, loss=1.0, **indicators):
     indicators = {name: torch.tensor(value) for name, value in indicators.items()}
-    watched.write(step, epoch=step // 4, loss=torch.tensor(loss), lr=0.5, waited=0.0, **indicators)
+    watched.write(step, epoch=step // 4, loss=torch.tensor(loss), lr=0.5, wait_seconds=0.0,
+                  **indicators)
 
 
 def lines(folder):
@@ -59,7 +60,7 @@ def test_the_first_every_few_and_the_last_step_get_a_line(
 
 def test_a_line_has_the_documented_fields_and_the_indicators(tmp_path):
     watched = made(tmp_path)
-    watched.write(1, epoch=3, loss=torch.tensor(2.5), lr=torch.tensor(0.25), waited=0.0,
+    watched.write(1, epoch=3, loss=torch.tensor(2.5), lr=torch.tensor(0.25), wait_seconds=0.0,
                   z_std=torch.tensor(0.125))
     (line,) = lines(tmp_path)
     assert line.keys() == {"step", "epoch", "loss", "lr", "images_per_second", "data_wait",
@@ -75,7 +76,7 @@ def test_rates_are_those_since_the_last_line(tmp_path, monkeypatch):
     watched = made(tmp_path, every=4, first_step=8, batch_size=32)
     for step, moment, waited in [(9, 102, 0.5), (10, 103, 0.6), (11, 104, 0.7), (12, 108, 2.0)]:
         now[0] = moment
-        watched.write(step, epoch=0, loss=torch.tensor(1.0), lr=0.1, waited=waited)
+        watched.write(step, epoch=0, loss=torch.tensor(1.0), lr=0.1, wait_seconds=waited)
     first, last = lines(tmp_path)
     assert (first["images_per_second"], first["data_wait"]) == (16.0, 0.25)
     assert (last["images_per_second"], last["data_wait"]) == (16.0, 0.25)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from common import augment, checkpoint, cli, distributed as comm
-from common.data import ArrayImages
+from common.images import ArrayImages
 from common.training import Training
 from helpers import lines, state_of
 

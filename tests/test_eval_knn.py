@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 import eval_knn
-from common import backbones, data
+from common import backbones, features as frozen
 from common.distributed import RunError
+from common.images import open_images
 
 # --------------------------------------------------------------------------------------- parse_args
 
@@ -293,7 +294,7 @@ def test_of_several_checkpoints_the_line_describes_the_last_and_holds_all(tmp_pa
 
 
 def pixel_features(split):
-    images = data.open_images("digits", split, 3)
+    images = open_images("digits", split, 3)
     pixels = np.stack([np.asarray(images.read(i)[0]) for i in range(len(images))])
     return (pixels / 255 - 0.5).reshape(len(images), -1) / 0.5, images.labels
 
@@ -452,7 +453,7 @@ def test_feature_files_stand_for_their_checkpoints(tmp_path, capsys):
     with np.load(path, allow_pickle=False) as file:
         for split, total in (("train", 1442), ("test", 355)):
             assert file[f"{split}/index"].tolist() == [i * total // 100 for i in range(100)]
-            labels = data.open_images("digits", split, 3, limit=100).labels
+            labels = open_images("digits", split, 3, limit=100).labels
             assert np.array_equal(file[f"{split}/labels"], labels)
             assert file[f"{split}/avgpool"].shape == (100, 128)
     both = evaluate("--features", path, path, "--layers", "avgpool", "--shots")
@@ -665,11 +666,11 @@ def test_the_state_of_a_run_is_told_from_its_product(tmp_path):
 def test_an_evaluation_fetches_images_if_told_to(name, monkeypatch):
     asked, evaluation = [], importlib.import_module(name)
 
-    def open_images(*_, download, **__):
+    def refuse(*_, download, **__):
         asked.append(download)
         raise RunError("enough")
 
-    monkeypatch.setattr(data, "open_images", open_images)
+    monkeypatch.setattr(frozen, "open_images", refuse)
     for flags in ([], ["--download"]):
         with pytest.raises(RunError, match="enough"):
             evaluation.main(evaluation.parse_args(["--checkpoint", "pixels", *flags]))

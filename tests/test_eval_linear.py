@@ -12,8 +12,10 @@ from torch import nn
 
 import drill
 import eval_linear
-from common import backbones, checkpoint, data, features
+from common import backbones, checkpoint, features
 from common.distributed import RunError, World
+from common.images import open_images
+from common.loader import Loader
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -200,10 +202,10 @@ def test_one_step_is_the_step_written_out(tmp_path):
              "--output", tmp_path]
     evaluate("--checkpoint", "pixels", *flags)
     trained = torch.load(tmp_path / "moco-pixels/heads.pth", weights_only=True)
-    images = data.open_images("digits", "train", 3, limit=32)
+    images = open_images("digits", "train", 3, limit=32)
     views = eval_linear.train_views("bilinear", False, 16, 3, [0.5], [0.5])
-    (batch,) = data.Loader(images, views, batch_size=32, epochs=1, seed=0, world=ALONE,
-                           workers=0).epoch(0)
+    (batch,) = Loader(images, views, batch_size=32, epochs=1, seed=0, world=ALONE,
+                      workers=0).epoch(0)
     torch.manual_seed(0)
     head = eval_linear.Head(768, 768, 10, "none", "normal")
     loss = nn.functional.cross_entropy(head(batch.views[0].flatten(1)),
@@ -256,7 +258,7 @@ def test_auto_on_digits_equals_scikit_learns_tuned_logistic_regression():
     line = evaluate("--checkpoint", "pixels", "--in-chans", 1, "--folds", 3)
     splits = {}
     for split in ("train", "test"):
-        images = data.open_images("digits", split, 1)
+        images = open_images("digits", split, 1)
         rows = [np.asarray(images.read(i)[0], dtype=np.float64) for i in range(len(images))]
         splits[split] = np.array(rows).reshape(len(images), -1), images.labels
     (x, y), (test, truth) = splits["train"], splits["test"]

@@ -13,8 +13,9 @@ from torchvision import transforms
 
 import drill
 import eval_svm
-from common import data, distributed as comm
+from common import distributed as comm, images
 from common.distributed import RunError
+from common.images import open_images
 
 # --------------------------------------------------------------------------------------- parse_args
 
@@ -202,8 +203,8 @@ def voc(tmp_path_factory):
 
 
 def test_voc_labels_are_present_absent_or_difficult(voc):
-    images, names = eval_svm.open_voc(str(voc), "train", 3)
-    assert names == list(CLASSES) and images.labels.shape == (60, 3) and len(images) == 60
+    images = open_images(str(voc), "train", 3)
+    assert images.classes == list(CLASSES) and images.labels.shape == (60, 3) and len(images) == 60
     assert set(np.unique(images.labels)) == {-1, 0, 1}
     assert images.labels[0].tolist() == [1, 0, 0]
     assert images.name(7).endswith("JPEGImages/000007.jpg")
@@ -212,7 +213,7 @@ def test_voc_labels_are_present_absent_or_difficult(voc):
         for c, name in enumerate(CLASSES):
             hard, easy = (THING.format(name, d) in text for d in (1, 0))
             assert images.labels[n, c] == (1 if easy else -1 if hard else 0)
-    test, _ = eval_svm.open_voc(str(voc), "test", 3)
+    test = open_images(str(voc), "test", 3)
     assert len(test) == 30 and test.labels[0].tolist() == [1, 0, 0]
 
 
@@ -300,7 +301,7 @@ def test_voc_goes_through_all_of_it(voc):
 
 
 def voc_pixels(voc, split):
-    images, _ = eval_svm.open_voc(str(voc), split, 3)
+    images = open_images(str(voc), split, 3)
     rows = []
     for i in range(len(images)):
         small = transforms.Resize([8, 8])(transforms.Resize(8)(images.read(i)[0]))
@@ -394,15 +395,15 @@ def test_difficult_training_images_count_only_with_the_published_labels(voc):
 def test_test_labels_choose_nothing_but_the_oracle(voc, monkeypatch):
     """Other test labels: costs and everything else that was chosen stay."""
     line = evaluate(*VOC, "--data", voc)
-    opened = eval_svm.open_voc
+    opened = images.voc
 
     def shuffled(root, split, channels):
-        images, names = opened(root, split, channels)
+        opened_split = opened(root, split, channels)
         if split == "test":
-            images.labels = np.roll(images.labels, 7, axis=0)
-        return images, names
+            opened_split.labels = np.roll(opened_split.labels, 7, axis=0)
+        return opened_split
 
-    monkeypatch.setattr(eval_svm, "open_voc", shuffled)
+    monkeypatch.setattr(images, "voc", shuffled)
     other = evaluate(*VOC, "--data", voc)
     assert other["map"] != line["map"]
     for key in ("costs", "validation_map"):
@@ -624,4 +625,3 @@ def test_the_table_names_the_oracle(voc, capsys):
     printed = capsys.readouterr().out
     assert "chosen without the test images" in printed
     assert "oracle, as in the literature" in printed
-    assert data.open_images  # the shared source of the other folders

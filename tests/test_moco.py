@@ -8,7 +8,9 @@ from torch import nn
 
 import helpers
 import moco
-from common import backbones, data, distributed as comm
+from common import backbones, distributed as comm, rng
+from common.images import open_images
+from common.loader import Loader
 from helpers import check_joined, own_gradients, own_rows
 
 # --------------------------------------------------------------------------------------- parse_args
@@ -233,13 +235,13 @@ def test_the_steps_of_the_paper_one_by_one(tmp_path):
     key_model = copy.deepcopy(model)
     bank = [row / row.norm() for row in torch.randn(args.queue_length, args.embedding_dim)]
     velocity = [torch.zeros_like(p) for p in model.parameters()]
-    images = data.open_images("digits", "pretrain", 3, limit=64)
-    loader = data.Loader(images, moco.build_views(args), batch_size=16, epochs=1,
-                         seed=args.seed, workers=0, world=comm.World(0, 1, torch.device("cpu")))
+    images = open_images("digits", "pretrain", 3, limit=64)
+    loader = Loader(images, moco.build_views(args), batch_size=16, epochs=1,
+                    seed=args.seed, workers=0, world=comm.World(0, 1, torch.device("cpu")))
     for step, batch in enumerate(loader.epoch(0)):
         first, second = batch.views
         q = torch.cat([model([group])[0] for group in first.split(4)])  # 4 groups of batch norm
-        order = data.philox(args.seed, data.SHUFFLE, step).permutation(16).tolist()
+        order = rng.philox(args.seed, rng.SHUFFLE, step).permutation(16).tolist()
         assert order != sorted(order)
         keys = {}
         with torch.no_grad():

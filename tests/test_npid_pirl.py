@@ -9,8 +9,10 @@ from torch import nn
 
 import helpers
 import npid_pirl
-from common import augment, backbones, data, distributed as comm
+from common import augment, backbones, distributed as comm
 from common.checkpoint import Run
+from common.images import open_images
+from common.loader import Loader
 from helpers import check_joined, lines, own_gradients, own_rows, parsed
 from test_all_scripts import watched_run
 
@@ -178,9 +180,9 @@ def test_each_patch_has_its_own_colours():
 
 def loaded(size):
     views = npid_pirl.build_views(npid_pirl.parse_args(["--method", "pirl", "--in-chans", "1"]))
-    images = data.open_images("digits", "pretrain", 1, limit=32)
+    images = open_images("digits", "pretrain", 1, limit=32)
     world = comm.World(comm.rank(), size, torch.device("cpu"))
-    loader = data.Loader(images, views, batch_size=8, epochs=1, seed=3, world=world, workers=0)
+    loader = Loader(images, views, batch_size=8, epochs=1, seed=3, world=world, workers=0)
     batches = list(loader.epoch(0))
     return [[view.numpy() for view in batch.views] for batch in batches]
 

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from common import backbones, checkpoint, data, distributed as comm, log
+from common import backbones, checkpoint, distributed as comm, log, rng, training
+from common.loader import Batch
 
 TRACES = {path.stem: path for path in sorted((Path(__file__).parent / "traces").glob("*.json"))}
 # Settings that compute the same on two processes: batch norm over both of them, or none at all.
@@ -88,7 +89,7 @@ def loader_of(trace):
     class Loader:
         def __init__(self, images, views, **_):
             self.steps_per_epoch = trace["steps_per_epoch"]
-            self.waited, self.num_views = 0.0, len(views)
+            self.wait_seconds, self.num_views = 0.0, len(views)
 
         def epoch(self, epoch):
             for at, index in enumerate(epoch_index(trace, epoch)):
@@ -96,7 +97,7 @@ def loader_of(trace):
                 views = [here(torch.from_numpy(view(n, step, index, side, rows)))
                          for n, (side, rows) in enumerate(trace["views"][: self.num_views])]
                 views = [v.contiguous(memory_format=torch.channels_last) for v in views]
-                yield data.Batch(views, here(torch.from_numpy(index)))
+                yield Batch(views, here(torch.from_numpy(index)))
 
     return Loader
 
@@ -123,7 +124,7 @@ def run(name, folder):
     assert philox("check", 7).standard_normal(3).tolist() == trace["check"], "another NumPy"
     torch.set_default_dtype(torch.float64)
     script = importlib.import_module(trace["script"].removesuffix(".py"))
-    state, losses, philox_of = {}, [], data.philox
+    state, losses, philox_of = {}, [], rng.philox
     starts = iter(range(10**6))
 
     def start(_, found):
@@ -135,7 +136,7 @@ def run(name, folder):
         losses.append(comm.mean_over_processes(loss).item())
 
     def shuffled(seed, stream, *key):
-        if stream != data.SHUFFLE:
+        if stream != rng.SHUFFLE:
             return philox_of(seed, stream, *key)
         numbers = philox("shuffle", key[0])
         return mock.Mock(permutation=lambda n: np.argsort(numbers.random(n), kind="stable"))
@@ -148,8 +149,8 @@ def run(name, folder):
         return torch.from_numpy(np.argsort(philox("kmeans", next(starts)).random(n), kind="stable"))
 
     replaced = [
-        (data, "open_images", lambda *_, **__: Images(trace["images"])),
-        (data, "Loader", loader_of(trace)),
+        (script, "open_images", lambda *_, **__: Images(trace["images"])),
+        (training, "Loader", loader_of(trace)),
         (checkpoint.Run, "start", start),
         (checkpoint.Run, "save", lambda *_: None),
         (log.Log, "write", write),
@@ -159,7 +160,7 @@ def run(name, folder):
         "mask": (script, "mask_noise", mask_noise),
         "negatives": (script, "draw_negatives", lambda index, images, count, seed, step: negatives(
             step, index, images, count, trace["batch_size"])),
-        "shuffle": (data, "philox", shuffled),
+        "shuffle": (rng, "philox", shuffled),
         "kmeans": (torch, "randperm", kmeans_start),
     }
     with contextlib.ExitStack() as stack:

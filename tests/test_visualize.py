@@ -7,7 +7,8 @@ from PIL import Image
 
 import mae
 import visualize
-from common import data, distributed as comm
+from common import distributed as comm, rng
+from common.images import open_images
 from helpers import SCRIPTS, TINY
 
 
@@ -36,8 +37,8 @@ def test_views_are_those_of_the_scripts_flags(tmp_path):
 def test_the_first_column_is_the_image_itself():
     args = visualize.parse_args(["views", "simclr", "--image", "x.png", "--rows", "2"])
     picture = np.asarray(visualize.views_picture(args))
-    images = data.open_images("digits", "pretrain", 3)
-    first = int(data.epoch_order(0, 0, len(images))[0])
+    images = open_images("digits", "pretrain", 3)
+    first = int(rng.epoch_order(0, 0, len(images))[0])
     original = np.asarray(images.read(first)[0].convert("RGB"))
     factor = round(visualize.TILE / len(original))
     tile = picture[visualize.GAP :, visualize.GAP :][: factor * len(original)]

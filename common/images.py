@@ -1,32 +1,18 @@
-"""Images and the order in which a run sees them.
+"""Image sources: built-in sets, folders, lists and arrays, decoded to Pillow planes."""
 
-One rule: every random choice about a sample is a function of (seed, epoch, data-set index, view),
-and of nothing else. The order of an epoch is a permutation drawn from (seed, epoch); step t of the
-epoch takes the same global batch whatever the number of processes, and process r takes its
-contiguous share. So the number of processes, of loader workers, and an interruption change nothing.
-"""
-
-import atexit
 import contextlib
-import functools
-import gc
 import math
-import multiprocessing
 import os
 import re
-import signal
-import time
 import zlib
-from dataclasses import dataclass
+from xml.etree import ElementTree
 
 import numpy as np
-import torch
 import torchvision
 from PIL import ExifTags, Image
-from torch import Tensor
 
-from common import distributed as comm
-from common.distributed import RunError, World
+from common import distributed as comm, rng
+from common.distributed import RunError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -41,26 +27,8 @@ TORCHVISION = {
     "cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "svhn": "SVHN",
     "mnist": "MNIST",
 }
-FATAL = -1  # in a worker's report: stop the run
 HELD_OUT = ("val", "test")  # folders that are not trained on
 BUILT_IN = ("digits", *TORCHVISION, "fake")
-# Streams of random numbers that never meet.
-SAMPLE, ORDER, FAKE, SHUFFLE, CLUSTERS, MASK, NEGATIVES, DEPTH = range(1, 9)
-
-
-def philox(seed: int, stream: int, *key: int) -> np.random.Generator:
-    """A random generator that is a function of its arguments; up to three numbers in the key."""
-    counter = [0, *key, *[0] * (3 - len(key))]
-    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=counter))
-
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
-    """The permutation of the data-set indices that an epoch goes through."""
-    return philox(seed, ORDER, epoch).permutation(num_images)
-
-
-# ------------------------------------------------------------------------------------ image sources
 
 
 class RefusedImage(RunError):
@@ -139,7 +107,7 @@ class FileImages:
 
     Args:
         paths: of the files.
-        labels: (N,) integers, or None.
+        labels: (N,) integers, or (N, C) of `voc`, or None.
         channels: 1 (L), 3 (RGB) or 4 (RGBA): what files are converted to.
         root: what the paths are relative to in `identity`.
         index: (N,) the data-set index of each image, if it is a subset.
@@ -149,6 +117,7 @@ class FileImages:
     """
 
     reads_files = True
+    classes = None  # names of the columns of labels (N, C), where an image may show several classes
 
     def __init__(self, paths, labels: np.ndarray | None, channels: int, root: str, index=None):
         if channels not in MODES:
@@ -189,8 +158,10 @@ class FileImages:
 
     def subset(self, indices: np.ndarray) -> "FileImages":
         labels = None if self.labels is None else self.labels[indices]
-        return FileImages(self.paths[indices], labels, self.channels, self.root,
-                          self.index[indices])
+        images = FileImages(self.paths[indices], labels, self.channels, self.root,
+                            self.index[indices])
+        images.classes = self.classes
+        return images
 
 
 def is_deep(image: Image.Image) -> bool:
@@ -226,16 +197,18 @@ def open_images(
         RunError: there is no such source, or it holds no image.
     """
     if data in TORCHVISION and download:
-        with comm.together(writing=root):  # one process a machine fetches, the others wait for it
-            if comm.told("LOCAL_RANK", 0) == 0:
+        with comm.same_error_on_all_ranks(writing=root):  # one process a machine fetches
+            if comm.env_int("LOCAL_RANK", 0) == 0:
                 torchvision_images(data, split, channels, root, download=True)
-    with comm.together():
+    with comm.same_error_on_all_ranks():
         if data == "digits":
             images = digits(split, channels)
         elif data == "fake":
             images = fake(split, channels)
         elif data in TORCHVISION:
             images = torchvision_images(data, split, channels, root, download=False)
+        elif split != "pretrain" and os.path.isdir(os.path.join(data, "Annotations")):
+            images = voc(data, split, channels)
         elif os.path.isdir(data):
             images = folder(data, split, channels)
         elif os.path.isfile(data) and split == "pretrain":
@@ -274,7 +247,7 @@ def digits(split: str, channels: int) -> ArrayImages:
 def fake(split: str, channels: int) -> ArrayImages:
     """Noise of 256 px, for timing: 10,000 images (1,000 in the test split), 64 different ones."""
     count = 1000 if split == "test" else 10_000
-    noise = philox(0, FAKE).integers(0, 256, (64, 256, 256, channels), dtype=np.uint8)
+    noise = rng.philox(0, rng.FAKE).integers(0, 256, (64, 256, 256, channels), dtype=np.uint8)
     return ArrayImages(noise, np.arange(count) % 10, channels, rows=np.arange(count) % 64)
 
 
@@ -323,14 +296,14 @@ def folder(root: str, split: str, channels: int) -> FileImages:
     if not paths:
         raise RunError(f"--data {top}: no image file in it{beside} ({' '.join(EXTENSIONS)})")
     if held_out:
-        comm.say(f"warning: {top}: {' and '.join(held_out)} taken for held-out images and not "
-                 "trained on; a class needs another name")
+        comm.print_main(f"warning: {top}: {' and '.join(held_out)} taken for held-out images and "
+                        "not trained on; a class needs another name")
     inside = [path[len(os.path.join(top, "")) :].split(os.sep) for path in paths]
     if split == "pretrain" or all(len(parts) == 1 for parts in inside):
         return FileImages(paths, None, channels, top)
     stray = [path for path, parts in zip(paths, inside, strict=True) if len(parts) == 1]
     if stray:
-        comm.say(f"warning: left out, for no class folder holds it: {some(stray)}")
+        comm.print_main(f"warning: left out, for no class folder holds it: {some(stray)}")
         paths = [path for path, parts in zip(paths, inside, strict=True) if len(parts) > 1]
     classes = [parts[0] for parts in inside if len(parts) > 1]
     # A class has the same number in every split: that of the training split.
@@ -341,7 +314,7 @@ def folder(root: str, split: str, channels: int) -> FileImages:
         raise RunError(f"--data {root}: class folders of {top} that {train} does not have: "
                        f"{some(unknown)}; a class has one name in both")
     if empty and split == "train":
-        comm.say(f"warning: class folders of {train} without an image: {some(empty)}")
+        comm.print_main(f"warning: class folders of {train} without an image: {some(empty)}")
     number = {name: label for label, name in enumerate(known)}
     return FileImages(paths, np.array([number[name] for name in classes]), channels, top)
 
@@ -358,11 +331,11 @@ def train_is_a_class(root: str) -> bool:
     if not beside:
         return False
     if nested or any(os.path.isdir(os.path.join(root, name)) for name in HELD_OUT):
-        comm.say(f"warning: {own} is taken for the training split; beside it, not trained on: "
-                 f"{some(beside)}")
+        comm.print_main(f"warning: {own} is taken for the training split; beside it, not trained "
+                        f"on: {some(beside)}")
         return False
-    comm.say(f"warning: {own} is taken for a class like {some(beside)}; for the training split "
-             f"pass --data {own}")
+    comm.print_main(f"warning: {own} is taken for a class like {some(beside)}; for the training "
+                    f"split pass --data {own}")
     return True
 
 
@@ -456,195 +429,38 @@ def array_file(path: str, channels: int) -> ArrayImages | FileImages:
     return ArrayImages(array, None, channels)
 
 
-# ------------------------------------------------------------------------------------------ loading
+def voc(root: str, split: str, channels: int) -> FileImages:
+    """The training (`trainval`) or test split of a VOC folder, whose images show several classes.
 
-
-@dataclass
-class Batch:
-    """This process's share of a global batch: one tensor a view, and the data-set indices."""
-
-    views: list[Tensor]  # (n, C, H, W) each, on the training device
-    index: Tensor  # int64 (n,), on the CPU
-
-
-class StepShares(torch.utils.data.Dataset):
-    """Item t is this process's share of step t: crops and parameters of every view.
-
-    An image that cannot be decoded is replaced by the one in the same slot of the next global batch
-    of the epoch that can be, so that no image stands in a batch twice and workers share no state.
+    The labels (N, C) are 1 where a class is present, -1 where all of its objects are marked as
+    difficult, 0 where it is absent. A file that is missing or no annotation is a RunError.
     """
-
-    def __init__(self, images, views: list, batch_size: int, seed: int, rank: int, size: int,
-                 order_epoch: int | None = None):
-        self.images, self.views, self.seed, self.order_epoch = images, views, seed, order_epoch
-        self.batch_size, self.share = batch_size, batch_size // size
-        self.first = rank * self.share
-        self.steps_per_epoch = len(images) // batch_size
-
-    def __getitem__(self, step: int):
-        epoch, step = divmod(step, self.steps_per_epoch)
-        ordered_as = epoch if self.order_epoch is None else self.order_epoch
-        order = epoch_order(self.seed, ordered_as, len(self.images))
-        problems = {}
-        decoded = [
-            self.read_slot(order, step, slot, problems)
-            for slot in range(self.first, self.first + self.share)
-        ]
-        index = [i for i, _ in decoded]
-        sizes = np.array([planes[0].size[::-1] for _, planes in decoded])
-        crops, parameters = [], []
-        for number, view in enumerate(self.views):
-            uniforms = np.empty((self.share, view.num_uniforms))
-            for row, i in enumerate(index):
-                philox(self.seed, SAMPLE, epoch, i, number).random(out=uniforms[row])
-            geometry, colour = view.draw(uniforms, sizes)
-            crops.append(torch.empty(self.share, view.channels, *view.size, dtype=torch.uint8))
-            out = crops[-1].numpy()
-            for row, (_, planes) in enumerate(decoded):
-                out[row] = view.crop(planes, [p[row] for p in geometry])
-            parameters.append(torch.from_numpy(colour))
-        return crops, parameters, torch.tensor(index), problems
-
-    def read_slot(self, order: np.ndarray, step: int, slot: int, problems: dict):
-        """Index and planes of the first readable image in a slot, from this step onwards."""
-        for later in range(self.steps_per_epoch):
-            at = (step + later) % self.steps_per_epoch
-            index = int(order[at * self.batch_size + slot])
-            try:
-                return index, self.images.read(index)
-            except RefusedImage as error:
-                problems[FATAL] = str(error)
-                return index, self.blank()
-            except Exception as error:  # Pillow's decoders raise what they like
-                reason = str(error).replace("\n", " ") or type(error).__name__
-                problems[index] = reason
-        problems[FATAL] = (
-            f"none of the {self.steps_per_epoch} images that could stand in slot {slot} of a batch "
-            f"can be read, such as {self.images.name(index)}: {problems[index]}"
-        )
-        return index, self.blank()
-
-    def blank(self) -> list[Image.Image]:
-        """What stands for an image in a batch that will not be trained on."""
-        planes = [Image.new("L", (8, 8))] * self.views[0].channels
-        return [Image.merge("RGB", planes)] if len(planes) == 3 else planes
+    ids, annotations = read_annotations(root, "trainval")
+    names = sorted(set().union(*annotations))
+    if split == "test":
+        ids, annotations = read_annotations(root, "test")
+    labels = np.array([[objects.get(name, 0) for name in names] for objects in annotations], int)
+    folder = os.path.join(root, "JPEGImages")
+    paths = [os.path.join(folder, f"{i}.jpg") for i in ids]
+    images = FileImages(paths, labels.reshape(len(ids), len(names)), channels, folder)
+    images.classes = names
+    return images
 
 
-class Loader:
-    """The batches of a run, from `start_step` to the end, prefetched across epochs.
-
-    Args:
-        images: a source (`open_images`).
-        views: one `augment.View` for every view.
-        batch_size: images over all processes.
-        workers: loader processes; 0 loads in this process; None takes this process's share of the
-            cores.
-        start_step: the first step to load, for a run that goes on.
-        order_epoch: the epoch whose images, in its order, every epoch takes, with crops of its own.
-
-    Raises:
-        RunError: fewer images than one batch; too many files that cannot be read.
-    """
-
-    def __init__(
-        self, images, views, *, batch_size, epochs, seed, world: World, workers=None, start_step=0,
-        order_epoch=None, multiprocessing_context=None,
-    ):
-        check_batch_size(images, batch_size, world)
-        left_out = sorted({what for view in views for what in view.left_out})
-        if left_out:
-            comm.say(f"left out, for it needs RGB images: {', '.join(left_out)}")
-        self.images, self.views, self.world = images, views, world
-        self.steps_per_epoch = len(images) // batch_size
-        self.step, self.bad_files, self.waited = start_step, {}, 0.0
-        shares = StepShares(images, views, batch_size, seed, world.rank, world.size, order_epoch)
-        steps = range(start_step, epochs * self.steps_per_epoch)
-        workers = min(default_workers() if workers is None else workers, len(steps))
-        # Large batches, as of many crops, are held to one waiting for each worker.
-        large = shares.share * sum(v.channels * math.prod(v.size) for v in views) > 2**26
-        context = (multiprocessing_context or comm.worker_context()) if workers else None
-        atexit.unregister(end_workers)
-        atexit.register(end_workers)  # after multiprocessing's own, so that it runs before it
-        gc.freeze()  # in the workers, whose collections would copy every page that they share
-        self.batches = iter(
-            torch.utils.data.DataLoader(
-                shares,
-                batch_size=None,  # an item is a whole batch already
-                sampler=steps,
-                num_workers=workers,
-                worker_init_fn=start_worker,
-                prefetch_factor=(1 if large else 2) if workers else None,
-                pin_memory=world.device.type == "cuda",
-                multiprocessing_context=context,
-            )
-        )
-        gc.unfreeze()
-
-    def epoch(self, epoch: int):
-        """The batches of an epoch that are still to come."""
-        while self.step < (epoch + 1) * self.steps_per_epoch:
-            started = time.perf_counter()
-            crops, parameters, index, problems = next(self.batches)
-            self.waited += time.perf_counter() - started
-            if self.images.reads_files:
-                self.report(problems)
-            self.step += 1
-            views = [
-                view.finish(c, p, self.world.device)
-                for view, c, p in zip(self.views, crops, parameters, strict=True)
-            ]
-            yield Batch(views, index)
-
-    def report(self, problems: dict[int, str]) -> None:
-        """Join all processes' unreadable files, name each once, and stop if there are too many."""
-        new = {i: reason for i, reason in problems.items() if i not in self.bad_files}
-        if not any(comm.any_rank(bool(new))):
-            return
-        joined = {i: r for part in comm.all_gather_objects(new) for i, r in part.items()}
-        hopeless = joined.pop(FATAL, None)
-        self.bad_files.update(joined)
-        allowed = max(1, len(self.images) // 100)
-        if len(self.bad_files) > allowed:
-            first = min(self.bad_files)
-            raise RunError(
-                f"{len(self.bad_files)} of {len(self.images)} files cannot be read (at most "
-                f"{allowed} may), such as {self.images.name(first)}: {self.bad_files[first]}"
-            )
-        if hopeless:
-            raise RunError(hopeless)
-        for i in sorted(joined):
-            comm.say(f"unreadable, replaced: {self.images.name(i)}: {joined[i]}")
-
-
-def check_batch_size(images, batch_size: int, world: World) -> None:
-    """Refuse a batch of more images than there are."""
-    if len(images) < batch_size:
-        fits = len(images) - len(images) % world.size
-        remedy = f"--batch-size {fits} fits" if fits else "start fewer processes"
-        raise RunError(f"--batch-size {batch_size} is more than the {len(images)} images of "
-                       f"--data; {remedy}")
-
-
-def default_workers() -> int:
-    """This process's share of the cores, at most 16."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(16, cores // comm.told("LOCAL_WORLD_SIZE", 1))
-
-
-def start_worker(worker: int) -> None:
-    """Ignore stop signals in a worker, and see that it does not live on without sending.
-
-    One sent to every process (Slurm, Ctrl-C) must not take the loader from under a step that is to
-    be finished. Workers end with the main process: `end_workers`, or torch's own watch on it.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    comm.end_if_unsent(worker)
-
-
-def end_workers() -> None:
-    """At exit after an error: multiprocessing would wait for ever for workers to obey SIGTERM."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch reports each of them as a failure
-    for child in multiprocessing.active_children():
-        if child.daemon:  # a loader's workers are; anybody else's processes are left alone
-            child.kill()
+def read_annotations(root: str, split: str) -> tuple[list[str], list[dict[str, int]]]:
+    """The ids of a split's images, and the labels, 1 or -1, of the classes in each of them."""
+    path = os.path.join(root, "ImageSets", "Main", f"{split}.txt")
+    try:
+        with open(path, encoding="utf-8") as file:
+            ids = [line.split()[0] for line in file if line.strip()]
+        annotations = [{} for _ in ids]
+        for i, labels in zip(ids, annotations, strict=True):
+            path = os.path.join(root, "Annotations", f"{i}.xml")
+            for thing in ElementTree.parse(path).iter("object"):
+                name = thing.findtext("name", "").strip()
+                difficult = thing.findtext("difficult", "0").strip() == "1"
+                labels[name] = max(labels.get(name, -1), -1 if difficult else 1)
+    except (OSError, ElementTree.ParseError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(f"--data {root}: cannot read {path}: {reason}") from error
+    return ids, annotations

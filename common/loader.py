@@ -1,0 +1,185 @@
+"""The batches of a run, in an order that processes, workers and interruptions do not change.
+
+One rule: every random choice about a sample is a function of (seed, epoch, data-set index, view),
+and of nothing else. The order of an epoch is a permutation drawn from (seed, epoch); step t of the
+epoch takes the same global batch whatever the number of processes, and process r takes its
+contiguous share.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from common import distributed as comm, rng
+from common.distributed import RunError, World
+from common.images import RefusedImage
+from common.workers import default_workers, fork_workers, start_worker
+
+FATAL = -1  # in a worker's report: stop the run
+
+
+@dataclass
+class Batch:
+    """This process's share of a global batch: one tensor a view, and the data-set indices."""
+
+    views: list[Tensor]  # (n, C, H, W) each, on the training device
+    index: Tensor  # int64 (n,), on the CPU
+
+
+class RankBatches(torch.utils.data.Dataset):
+    """Item t is this process's share of step t: crops and parameters of every view.
+
+    An image that cannot be decoded is replaced by the one in the same slot of the next global batch
+    of the epoch that can be, so that no image stands in a batch twice and workers share no state.
+    """
+
+    def __init__(self, images, views: list, batch_size: int, seed: int, rank: int, size: int,
+                 order_epoch: int | None = None):
+        self.images, self.views, self.seed, self.order_epoch = images, views, seed, order_epoch
+        self.batch_size, self.share = batch_size, batch_size // size
+        self.first = rank * self.share
+        self.steps_per_epoch = len(images) // batch_size
+
+    def __getitem__(self, step: int):
+        epoch, step = divmod(step, self.steps_per_epoch)
+        ordered_as = epoch if self.order_epoch is None else self.order_epoch
+        order = rng.epoch_order(self.seed, ordered_as, len(self.images))
+        problems = {}
+        decoded = [
+            self.read_or_replace(order, step, slot, problems)
+            for slot in range(self.first, self.first + self.share)
+        ]
+        index = [i for i, _ in decoded]
+        sizes = np.array([planes[0].size[::-1] for _, planes in decoded])
+        crops, parameters = [], []
+        for number, view in enumerate(self.views):
+            uniforms = np.empty((self.share, view.num_uniforms))
+            for row, i in enumerate(index):
+                rng.philox(self.seed, rng.SAMPLE, epoch, i, number).random(out=uniforms[row])
+            geometry, colour = view.draw(uniforms, sizes)
+            crops.append(torch.empty(self.share, view.channels, *view.size, dtype=torch.uint8))
+            out = crops[-1].numpy()
+            for row, (_, planes) in enumerate(decoded):
+                out[row] = view.crop(planes, [p[row] for p in geometry])
+            parameters.append(torch.from_numpy(colour))
+        return crops, parameters, torch.tensor(index), problems
+
+    def read_or_replace(self, order: np.ndarray, step: int, slot: int, problems: dict):
+        """Index and planes of the first readable image in a slot, from this step onwards."""
+        for later in range(self.steps_per_epoch):
+            at = (step + later) % self.steps_per_epoch
+            index = int(order[at * self.batch_size + slot])
+            try:
+                return index, self.images.read(index)
+            except RefusedImage as error:
+                problems[FATAL] = str(error)
+                return index, self.blank()
+            except Exception as error:  # Pillow's decoders raise what they like
+                reason = str(error).replace("\n", " ") or type(error).__name__
+                problems[index] = reason
+        problems[FATAL] = (
+            f"none of the {self.steps_per_epoch} images that could stand in slot {slot} of a batch "
+            f"can be read, such as {self.images.name(index)}: {problems[index]}"
+        )
+        return index, self.blank()
+
+    def blank(self) -> list[Image.Image]:
+        """What stands for an image in a batch that will not be trained on."""
+        planes = [Image.new("L", (8, 8))] * self.views[0].channels
+        return [Image.merge("RGB", planes)] if len(planes) == 3 else planes
+
+
+class Loader:
+    """The batches of a run, from `start_step` to the end, prefetched across epochs.
+
+    Args:
+        images: a source (`open_images`).
+        views: one `augment.View` for every view.
+        batch_size: images over all processes.
+        workers: loader processes; 0 loads in this process; None takes this process's share of the
+            cores.
+        start_step: the first step to load, for a run that goes on.
+        order_epoch: the epoch whose images, in its order, every epoch takes, with crops of its own.
+
+    Raises:
+        RunError: fewer images than one batch; too many files that cannot be read.
+    """
+
+    def __init__(
+        self, images, views, *, batch_size, epochs, seed, world: World, workers=None, start_step=0,
+        order_epoch=None, multiprocessing_context=None,
+    ):
+        check_batch_size(images, batch_size, world)
+        left_out = sorted({what for view in views for what in view.left_out})
+        if left_out:
+            comm.print_main(f"left out, for it needs RGB images: {', '.join(left_out)}")
+        self.images, self.views, self.world = images, views, world
+        self.steps_per_epoch = len(images) // batch_size
+        self.step, self.bad_files, self.wait_seconds = start_step, {}, 0.0
+        shares = RankBatches(images, views, batch_size, seed, world.rank, world.size, order_epoch)
+        steps = range(start_step, epochs * self.steps_per_epoch)
+        workers = min(default_workers() if workers is None else workers, len(steps))
+        # Large batches, as of many crops, are held to one waiting for each worker.
+        large = shares.share * sum(v.channels * math.prod(v.size) for v in views) > 2**26
+        with fork_workers(workers) as context:
+            self.batches = iter(
+                torch.utils.data.DataLoader(
+                    shares,
+                    batch_size=None,  # an item is a whole batch already
+                    sampler=steps,
+                    num_workers=workers,
+                    worker_init_fn=start_worker,
+                    prefetch_factor=(1 if large else 2) if workers else None,
+                    pin_memory=world.device.type == "cuda",
+                    multiprocessing_context=multiprocessing_context or context,
+                )
+            )
+
+    def epoch(self, epoch: int):
+        """The batches of an epoch that are still to come."""
+        while self.step < (epoch + 1) * self.steps_per_epoch:
+            started = time.perf_counter()
+            crops, parameters, index, problems = next(self.batches)
+            self.wait_seconds += time.perf_counter() - started
+            if self.images.reads_files:
+                self.report(problems)
+            self.step += 1
+            views = [
+                view.finish(c, p, self.world.device)
+                for view, c, p in zip(self.views, crops, parameters, strict=True)
+            ]
+            yield Batch(views, index)
+
+    def report(self, problems: dict[int, str]) -> None:
+        """Join all processes' unreadable files, name each once, and stop if there are too many."""
+        new = {i: reason for i, reason in problems.items() if i not in self.bad_files}
+        if not any(comm.any_rank(bool(new))):
+            return
+        joined = {i: r for part in comm.all_gather_objects(new) for i, r in part.items()}
+        fatal = joined.pop(FATAL, None)
+        self.bad_files.update(joined)
+        allowed = max(1, len(self.images) // 100)
+        if len(self.bad_files) > allowed:
+            first = min(self.bad_files)
+            raise RunError(
+                f"{len(self.bad_files)} of {len(self.images)} files cannot be read (at most "
+                f"{allowed} may), such as {self.images.name(first)}: {self.bad_files[first]}"
+            )
+        if fatal:
+            raise RunError(fatal)
+        for i in sorted(joined):
+            comm.print_main(f"unreadable, replaced: {self.images.name(i)}: {joined[i]}")
+
+
+def check_batch_size(images, batch_size: int, world: World) -> None:
+    """Refuse a batch of more images than there are."""
+    if len(images) < batch_size:
+        fits = len(images) - len(images) % world.size
+        remedy = f"--batch-size {fits} fits" if fits else "start fewer processes"
+        raise RunError(f"--batch-size {batch_size} is more than the {len(images)} images of "
+                       f"--data; {remedy}")
