@@ -42,12 +42,9 @@ def parse_args(argv=None):
     parser.add_argument("out", help="file to write; .pkl for detectron2")
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
     group = parser.add_argument_group("backbone (default: the run's, else resnet50 of 224 px)")
-    group.add_argument("--arch", choices=backbones.NAMES, help="backbone")
-    group.add_argument("--stem", choices=tuple(backbones.STEMS),
-                       help="small: 3x3 stride 1, no pool; small-pad2: solo-learn's, padded by 2")
+    features.backbone_flags(group)
     group.add_argument("--in-chans", type=cli.pos_int, help="channels of the images")
     group.add_argument("--image-size", type=cli.pos_int, help="side in pixels, of a transformer's")
-    group.add_argument("--patch-size", type=cli.pos_int, help="side of a transformer's patches")
     parser.set_defaults(data=None, mean=None, std=None)
     args = parser.parse_args(argv)
     if args.out.endswith(".pkl") != (args.to == "detectron2"):
@@ -91,7 +88,7 @@ def advice(to: str, settings: dict) -> list[str]:
 
 
 def main(args):
-    source = features.find_checkpoint(args.source)
+    source = features.resolve_checkpoint(args.source)
     if source.weights is None:
         raise comm.RunError(f"{args.source} has no weights to convert")
     args.data = source.settings.get("data", "folder")  # what is not described is as for photos
@@ -107,12 +104,8 @@ def main(args):
     if os.path.exists(args.out) and not args.overwrite:
         raise comm.RunError(f"{args.out} is there already; give another name or --overwrite")
 
-    image_size = source.settings.get("image_size", settings["image_size"])
-    backbone = backbones.build_backbone(
-        arch, in_chans=settings["in_chans"], stem=settings["stem"], zero_init_residual=False,
-        image_size=image_size, patch_size=settings["patch_size"], positions="learned",
-        drop_path=0.0,
-    )
+    size = source.settings.get("image_size", settings["image_size"])
+    backbone = features.build(settings | {"trained_size": size})
     weights.load_backbone(backbone, source.weights)
     # What is assumed is no fact about the weights: the file does not say it.
     known = {name: settings[name] for name in ("arch", "in_chans")}

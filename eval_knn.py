@@ -23,7 +23,7 @@ Reference: Wu et al., arXiv 1805.01978, section 3.4; k and T as in DINO, arXiv 2
     torchrun --nproc_per_node=8 eval_knn.py --checkpoint runs/simclr --data /path/to/imagenet
 """
 
-import json
+import itertools
 import math
 import statistics
 import sys
@@ -175,7 +175,7 @@ def count_right(
     bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, settings: list, num_classes: int,
     self_index: Tensor | None, chunk: int,
 ) -> Tensor:
-    """How many queries each (k, T) of `settings` classifies rightly, and how many are undecided.
+    """How many queries each (k, T) of `settings` classifies correctly, and how many are undecided.
 
     Rows are unit rows; the other arguments are those of `knn_predict`.
 
@@ -209,7 +209,7 @@ def evaluate(given: features.Features, args, world) -> dict:
     labels = torch.from_numpy(train.labels).to(world.device)
     truth = torch.from_numpy(test.labels[shard]).to(world.device)
     num_classes = int(max(train.labels.max(), test.labels.max())) + 1
-    settings = [(k, temperature) for k in args.k for temperature in args.temperature]
+    settings = list(dict.fromkeys(itertools.product(args.k, args.temperature)))  # each once
 
     def accuracies(bank, queries, chosen, settings):
         """Share of right and of undecided ones for each (k, T), with these rows of the bank."""
@@ -261,34 +261,29 @@ def main(args):
         runs = [evaluate(source.features(backbone), args, world) for backbone in source.backbones()]
         table.append({"checkpoint": source.name, **features.mean_of(runs)})
 
-    if world.is_main:
-        print_table(table)
-        line = {"eval": "knn", **table[-1], "checkpoints": table}
-        if args.leave_one_out:
-            line["leave_one_out"] = args.leave_one_out
-        print(json.dumps(line), flush=True)
+    settings = {(r["k"], r["temperature"]): f"k {r['k']} T {r['temperature']:g}"
+                for r in table[0]["results"]}
+    columns = list(settings.values()) if len(settings) > 1 else ["all labels"]
+    few = [f"{shots} a class" for shots in table[0]["shots"]]
+    features.print_table(["checkpoint", *columns, *few], table_rows(table))
+    line = {"eval": "knn", **table[-1], "checkpoints": table}
+    if args.leave_one_out:
+        line["leave_one_out"] = args.leave_one_out
+    features.print_json(line)
 
 
-def print_table(table: list[dict]) -> None:
-    """Print a line for each checkpoint and layer: every k and T, then the few labels."""
-    settings = [(r["k"], r["temperature"]) for r in table[0]["results"]]
-    settings = list(dict.fromkeys(settings))
-    columns = [f"k {k} T {t:g}" for k, t in settings] if len(settings) > 1 else ["all labels"]
-    few = "".join(f"{f'{s} a class':>18}" for s in table[0]["shots"])
-    lines = []
-    for row in table:
-        names = list(dict.fromkeys(r["layer"] for r in row["results"]))
-        for number, layer in enumerate(names):
-            own = [r["top1"] for r in row["results"] if r["layer"] == layer]
-            shots = row["shots"].values() if number == 0 else ()
-            title = f"{row['checkpoint']} {layer}" if len(names) > 1 else row["checkpoint"]
-            lines.append((title, own, shots))
-    width = max(len("checkpoint"), *(len(title) for title, _, _ in lines))
-    print(f"{'checkpoint':<{width}}{''.join(f'{c:>{len(c) + 2}}' for c in columns)}{few}")
-    for title, own, shots in lines:
-        shares = "".join(f"{s:>{len(c) + 2}.3f}" for s, c in zip(own, columns, strict=True))
-        shots = "".join(f"{s['mean']:>11.3f} ±{s['std']:.3f}" for s in shots)
-        print(f"{title:<{width}}{shares}{shots}")
+def table_rows(table: list[dict]) -> list[list[str]]:
+    """A row for each checkpoint and layer: the top-1 of every k and T, then of the few labels."""
+    rows = []
+    for entry in table:
+        layers = {}
+        for r in entry["results"]:
+            layers.setdefault(r["layer"], []).append(f"{r['top1']:.3f}")
+        for number, (layer, cells) in enumerate(layers.items()):
+            shots = entry["shots"].values() if number == 0 else ()
+            name = f"{entry['checkpoint']} {layer}" if len(layers) > 1 else entry["checkpoint"]
+            rows.append([name, *cells, *(f"{s['mean']:.3f} ±{s['std']:.3f}" for s in shots)])
+    return rows
 
 
 if __name__ == "__main__":

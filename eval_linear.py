@@ -27,7 +27,6 @@ Letters: N images, H heads, C classes, D feature size.
 """
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -141,7 +140,7 @@ def auto_probe(found: features.Features, args, world) -> dict:
 
 def protocol_layers(protocol: str, backbone: nn.Module) -> list[str]:
     """What the heads of a protocol look at."""
-    known = list(features.layer_widths(backbone))
+    known = features.layer_names(backbone)
     if protocol == "vissl" and "res5" in known:
         return [*(f"{name}-grid" for name in features.GRIDS), f"avgpool{PLAIN}", "avgpool"]
     if protocol == "dino" and "cls" in known:
@@ -179,9 +178,10 @@ class Head(nn.Module):
 @torch.no_grad()
 def build_heads(backbone, names, images, num_classes: int, norm: str, init: str) -> nn.ModuleDict:
     """A head for each layer; `images` tell how large the layers are."""
-    widths, heads = features.layer_widths(backbone), nn.ModuleDict()
+    means = probed_layers(backbone, images, [name.removesuffix("-grid") for name in names])
+    heads = nn.ModuleDict()
     for name, rows in probed_layers(backbone, images, names).items():
-        channels = widths.get(name.removesuffix("-grid")) or rows.shape[1]
+        channels = means[name.removesuffix("-grid")].shape[1]  # a map's mean has one value of each
         heads[name] = Head(channels, rows.shape[1], num_classes,
                            "none" if name.endswith(PLAIN) else norm, init)
     return heads
@@ -337,22 +337,14 @@ def main(args):
                 raise comm.RunError(f"{source.name}: the backbone has changed")
         table.append({"checkpoint": source.name, **features.mean_of(runs)})
 
-    if world.is_main:
-        print_table(table)
-        line = {"eval": "linear", "protocol": args.protocol, **table[-1], "checkpoints": table}
-        print(json.dumps(line), flush=True)
-
-
-def print_table(table: list[dict]) -> None:
-    """Print a line for each checkpoint and layer."""
-    lines = [(f"{row['checkpoint']} {r['layer']}", r) for row in table for r in row["results"]]
-    width = max(len("checkpoint"), *(len(title) for title, _ in lines))
-    chosen = "validation" in lines[0][1]
-    more = f"{'validation':>12}{'weight decay':>14}" if chosen else ""
-    print(f"{'checkpoint':<{width}}{'top-1':>8}{'top-5':>8}{more}")
-    for title, r in lines:
-        more = f"{r['validation']:>12.3f}{r['weight_decay']:>14.2g}" if chosen else ""
-        print(f"{title:<{width}}{r['top1']:>8.3f}{r['top5']:>8.3f}{more}")
+    columns = {"top-1": "{top1:.3f}", "top-5": "{top5:.3f}"}
+    if not protocol:
+        columns |= {"validation": "{validation:.3f}", "weight decay": "{weight_decay:.2g}"}
+    features.print_table(["checkpoint", *columns], [
+        [f"{row['checkpoint']} {r['layer']}", *(cell.format_map(r) for cell in columns.values())]
+        for row in table for r in row["results"]])
+    features.print_json({"eval": "linear", "protocol": args.protocol, **table[-1],
+                         "checkpoints": table})
 
 
 if __name__ == "__main__":

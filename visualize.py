@@ -27,6 +27,7 @@ from common.loader import Loader
 
 TILE = 96  # smallest side of an image in a picture, in pixels
 GAP = 4
+WORLD = comm.World(0, 1, torch.device("cpu"))
 
 
 def parse_args(argv=None):
@@ -43,7 +44,7 @@ def parse_args(argv=None):
                           help="a run folder; for attention its backbone.pth alone will do")
         kind.add_argument("--data", help="default: as the run")
         kind.add_argument("--data-root", default="data", metavar="FOLDER",
-                          help="where torchvision's data sets are")
+                          help="folder of torchvision's data sets")
     for kind in kinds.choices.values():
         kind.add_argument("--image", required=True, metavar="PNG", help="the picture to write")
         kind.add_argument("--rows", type=cli.pos_int, default=6, help="number of images")
@@ -108,7 +109,7 @@ def method(name: str):
         module = importlib.import_module(os.path.basename(name).removesuffix(".py"))
         module.build_views  # noqa: B018  a method script has it
     except (ImportError, AttributeError, ValueError):
-        raise comm.RunError(f"{name} is no method script; try simclr") from None
+        raise comm.RunError(f"{name} is not a method script; try simclr") from None
     return module
 
 
@@ -119,9 +120,8 @@ def views_picture(args) -> Image.Image:
     images = open_images(given.data, "pretrain", given.in_chans, root=given.data_root,
                          download=given.download, limit=given.limit)
     rows = min(args.rows, len(images))
-    world = comm.World(0, 1, torch.device("cpu"))
-    loader = Loader(images, module.build_views(given), batch_size=rows, epochs=1,
-                         seed=given.seed, world=world, workers=0)
+    loader = Loader(images, module.build_views(given), batch_size=rows, epochs=1, seed=given.seed,
+                    world=WORLD, workers=0)
     batch = next(loader.epoch(0))
     pictures = [to_pixels(view, given.mean, given.std) for view in batch.views]
     table = []
@@ -153,29 +153,23 @@ def some_images(args, settings: dict) -> Tensor:
                                augment.Normalize(settings["mean"], settings["std"])],
                         settings["in_chans"])
     rows = min(args.rows, len(images))
-    chosen = [i * len(images) // rows for i in range(rows)]
-    crops = []
-    for index in chosen:
-        try:
-            planes = images.read(index)
-        except Exception as error:  # Pillow's decoders raise what they like
-            raise comm.RunError(f"{images.name(index)} cannot be read: {error}") from error
-        drawn, _ = view.draw(np.empty((1, 0)), np.array([planes[0].size[::-1]]))
-        crops.append(torch.from_numpy(view.crop(planes, [part[0] for part in drawn]).copy()))
-    return view.finish(torch.stack(crops), torch.empty(rows, 0), torch.device("cpu"))
+    chosen = images.subset(np.arange(rows) * len(images) // rows)
+    flat = features.extract(lambda x: {"images": x.flatten(1)}, chosen, view, WORLD, workers=0,
+                            batch_size=rows)["images"]
+    return flat.view(rows, settings["in_chans"], size, size)
 
 
 def settings_of(args, script: str) -> dict:
     """The settings of a run of a certain script, from its run.json or its backbone.pth."""
     try:
-        settings = dict(features.find_checkpoint(args.checkpoint).settings)
+        settings = dict(features.resolve_checkpoint(args.checkpoint).settings)
     except comm.RunError:
         settings = {}
     if "arch" not in settings:
         raise comm.RunError(f"--checkpoint {args.checkpoint}: no run.json that can be read there; "
                             f"give the folder of a run of {script}")
-    if settings.get("arch") not in backbones.VITS:
-        raise comm.RunError(f"--checkpoint {args.checkpoint}: {settings.get('arch')} is no vision "
+    if settings["arch"] not in backbones.VITS:
+        raise comm.RunError(f"--checkpoint {args.checkpoint}: {settings['arch']} is not a vision "
                             "transformer")
     missing = {*checkpoint.DESCRIBED} - {"stem"} - settings.keys()
     if missing:
@@ -189,11 +183,8 @@ def attention_picture(args) -> Image.Image:
     """Images, and beside each every head's attention: white at its strongest patch, black at its
     weakest."""
     settings = settings_of(args, "dino.py")
-    backbone = backbones.build_backbone(
-        settings["arch"], in_chans=settings["in_chans"], image_size=settings["image_size"],
-        patch_size=settings["patch_size"], positions="learned", drop_path=0.0,
-    )
-    weights.load_backbone(backbone, features.find_checkpoint(args.checkpoint).weights)
+    backbone = features.build(settings)
+    weights.load_backbone(backbone, features.resolve_checkpoint(args.checkpoint).weights)
     images = some_images(args, settings)
     heads = backbone.eval().attention(images)[:, :, 1:]  # (n, heads, L)
     low, high = heads.amin(2, keepdim=True), heads.amax(2, keepdim=True)
@@ -201,28 +192,25 @@ def attention_picture(args) -> Image.Image:
     heads = heads.view(*heads.shape[:2], *backbone.grid)
     originals = to_pixels(images, settings["mean"], settings["std"])
     maps = heads.mul(255).to(torch.uint8).numpy()
-    return grid([[own, *(m[..., None].repeat(3, axis=-1) for m in each)]
-                 for own, each in zip(originals, maps, strict=True)])
+    return grid([[original, *(m[..., None].repeat(3, axis=-1) for m in each)]
+                 for original, each in zip(originals, maps, strict=True)])
 
 
 @torch.inference_mode()
 def reconstruction_picture(args) -> Image.Image:
-    """Image, what is left of it, and the reconstruction with what was left pasted in."""
+    """Original, visible patches, and the reconstruction with the visible patches pasted in."""
     import mae
 
     settings = settings_of(args, "mae.py")
     if "mask_ratio" not in settings:
-        raise comm.RunError(f"--checkpoint {args.checkpoint} is no run of mae.py")
+        raise comm.RunError(f"--checkpoint {args.checkpoint} is not a run of mae.py")
     path = os.path.join(args.checkpoint, "checkpoint.pt")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)["state"]["model"]
     except Exception as error:
         raise comm.RunError(f"{path} cannot be read: {type(error).__name__}") from error
     patch = settings["patch_size"]
-    backbone = backbones.build_backbone(
-        settings["arch"], in_chans=settings["in_chans"], image_size=settings["image_size"],
-        patch_size=patch, positions="sincos", drop_path=0.0,
-    )
+    backbone = features.build(settings)
     model = mae.MAE(backbone, settings["mask_ratio"], settings["in_chans"],
                     settings["decoder_dim"], settings["decoder_depth"], settings["decoder_heads"])
     model.load_state_dict(state)

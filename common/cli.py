@@ -72,18 +72,14 @@ def parser(script: str, description: str) -> Parser:
     data.add_argument("--data", default="digits", metavar="SOURCE",
                       help="digits (built in), cifar10 cifar100 stl10 svhn mnist (torchvision), "
                       "fake (noise), a folder of images, a text list, or a .npy (docs/guide.md)")
-    data.add_argument("--data-root", default="data", metavar="FOLDER",
-                      help="where torchvision's data sets are")
-    data.add_argument("--download", action=Switch, default=False,
-                      help="fetch a torchvision data set that is not there")
+    source_flags(data)
     data.add_argument("--limit", type=pos_int, metavar="N", help="take N evenly spaced images only")
     run = made.add_argument_group("run (none of these changes the method; --amp its precision)")
     run.add_argument("--output", metavar="FOLDER", help="default: runs/<script>-<data>-<arch>")
     run_flags(run)
     run.add_argument("--workers", type=nonneg_int, metavar="N",
                      help="loader processes a training process; default: its share of cores")
-    run.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto",
-                     help="where to train")
+    run.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="device")
     run.add_argument("--amp", choices=("auto", "bf16", "fp16", "none"), default="auto",
                      help="autocast precision; auto: bf16 on CUDA, none on CPU")
     run.add_argument("--compile", action=Switch, default=False,
@@ -93,20 +89,35 @@ def parser(script: str, description: str) -> Parser:
     return made
 
 
+def source_flags(group) -> None:
+    """Where torchvision's data sets are."""
+    group.add_argument("--data-root", default="data", metavar="FOLDER",
+                       help="folder of torchvision's data sets")
+    group.add_argument("--download", action=Switch, default=False,
+                       help="fetch a torchvision data set that is not there")
+
+
+def channel_flags(group) -> None:
+    """The channels of images, and how they are normalised."""
+    group.add_argument("--in-chans", type=pos_int, help="channels of the images")
+    group.add_argument("--mean", type=number, nargs="+", help="subtracted from each channel")
+    group.add_argument("--std", type=positive, nargs="+", help="each channel is divided by it")
+
+
 def run_flags(group) -> None:
-    """The flags of whatever trains, saves and resumes."""
+    """The flags of a script that trains, saves and resumes."""
     group.add_argument("--resume", action=Switch, default=True,
-                       help="go on from the checkpoint in the output folder, where there is one; "
+                       help="resume from the checkpoint in the output folder, if any; "
                        "--no-resume starts anew and replaces what the folder holds")
     group.add_argument("--save-every-minutes", type=positive, default=15.0, metavar="M",
-                       help="save within an epoch as well; every epoch's end saves")
+                       help="minutes between saves within an epoch; its end saves too")
     group.add_argument("--log-every", type=pos_int, default=20, metavar="STEPS",
-                       help="steps between two log lines")
+                       help="steps between log lines")
 
 
 def method_parser(script: str, description: str, archs, *, crops: str, batch_norm: bool = True,
                   decay: str = "weights"):
-    """Make a method's parser with the flags that every method has, and the group for its own.
+    """Make a method's parser with the flags of every method, and the group of the method's.
 
     Args:
         archs: names of the backbones that the method can train.
@@ -118,9 +129,7 @@ def method_parser(script: str, description: str, archs, *, crops: str, batch_nor
     group = made.add_argument_group("images")
     group.add_argument("--image-size", type=pos_int, help="side of a view in pixels" + (
         ": the first of --crop-sizes" if crops == "multi" else ""))
-    group.add_argument("--in-chans", type=pos_int, help="channels of the images")
-    group.add_argument("--mean", type=number, nargs="+", help="subtracted from each channel")
-    group.add_argument("--std", type=positive, nargs="+", help="each channel is divided by it")
+    channel_flags(group)
     if crops == "multi":
         group.add_argument("--num-crops", type=pos_int, nargs="+",
                            help="crops of each size; first the global ones, which give targets")
@@ -134,7 +143,7 @@ def method_parser(script: str, description: str, archs, *, crops: str, batch_nor
     group.add_argument("--arch", choices=archs, help="backbone")
     if batch_norm:
         group.add_argument("--stem", choices=("imagenet", "small"),
-                           help="of a ResNet; small: 3x3 stride 1, no pool")
+                           help="stem of a ResNet; small: 3x3 stride 1, no pool")
         group.add_argument("--sync-bn", action=Switch, help="batch norm over all processes")
     group.add_argument("--epochs", type=pos_int, help="passes over the images")
     group.add_argument("--batch-size", type=pos_int, help="images over all processes")
@@ -189,17 +198,29 @@ def parse(made: Parser, recipes: dict, argv=None) -> argparse.Namespace:
     for flag in ("crop_scale", "jigsaw_crop_scale"):
         low, high = getattr(args, flag, None) or (1, 1)
         if not 0 < low <= high:
-            made.error(f"--{flag.replace('_', '-')} {low:g} {high:g} is no range of area shares "
-                       "above 0")
+            made.error(f"--{flag.replace('_', '-')} {low:g} {high:g} is not a range of area "
+                       "fractions above 0")
     for flag in ("mean", "std"):
-        values = getattr(args, flag)
-        if values is made.get_default(flag) and len(values) != args.in_chans:
-            values = [sum(values) / len(values)]  # an RGB default, for images that are not RGB
-            setattr(args, flag, values)
-        if len(values) not in (1, args.in_chans):
-            made.error(f"--{flag} has {len(values)} values for --in-chans {args.in_chans}; "
-                       "give one, or one a channel")
+        given = getattr(args, flag) is not made.get_default(flag)
+        try:
+            setattr(args, flag, per_channel(flag, getattr(args, flag), args.in_chans, given))
+        except comm.RunError as error:
+            made.error(str(error))
     return args
+
+
+def per_channel(flag: str, values: list[float], channels: int, given: bool) -> list[float]:
+    """One mean or deviation a channel, or one for all; a default that does not fit is averaged.
+
+    Raises:
+        RunError: as many values were given as cannot fit.
+    """
+    if len(values) in (1, channels):
+        return values
+    if given:
+        raise comm.RunError(f"--{flag} has {len(values)} values for --in-chans {channels}; give "
+                            "one, or one a channel")
+    return [sum(values) / len(values)]
 
 
 def processes() -> int:
@@ -226,7 +247,7 @@ def check_crops(made: Parser, args: argparse.Namespace) -> None:
                    f"--crop-scales {len(args.crop_scales)}; give one, one and two for each size")
     for low, high in zip(args.crop_scales[::2], args.crop_scales[1::2], strict=True):
         if not 0 < low <= high:
-            made.error(f"--crop-scales {low:g} {high:g} is no range of area shares above 0")
+            made.error(f"--crop-scales {low:g} {high:g} is not a range of area fractions above 0")
     if args.num_crops[0] < 2:
         made.error(f"--num-crops {args.num_crops[0]}: the first size needs at least two crops")
     if args.image_size is None:

@@ -2,13 +2,14 @@
 
 An evaluation loops over `sources`: every checkpoint or feature file that its command line names
 (`parser`), with its backbones, labelled images and view. `Source.features` passes all images
-through a backbone once. The pieces serve alone as well: `find_checkpoint`, `evaluation_settings`,
-`layers`, `extract`, and `Features`, written and read.
+through a backbone once. The parts are usable alone as well: `resolve_checkpoint`,
+`evaluation_settings`, `layers`, `extract`, and `Features`, written and read.
 """
 
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import os
 import statistics
@@ -19,13 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import (
-    augment,
-    backbones,
-    cli,
-    distributed as comm,
-    weights,
-)
+from common import augment, backbones, cli, distributed as comm, weights
 from common.distributed import RunError, World
 from common.images import open_images
 from common.workers import default_workers, end_if_unsent, fork_workers
@@ -37,46 +32,35 @@ def parser(
     script: str, description: str, *, layers: str = "avgpool or cls",
     resize: str = "the image size up to 96 px, 256/224 of it above",
 ) -> cli.Parser:
-    """Make an evaluation's parser with the flags that all evaluations share.
-
-    What is not given is None where it is taken from a run among the checkpoints.
+    """Make an evaluation's parser; flags that default to those of a run are None.
 
     Args:
-        layers, resize: what is taken without these flags, in words.
+        layers, resize: the default of these flags, in words.
     """
     made = cli.Parser(os.path.basename(script), description=description,
                       formatter_class=cli.HelpFormatter, allow_abbrev=False)
     group = made.add_argument_group("features")
     which = group.add_mutually_exclusive_group(required=True)
     which.add_argument("--checkpoint", nargs="+", metavar="WHAT",
-                       help="run folders, weights files, random, pixels; one table of all")
+                       help="run folders, weights files, random, pixels")
     which.add_argument("--features", nargs="+", metavar="FILE",
                        help="files made by --save-features, instead of checkpoints and images")
     group.add_argument("--save-features", metavar="FILE",
                        help="write the features of the one checkpoint to a .npz")
     group.add_argument("--layers", nargs="+", metavar="LAYER",
-                       help="ResNet: conv1 res2 res3 res4 res5 avgpool, maps averaged over all "
-                       "places or, as in res4-grid, to about 9,000 numbers; transformer: cls "
-                       f"patches cls4 (of the last 4 blocks); default: {layers}")
+                       help="ResNet: conv1 res2 res3 res4 res5 avgpool, averaged over each map "
+                       "or, as in res4-grid, to about 9,000 numbers; transformer: cls patches "
+                       f"cls4 (of the last 4 blocks); default: {layers}")
     group = made.add_argument_group("images (default: as the first run among the checkpoints)")
     group.add_argument("--data", help="labelled images, with a train and a test split")
-    group.add_argument("--data-root", default="data", metavar="FOLDER",
-                       help="where torchvision's data sets are")
-    group.add_argument("--download", action=cli.Switch, default=False,
-                       help="fetch a torchvision data set that is not there")
+    cli.source_flags(group)
     group.add_argument("--image-size", type=cli.pos_int, help="side in pixels")
     group.add_argument("--resize", type=cli.pos_int,
                        help=f"shorter side before the central crop; default: {resize}")
-    group.add_argument("--in-chans", type=cli.pos_int, help="channels of the images")
-    group.add_argument("--mean", type=cli.number, nargs="+", help="subtracted from each channel")
-    group.add_argument("--std", type=cli.positive, nargs="+", help="each channel is divided by it")
+    cli.channel_flags(group)
     group.add_argument("--limit", type=cli.pos_int, metavar="N",
                        help="take N evenly spaced images of each split")
-    group = made.add_argument_group("backbone (default: as above)")
-    group.add_argument("--arch", choices=backbones.NAMES, help="backbone")
-    group.add_argument("--stem", choices=tuple(backbones.STEMS),
-                       help="small: 3x3 stride 1, no pool; small-pad2: solo-learn's, padded by 2")
-    group.add_argument("--patch-size", type=cli.pos_int, help="side of a transformer's patches")
+    backbone_flags(made.add_argument_group("backbone (default: as above)"))
     group = made.add_argument_group("run")
     group.add_argument("--batch-size", type=cli.pos_int, default=256,
                        help="images in one forward pass")
@@ -87,6 +71,14 @@ def parser(
     return made
 
 
+def backbone_flags(group) -> None:
+    """What a backbone is, where nothing describes its weights."""
+    group.add_argument("--arch", choices=backbones.NAMES, help="backbone")
+    group.add_argument("--stem", choices=tuple(backbones.STEMS),
+                       help="small: 3x3 stride 1, no pool; small-pad2: solo-learn's, padded by 2")
+    group.add_argument("--patch-size", type=cli.pos_int, help="side of a transformer's patches")
+
+
 def parse(made: cli.Parser, argv=None) -> argparse.Namespace:
     """Parse an evaluation's flags, with the checks that hold for all of them."""
     args = made.parse_args(argv)
@@ -95,19 +87,17 @@ def parse(made: cli.Parser, argv=None) -> argparse.Namespace:
         given = " ".join(args.features or args.checkpoint)
         made.error(f"--save-features takes the features of one --checkpoint, not of {given}")
     if args.features:
-        images = ("data", "image_size", "resize", "in_chans", "mean", "std", "limit", "arch",
-                  "stem", "patch_size", "workers")
-        for name in images:
+        for name in (*DIGITS, "resize", "limit", "workers"):
             if getattr(args, name) is not None:
-                made.error(f"--{name.replace('_', '-')} does not go with --features, which are "
-                           "made already")
+                made.error(f"--{name.replace('_', '-')} does not go with --features, whose images "
+                           "and backbone are fixed")
     return args
 
 
 # ----------------------------------------------------------------------------------------- settings
 
-# What to assume where no run.json and no flag says it: the built-in images and the backbone for
-# them, or a file in torchvision's layout.
+# Assumed where neither run.json nor a flag says it: the built-in images and a backbone for them, or
+# a file in torchvision's layout.
 DIGITS = dict(
     data="digits", arch="resnet_tiny", stem="small", patch_size=4, image_size=16, in_chans=3,
     mean=[0.5], std=[0.5],
@@ -127,10 +117,10 @@ class Checkpoint:
     settings: dict  # what the file and the run that made it say; empty if nothing does
 
 
-def find_checkpoint(name: str) -> Checkpoint:
-    """Look up `random`, `pixels`, a run folder, or a file (with run.json beside it, or not).
+def resolve_checkpoint(name: str) -> Checkpoint:
+    """Look up `random`, `pixels`, a run folder, or a file, maybe with a run.json beside it.
 
-    What a file says of itself (`checkpoint.described`) counts more than the run.json beside it.
+    What a file says of itself (`checkpoint.described`) counts more than the run.json.
 
     Raises:
         RunError: nothing of that name, or a run folder without a backbone.
@@ -148,23 +138,21 @@ def find_checkpoint(name: str) -> Checkpoint:
     if os.path.isfile(described):
         with open(described) as file, contextlib.suppress(ValueError, KeyError, TypeError):
             settings = json.load(file)["settings"]
-    with contextlib.suppress(RunError):  # a file that does not load: whoever loads it says why
-        own = getattr(weights.load_tensors(path), "_metadata", {}).get("settings")
-        if isinstance(own, dict):  # or it is the version of a foreign model's part of that name
-            settings = settings | {name: own[name] for name in FOLDER if name in own}
+    with contextlib.suppress(RunError):  # a file that does not load: loading it will say why
+        said = getattr(weights.load_tensors(path), "_metadata", {}).get("settings")
+        if isinstance(said, dict):  # or it is the version of a foreign model's part of that name
+            settings = settings | {name: said[name] for name in FOLDER if name in said}
     return Checkpoint(name, path, settings)
 
 
-def evaluation_settings(
-    args, checkpoints: list[Checkpoint], data: str | None = None
-) -> dict:
-    """What to evaluate on and with: flags first, then the first described run, then assumptions.
+def evaluation_settings(args, checkpoints: list[Checkpoint], data: str | None = None) -> dict:
+    """Images and backbone: flags first, then the first described run, then assumptions.
 
-    `data`, if given, is what the images are whatever the checkpoints say.
+    `data`, if given, overrides the images of the checkpoints.
 
     Raises:
-        RunError: a flag is not what weights were trained with, and they cannot be without; or
-            settings do not go together.
+        RunError: a flag contradicts what weights were trained with and depend on; or settings do
+            not go together.
     """
     described = next((c.settings for c in checkpoints if c.settings), {})
     described = {name: described[name] for name in DIGITS if name in described}
@@ -179,13 +167,7 @@ def evaluation_settings(
                 raise RunError(f"{flag} {settings[name]}, and {checkpoint.name} is of {flag} "
                                f"{trained}; is {flag} right?")
     for name in ("mean", "std"):
-        values = settings[name]
-        if len(values) in (1, settings["in_chans"]):
-            continue
-        if name in given:
-            raise RunError(f"--{name} has {len(values)} values for --in-chans "
-                           f"{settings['in_chans']}; give one, or one a channel")
-        settings[name] = [sum(values) / len(values)]
+        settings[name] = cli.per_channel(name, settings[name], settings["in_chans"], name in given)
     size, patch = settings["image_size"], settings["patch_size"]
     if settings["arch"].startswith("vit") and size % patch:
         raise RunError(f"--image-size {size} is not a multiple of --patch-size {patch}")
@@ -204,7 +186,7 @@ def as_flag(name: str, settings: dict) -> str:
 
 
 def assumed(checkpoint: Checkpoint, settings: dict) -> str:
-    """One line of what is taken for granted of weights that do not say it; "" where they do."""
+    """One line of what is assumed of weights that do not say it; "" where they do."""
     names = ["arch", of_this_kind(settings), "image_size", "in_chans", "mean", "std"]
     names = [name for name in names if name not in checkpoint.settings]
     if not names:
@@ -237,11 +219,6 @@ class Source:
     resnet_layer: str = ""
 
     @property
-    def classes(self) -> list[str] | None:
-        """Names of the classes, where an image may show several."""
-        return getattr(self.train, "classes", None)
-
-    @property
     def workers(self) -> int:
         """Loader processes: as given, else this process's share of the cores if there are files."""
         if self.args.workers is not None:
@@ -260,8 +237,7 @@ class Source:
                 torch.manual_seed(self.args.seed + number)
                 yield freeze(build(settings), None, self.world)
         else:
-            line = assumed(checkpoint, settings)
-            if line:
+            if line := assumed(checkpoint, settings):
                 comm.print_main(line)
             for name in ("mean", "std"):
                 said, now = checkpoint.settings.get(name, settings[name]), settings[name]
@@ -278,9 +254,9 @@ class Source:
         """
         if backbone is None:
             with comm.same_error_on_all_ranks():
-                found = read(self.name, self.args.layers)
-            comm.print_main(f"{self.name}: {found.checkpoint} on {found.protocol}")
-            return found
+                stored = read(self.name, self.args.layers)
+            comm.print_main(f"{self.name}: {stored.checkpoint} on {stored.protocol}")
+            return stored
         names = None if self.checkpoint.name == "pixels" else self.args.layers
         if names is None and backbones.is_resnet(backbone):
             names = [self.resnet_layer]
@@ -313,7 +289,7 @@ def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
     """
     for path in args.features or ():
         yield Source(path, args, world)
-    checkpoints = [find_checkpoint(name) for name in args.checkpoint or ()]
+    checkpoints = [resolve_checkpoint(name) for name in args.checkpoint or ()]
     shared = evaluation_settings(args, checkpoints) if checkpoints else {}
     opened, said = {}, set()  # both splits by channel count; protocols
     for checkpoint in checkpoints:
@@ -364,10 +340,9 @@ class Pixels(nn.Module):
 def build(settings: dict) -> nn.Module:
     """Build a backbone for weights from a file, or to be taken untrained."""
     return backbones.build_backbone(
-        settings["arch"], in_chans=settings["in_chans"], stem=settings["stem"],
-        zero_init_residual=False, image_size=settings["trained_size"],
-        patch_size=settings["patch_size"], positions="sincos", drop_path=0.0,
-    )
+        settings["arch"], in_chans=settings["in_chans"], stem=settings.get("stem"),
+        zero_init_residual=False, patch_size=settings["patch_size"], positions="sincos",
+        image_size=settings.get("trained_size", settings["image_size"]), drop_path=0.0)
 
 
 def freeze(backbone: nn.Module, path: str | None, world: World) -> nn.Module:
@@ -390,6 +365,20 @@ def mean_of(runs: list):
     return statistics.fmean(runs)
 
 
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    """Print rows of cells, if any, in columns: the first to the left; a row may end early."""
+    rows = [header, *rows] if rows else []
+    widths = [max(map(len, column)) for column in itertools.zip_longest(*rows, fillvalue="")]
+    for name, *cells in rows:
+        comm.print_main("   ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]))
+
+
+def print_json(line: dict) -> None:
+    """Print the results as one line of JSON, which does not know NaN: it becomes null."""
+    line = json.loads(json.dumps(line), parse_constant=lambda nan: None)
+    comm.print_main(json.dumps(line))
+
+
 # ---------------------------------------------------------------------------------- layers, by name
 
 RESNET_LAYERS = ("conv1", "res2", "res3", "res4", "res5", "avgpool")
@@ -401,8 +390,8 @@ GRIDS = {
 }
 
 
-def layer_widths(backbone: nn.Module) -> dict[str, int | None]:
-    """Channels of every layer of a backbone by name; the last one is the usual feature.
+def layer_names(backbone: nn.Module) -> list[str]:
+    """Names of a backbone's layers; the last one is the usual feature.
 
     A ResNet has `conv1` (after batch norm and ReLU, before the pool), its stages `res2` to `res5`,
     and `avgpool`, the mean of `res5`. A transformer has `patches`, the mean of the last patch
@@ -410,17 +399,10 @@ def layer_widths(backbone: nn.Module) -> dict[str, int | None]:
     side.
     """
     if isinstance(backbone, Pixels):
-        return {"pixels": None}
+        return ["pixels"]
     if isinstance(backbone, backbones.VisionTransformer):
-        d = backbone.num_features
-        several = {f"cls{n}": n * d for n in range(len(backbone.blocks), 1, -1)}
-        return {**several, "patches": d, "cls": d}
-    widths = {"conv1": backbone.conv1.out_channels}
-    for number in (2, 3, 4, 5):
-        last = getattr(backbone, f"layer{number - 1}")[-1]
-        norms = [m for name, m in last.named_children() if name.startswith("bn")]
-        widths[f"res{number}"] = norms[-1].num_features
-    return {**widths, "avgpool": backbone.num_features}
+        return [*(f"cls{n}" for n in range(len(backbone.blocks), 1, -1)), "patches", "cls"]
+    return list(RESNET_LAYERS)
 
 
 def layers(backbone: nn.Module, images: Tensor, names=None) -> dict[str, Tensor]:
@@ -428,15 +410,14 @@ def layers(backbone: nn.Module, images: Tensor, names=None) -> dict[str, Tensor]
 
     Args:
         images: (n, C, H, W).
-        names: of `layer_widths`, a map being averaged over all of its places; or with `-grid`
-            behind, as in `res4-grid`, averaged to a few cells by `pool_to_grid`. None: the usual
-            feature.
+        names: of `layer_names`, a map being averaged over all of its places; or with a suffix, as
+            in `res4-grid`, averaged to a few cells by `pool_to_grid`. None: the usual feature.
 
     Raises:
         RunError: the backbone has no layer of that name.
     """
-    known = layer_widths(backbone)
-    plain = {name: name.removesuffix("-grid") for name in names or list(known)[-1:]}
+    known = layer_names(backbone)
+    plain = {name: name.removesuffix("-grid") for name in names or known[-1:]}
     for name, layer in plain.items():
         if layer not in known or (name != layer and layer not in GRIDS):
             raise RunError(f"no layer {name}; there are {' '.join(known)}, and with -grid "
@@ -533,16 +514,16 @@ def extract(
     n = len(images)
     num_chunks = -(-n // batch_size)
     parts = [num_chunks * rank // world.size for rank in range(world.size + 1)]
-    own = range(parts[world.rank], parts[world.rank + 1])
-    workers = min(workers, len(own))
+    local = range(parts[world.rank], parts[world.rank + 1])
+    workers = min(workers, len(local))
     with fork_workers(workers) as context:
         loader = iter(torch.utils.data.DataLoader(
-            Chunks(images, view, own, batch_size), batch_size=None, num_workers=workers,
+            Chunks(images, view, local, batch_size), batch_size=None, num_workers=workers,
             pin_memory=world.device.type == "cuda", worker_init_fn=end_if_unsent,
             multiprocessing_context=context))
-    found, widths = {}, {}
+    found = {}
     with comm.same_error_on_all_ranks():
-        for chunk, loaded in zip(own, loader, strict=True):
+        for chunk, loaded in zip(local, loader, strict=True):
             if isinstance(loaded, str):
                 raise RunError(loaded)
             given = [view.finish(*loaded, world.device)]
@@ -588,22 +569,22 @@ def class_balanced(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray
 
 
 def share_right(scores: Tensor, truth: Tensor, k: int) -> Tensor:
-    """How far the true class is among the k of the highest scores: 1 if it is, 0 if not.
+    """Whether the true class is among the k highest scores: 1 if it is, 0 if not.
 
-    Where equal scores stand on both sides of the border, which of them are among the k is chance:
-    it is the chance of the true class. So no order of classes, images or a sort decides.
+    Where equal scores straddle the border, which of them are among the k is chance: then it is the
+    chance of the true class, so that no order of classes, images or a sort decides.
 
     Args:
-        scores: (..., C). One that is not a number is above all others, and right is none of them.
+        scores: (..., C). A NaN is above all others and never right.
         truth: int64 (...), in [0, C).
         k: at most C.
 
     Returns:
         Float64 (...), in [0, 1].
     """
-    own = scores.gather(-1, truth[..., None])
-    above = scores.shape[-1] - (scores <= own).sum(-1)
-    equal = (scores == own).sum(-1).clamp(min=1)
+    score = scores.gather(-1, truth[..., None])
+    above = scores.shape[-1] - (scores <= score).sum(-1)
+    equal = (scores == score).sum(-1).clamp(min=1)
     return ((k - above).double() / equal).clamp(0, 1)
 
 
@@ -653,7 +634,7 @@ def read(path: str, layers: list[str] | None = None) -> Features:
     """Read a file of `write`: all of its layers, or some.
 
     Raises:
-        RunError: there is no such file or layer, it is no such file, or not finite.
+        RunError: there is no such file or layer, it is another kind of file, or not finite.
     """
     if not os.path.isfile(path):
         raise RunError(f"--features {path}: no such file; --save-features makes one")

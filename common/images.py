@@ -1,6 +1,7 @@
 """Image sources: built-in sets, folders, lists and arrays, decoded to Pillow planes."""
 
 import contextlib
+import copy
 import math
 import os
 import re
@@ -23,10 +24,7 @@ TURNS = dict(enumerate((
     Image.Transpose.ROTATE_90), start=2))
 # Folders of a system or of an archiver, not of images. So is what begins with a dot.
 NO_DATA = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
-TORCHVISION = {
-    "cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "svhn": "SVHN",
-    "mnist": "MNIST",
-}
+TORCHVISION = {name.lower(): name for name in ("CIFAR10", "CIFAR100", "STL10", "SVHN", "MNIST")}
 HELD_OUT = ("val", "test")  # folders that are not trained on
 BUILT_IN = ("digits", *TORCHVISION, "fake")
 
@@ -35,15 +33,37 @@ class RefusedImage(RunError):
     """An image that must not be replaced by another one, but stop the run."""
 
 
-class ArrayImages:
+class Images:
+    """What all sources have: labels, and a subset of images that know their place in the whole.
+
+    Args:
+        items: (N,) what names each image to `read`.
+        labels: (N,) integers, or (N, C) where an image may show several classes, or None.
+        channels: channel count wanted.
+    """
+
+    classes = None  # names of the columns of labels (N, C)
+
+    def __init__(self, items: np.ndarray, labels: np.ndarray | None, channels: int):
+        self.items, self.labels, self.channels = items, labels, channels
+        self.index = np.arange(len(items))  # of each image in the data set
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def subset(self, indices: np.ndarray) -> "Images":
+        part = copy.copy(self)
+        part.items, part.index = self.items[indices], self.index[indices]
+        part.labels = None if self.labels is None else self.labels[indices]
+        return part
+
+
+class ArrayImages(Images):
     """Images held in one uint8 array (M, H, W, C) or (M, H, W), in memory or memory-mapped.
 
     Args:
-        images: the array.
-        labels: (N,) integers, or None.
-        channels: channel count wanted: the array's, or any if the array is gray.
-        rows: (N,) the row of each image, if not all in order.
-        index: (N,) the data-set index of each image, if it is a subset.
+        images: the array. rows: (N,) the row of each image, if not all in order.
+        channels: the array's, or any if the array is gray, or 1 if it is RGB.
 
     Raises:
         RunError: the array's channels cannot become the wanted ones.
@@ -51,16 +71,12 @@ class ArrayImages:
 
     reads_files = False
 
-    def __init__(self, images, labels: np.ndarray | None, channels: int, rows=None, index=None):
-        own = images.shape[3] if images.ndim == 4 else 1
-        if own not in (1, channels) and not (own == 3 and channels == 1):
-            raise RunError(f"--in-chans {channels}: the images have {own} channels")
-        self.images, self.labels, self.channels = images, labels, channels
-        self.rows = np.arange(len(images)) if rows is None else rows
-        self.index = np.arange(len(self.rows)) if index is None else index
-
-    def __len__(self) -> int:
-        return len(self.rows)
+    def __init__(self, images, labels: np.ndarray | None, channels: int, rows=None):
+        there = images.shape[3] if images.ndim == 4 else 1
+        if there not in (1, channels) and not (there == 3 and channels == 1):
+            raise RunError(f"--in-chans {channels}: the images have {there} channels")
+        super().__init__(np.arange(len(images)) if rows is None else rows, labels, channels)
+        self.images = images
 
     def __getstate__(self):
         """A memory-mapped array goes to another process by its path, not by its contents."""
@@ -80,13 +96,13 @@ class ArrayImages:
     def identity(self) -> str:
         """What the images are, whatever path they were opened by."""
         crc = 0
-        for row in self.rows[:: math.ceil(len(self) / 1000)]:
+        for row in self.items[:: math.ceil(len(self) / 1000)]:
             crc = zlib.crc32(np.ascontiguousarray(self.images[row]), crc)
         return f"{len(self)} images {self.images.shape[1:]}, crc32 {crc:08x}"
 
     def read(self, index: int) -> list[Image.Image]:
         """The image as Pillow planes: one RGB or L image, or one L image per channel."""
-        image = np.ascontiguousarray(self.images[self.rows[index]])
+        image = np.ascontiguousarray(self.images[self.items[index]])
         image = image if image.ndim == 3 else image[..., None]
         if image.shape[-1] == 3:
             whole = Image.fromarray(image)
@@ -96,46 +112,34 @@ class ArrayImages:
             return planes
         return [planes[0].convert("RGB")] if self.channels == 3 else planes * self.channels
 
-    def subset(self, indices: np.ndarray) -> "ArrayImages":
-        labels = None if self.labels is None else self.labels[indices]
-        return ArrayImages(self.images, labels, self.channels, self.rows[indices],
-                           self.index[indices])
 
-
-class FileImages:
+class FileImages(Images):
     """Image files, decoded by Pillow when they are read.
 
     Args:
-        paths: of the files.
-        labels: (N,) integers, or (N, C) of `voc`, or None.
+        paths: of the files. root: what they are relative to in `identity`.
         channels: 1 (L), 3 (RGB) or 4 (RGBA): what files are converted to.
-        root: what the paths are relative to in `identity`.
-        index: (N,) the data-set index of each image, if it is a subset.
 
     Raises:
         RunError: files cannot give that many channels.
     """
 
     reads_files = True
-    classes = None  # names of the columns of labels (N, C), where an image may show several classes
 
-    def __init__(self, paths, labels: np.ndarray | None, channels: int, root: str, index=None):
+    def __init__(self, paths, labels: np.ndarray | None, channels: int, root: str):
         if channels not in MODES:
             raise RunError(f"--in-chans {channels}: files give 1 (L), 3 (RGB) or 4 (RGBA) channels")
-        self.paths = np.array([os.fsencode(path) for path in paths])  # a byte a character, not four
-        self.labels, self.channels, self.root = labels, channels, root
-        self.index = np.arange(len(self.paths)) if index is None else index
-
-    def __len__(self) -> int:
-        return len(self.paths)
+        paths = np.array([os.fsencode(path) for path in paths])  # a byte a character, not four
+        super().__init__(paths, labels, channels)
+        self.root = root
 
     def name(self, index: int) -> str:
-        return os.fsdecode(self.paths[index])
+        return os.fsdecode(self.items[index])
 
     def identity(self) -> str:
         """What the images are, whatever path they were opened by."""
         start = len(os.fsencode(os.path.join(self.root, "")))
-        names = b"\n".join(path[start:] for path in self.paths.tolist())
+        names = b"\n".join(path[start:] for path in self.items.tolist())
         return f"{len(self)} files, crc32 of the names {zlib.crc32(names):08x}"
 
     def read(self, index: int) -> list[Image.Image]:
@@ -155,13 +159,6 @@ class FileImages:
                 turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
         pixels = pixels if turn is None else pixels.transpose(turn)
         return list(pixels.split()) if self.channels == 4 else [pixels]
-
-    def subset(self, indices: np.ndarray) -> "FileImages":
-        labels = None if self.labels is None else self.labels[indices]
-        images = FileImages(self.paths[indices], labels, self.channels, self.root,
-                            self.index[indices])
-        images.classes = self.classes
-        return images
 
 
 def is_deep(image: Image.Image) -> bool:
@@ -233,11 +230,10 @@ def digits(split: str, channels: int) -> ArrayImages:
     from sklearn.datasets import load_digits
 
     loaded = load_digits()
-    labels = loaded.target
-    rank_in_class = np.zeros(len(labels), dtype=int)
+    labels, tested = loaded.target, np.zeros(len(loaded.target), dtype=bool)
     for label in range(10):
-        rank_in_class[labels == label] = np.arange((labels == label).sum())
-    chosen = (rank_in_class % 5 == 4) == (split == "test")
+        tested[np.flatnonzero(labels == label)[4::5]] = True
+    chosen = tested == (split == "test")
     small = (loaded.images[chosen] * (255 / 16)).round().astype(np.uint8)
     large = [Image.fromarray(i).resize((16, 16), Image.Resampling.BICUBIC) for i in small]
     images = np.stack([np.asarray(i) for i in large])[..., None]
@@ -324,18 +320,18 @@ def train_is_a_class(root: str) -> bool:
 
     With a test split beside it, or with class folders in it, it is the training split.
     """
-    own = os.path.join(root, "train")
+    train = os.path.join(root, "train")
     beside = [name for name in subfolders(root)
               if name not in ("train", *HELD_OUT) and holds_images(os.path.join(root, name))]
-    nested = any(holds_images(os.path.join(own, name)) for name in subfolders(own))
+    nested = any(holds_images(os.path.join(train, name)) for name in subfolders(train))
     if not beside:
         return False
     if nested or any(os.path.isdir(os.path.join(root, name)) for name in HELD_OUT):
-        comm.print_main(f"warning: {own} is taken for the training split; beside it, not trained "
+        comm.print_main(f"warning: {train} is taken for the training split; beside it, not trained "
                         f"on: {some(beside)}")
         return False
-    comm.print_main(f"warning: {own} is taken for a class like {some(beside)}; for the training "
-                    f"split pass --data {own}")
+    comm.print_main(f"warning: {train} is taken for a class like {some(beside)}; for the training "
+                    f"split pass --data {train}")
     return True
 
 

@@ -51,8 +51,8 @@ def test_digits_are_all_there_balanced_and_split_without_overlap():
     assert len(train) + len(test) == 1797 and (len(train), len(test)) == (1442, 355)
     share = np.bincount(test.labels) / (np.bincount(test.labels) + np.bincount(train.labels))
     assert np.allclose(share, 0.2, atol=0.01)
-    seen = {train.images[row].tobytes() for row in train.rows}
-    assert not any(test.images[row].tobytes() in seen for row in test.rows)
+    seen = {train.images[row].tobytes() for row in train.items}
+    assert not any(test.images[row].tobytes() in seen for row in test.items)
     assert train.read(0)[0].size == (16, 16) and train.read(0)[0].mode == "RGB"
 
 

@@ -17,7 +17,7 @@ from common.images import ArrayImages, FileImages
 
 WORLD = World(0, 1, torch.device("cpu"))
 
-# ---------------------------------------------------------------------------------- find_checkpoint
+# ------------------------------------------------------------------------------- resolve_checkpoint
 
 SETTINGS = dict(data="digits", arch="resnet18_quarter", stem="small", patch_size=5, image_size=20,
                 in_chans=1, mean=[0.3], std=[0.2], lr=1.0)
@@ -25,32 +25,32 @@ SETTINGS = dict(data="digits", arch="resnet18_quarter", stem="small", patch_size
 
 @pytest.mark.parametrize("name", ["random", "pixels"])
 def test_a_baseline_has_no_weights(name):
-    assert features.find_checkpoint(name) == features.Checkpoint(name, None, {})
+    assert features.resolve_checkpoint(name) == features.Checkpoint(name, None, {})
 
 
 @pytest.mark.parametrize("ending", ["", "/", "/backbone.pth"])
 def test_a_run_is_found_by_its_folder_and_by_its_file(ending, tmp_path):
     (tmp_path / "backbone.pth").touch()
     (tmp_path / "run.json").write_text(json.dumps({"starts": [], "settings": SETTINGS}))
-    found = features.find_checkpoint(f"{tmp_path}{ending}")
+    found = features.resolve_checkpoint(f"{tmp_path}{ending}")
     assert os.path.samefile(found.weights, tmp_path / "backbone.pth")
     assert found.settings == SETTINGS and found.name == f"{tmp_path}{ending}"
 
 
 def test_a_file_that_no_run_describes_has_no_settings(tmp_path):
     (tmp_path / "resnet50.pth").touch()
-    found = features.find_checkpoint(str(tmp_path / "resnet50.pth"))
+    found = features.resolve_checkpoint(str(tmp_path / "resnet50.pth"))
     assert (found.weights, found.settings) == (str(tmp_path / "resnet50.pth"), {})
 
 
 def test_a_file_that_was_moved_says_how_it_was_trained(tmp_path):
     settings = dict(SETTINGS, arch="resnet_tiny", in_chans=3)
     torch.save(checkpoint.described(tiny().state_dict(), settings), tmp_path / "moved.pth")
-    alone = features.find_checkpoint(str(tmp_path / "moved.pth")).settings
+    alone = features.resolve_checkpoint(str(tmp_path / "moved.pth")).settings
     assert alone == {name: settings[name] for name in checkpoint.DESCRIBED}
     other = {"settings": dict(settings, mean=[0.9], arch="resnet50", lr=2.0)}
     (tmp_path / "run.json").write_text(json.dumps(other))  # of another run
-    assert features.find_checkpoint(str(tmp_path / "moved.pth")).settings == {
+    assert features.resolve_checkpoint(str(tmp_path / "moved.pth")).settings == {
         **other["settings"], **alone}
 
 
@@ -59,7 +59,7 @@ def test_what_a_foreign_file_calls_its_settings_is_no_error(said, tmp_path):
     weights = OrderedDict(tiny().state_dict())
     weights._metadata = OrderedDict(settings=said)
     torch.save(weights, tmp_path / "other.pth")
-    assert features.find_checkpoint(str(tmp_path / "other.pth")).settings == {}
+    assert features.resolve_checkpoint(str(tmp_path / "other.pth")).settings == {}
 
 
 @pytest.mark.parametrize("there", [[], ["run.json"]])
@@ -68,7 +68,7 @@ def test_a_name_without_weights_is_refused(there, tmp_path):
         (tmp_path / name).write_text("{}")
     for name in (tmp_path, tmp_path / "none.pth"):
         with pytest.raises(RunError, match=f"--checkpoint {name}: no file") as error:
-            features.find_checkpoint(str(name))
+            features.resolve_checkpoint(str(name))
         assert "\n" not in str(error.value)
 
 
@@ -126,7 +126,7 @@ def loaded(settings, tmp_path, **flags):
     torch.save(weights, tmp_path / "tiny.pth")
     flags = {"arch": "resnet_tiny", "stem": "small", **flags}
     args = SimpleNamespace(**{**dict.fromkeys(features.DIGITS), **flags})
-    found = features.find_checkpoint(str(tmp_path / "tiny.pth"))
+    found = features.resolve_checkpoint(str(tmp_path / "tiny.pth"))
     wanted = dict(features.evaluation_settings(args, [found]), trained_size=16)
     return next(features.Source("tiny", args, WORLD, found, wanted).backbones())
 
@@ -197,9 +197,7 @@ def test_the_layers_of_a_resnet_have_the_widths_it_names(arch, widths):
         images = torch.empty(2, 3, 224, 224)
         maps = features.resnet_maps(net, images, features.RESNET_LAYERS)
         rows = features.layers(net, images, features.RESNET_LAYERS)
-    assert tuple(features.layer_widths(net).items()) == tuple(
-        zip(features.RESNET_LAYERS, widths, strict=True)
-    )
+    assert features.layer_names(net) == list(features.RESNET_LAYERS)
     sides = (112, 56, 28, 14, 7, 7)
     shapes_wanted = [(2, w, s, s) for w, s in zip(widths, sides, strict=True)]
     assert [tuple(x.shape) for x in maps.values()] == shapes_wanted
@@ -287,9 +285,9 @@ def test_the_layers_of_a_transformer_are_its_tokens():
     assert torch.equal(found["cls"], net(images))
     assert torch.equal(found["patches"], tokens[-1][:, 1:].mean(1))
     assert torch.equal(found["cls3"], torch.cat([t[:, 0] for t in tokens], dim=1))
-    widths = features.layer_widths(net)
-    assert widths == {"cls4": 384, "cls3": 288, "cls2": 192, "patches": 96, "cls": 96}
-    assert list(widths)[-1] == "cls"
+    assert features.layer_names(net) == ["cls4", "cls3", "cls2", "patches", "cls"]
+    widths = [rows.shape[1] for rows in features.layers(net, images, ["cls4", "cls2"]).values()]
+    assert widths == [384, 192]
     with pytest.raises(RunError, match="no layer cls5"):
         features.layers(net, images, ["cls5"])
 

@@ -344,6 +344,12 @@ def test_several_k_and_temperatures_give_what_each_gives_alone():
             assert alone["shots"] == line["shots"]
 
 
+def test_a_setting_given_twice_counts_once():
+    line = evaluate("--checkpoint", "pixels", "--k", 5, 5, "--temperature", 0.1, 0.1, "--limit", 20,
+                    "--shots")
+    assert [(r["k"], r["temperature"]) for r in line["results"]] == [(5, 0.1)]
+
+
 def test_every_layer_is_evaluated_and_the_first_one_counts(tmp_path):
     weights = save_backbone(tmp_path / "weights.pth", 1)
     names = ["res4-grid", "avgpool", "conv1"]

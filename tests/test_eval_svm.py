@@ -2,6 +2,7 @@ import contextlib
 import io
 import json
 import math
+from functools import partial
 
 import joblib
 import numpy as np
@@ -49,6 +50,7 @@ def test_a_bad_argument_is_one_line_with_its_value(flags, named, capsys):
 
 # ---------------------------------------------------------------------------------------- precision
 
+average_precision_11_point = partial(eval_svm.average_precision, points=11)
 # One ranking, best first: precision rises again at places 7, 8, 13 and 14; recalls are tenths.
 RANKING = [1, 1, 1, 0, 1, 0, 1, 1, 0, 1, 0, 0, 1, 1, 0, 1, 0]
 
@@ -70,17 +72,17 @@ def test_average_precision_is_the_area_under_the_envelope():
 def test_the_11_points_reach_their_thresholds_exactly():
     # Thresholds 0 to .3: 1; .4: 4/5; .5, .6: 6/8; .7: 7/10; .8, .9: 9/14; 1: 10/16
     by_hand = (4 + 4 / 5 + 6 / 8 + 6 / 8 + 7 / 10 + 9 / 14 + 9 / 14 + 10 / 16) / 11
-    got = eval_svm.average_precision_11_point(RANKING, falling(17))
+    got = average_precision_11_point(RANKING, falling(17))
     assert got == pytest.approx(by_hand, abs=1e-15) and round(got, 4) == 0.8101
 
 
 def test_the_11_points_of_seven_hits_interpolate():
     # Two images, the second is the one: precision 1/2 at every recall.
-    assert eval_svm.average_precision_11_point([0, 1], [2.0, 1.0]) == 0.5
+    assert average_precision_11_point([0, 1], [2.0, 1.0]) == 0.5
     # Three positives: recalls 1/3, 2/3, 1 with precision 1, 2/4, 3/5, so 3/5 from the second on.
     targets = [1, 0, 0, 1, 1]
     expected = (4 * 1 + 7 * 3 / 5) / 11
-    assert eval_svm.average_precision_11_point(targets, falling(5)) == pytest.approx(expected)
+    assert average_precision_11_point(targets, falling(5)) == pytest.approx(expected)
     assert eval_svm.average_precision(targets, falling(5)) == pytest.approx((1 + 2 * 3 / 5) / 3)
 
 
@@ -88,14 +90,14 @@ def test_equal_scores_count_together():
     targets, scores = [0, 0, 0, 1, 1], [0.0, 0.0, 1.0, 0.0, 1.0]
     # Above 0: one of two, half of the recall; from 0 on: two of five.
     assert eval_svm.average_precision(targets, scores) == pytest.approx(1 / 2 / 2 + 2 / 5 / 2)
-    assert eval_svm.average_precision_11_point(targets, scores) == pytest.approx(
+    assert average_precision_11_point(targets, scores) == pytest.approx(
         (6 * 1 / 2 + 5 * 2 / 5) / 11)
     assert eval_svm.average_precision([0, 1, 1, 0], [3.0] * 4) == 0.5  # the share of the class
-    assert eval_svm.average_precision_11_point([0, 1, 1, 0], [3.0] * 4) == pytest.approx(0.5)
+    assert average_precision_11_point([0, 1, 1, 0], [3.0] * 4) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("precision",
-                         [eval_svm.average_precision, eval_svm.average_precision_11_point])
+                         [eval_svm.average_precision, average_precision_11_point])
 def test_the_order_of_the_images_does_not_count(precision):
     rng = np.random.default_rng(0)
     targets, scores = np.arange(1000) % 3 == 0, rng.integers(0, 5, 1000).astype(float)
@@ -120,7 +122,7 @@ def test_equal_scores_are_scikit_learns_thresholds(seed):
 
 
 @pytest.mark.parametrize("precision",
-                         [eval_svm.average_precision, eval_svm.average_precision_11_point])
+                         [eval_svm.average_precision, average_precision_11_point])
 def test_precision_at_its_ends(precision):
     assert precision([1, 1, 0, 0], [4, 3, 2, 1]) == 1
     assert precision([0, 0, 0, 1], [4, 3, 2, 1]) == 0.25
@@ -467,15 +469,31 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_result_is_not_taken(damage, voc, tmp_path, monkeypatch):
+def test_a_damaged_result_is_not_taken(damage, voc, tmp_path, monkeypatch, capsys, caplog):
     whole = evaluate(*VOC, "--data", voc, "--output", tmp_path)
     for path in entries(tmp_path)[::2]:
         path.write_bytes(damage(path.read_bytes()))
     calls = count_fits(monkeypatch)
-    assert evaluate(*VOC, "--data", voc, "--output", tmp_path) == whole
-    assert len(calls) == NUM_FITS // 2
+    eval_svm.main(eval_svm.parse_args([*map(str, VOC), "--data", str(voc), "--output",
+                                       str(tmp_path)]))
+    printed = capsys.readouterr()
+    assert json.loads(printed.out.splitlines()[-1]) == whole and len(calls) == NUM_FITS // 2
+    told = f"warning: a damaged fit in {tmp_path} is done again"
+    assert printed.out.splitlines().count(told) == NUM_FITS // 2  # a line each, and no traceback
+    assert "raceback" not in printed.out + printed.err + caplog.text
     assert evaluate(*VOC, "--data", voc, "--output", tmp_path) == whole
     assert len(calls) == NUM_FITS // 2  # mended
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"# first line: x"])
+def test_a_damaged_copy_of_the_code_is_one_line_with_the_remedy(content, tmp_path):
+    flags = ["--checkpoint", "pixels", "--limit", 60, *SMALL, "--output", tmp_path / "svm"]
+    assert drill.run("eval_svm.py", *flags)[0] == 0
+    (path,) = tmp_path.rglob("func_code.py")
+    path.write_bytes(content)
+    status, printed = drill.run("eval_svm.py", *flags)
+    assert status == 2 and f"error: {tmp_path}/svm/fits is damaged; delete that folder" in printed
+    assert "Traceback" not in printed
 
 
 def test_no_bit_of_a_result_can_turn_unseen(tmp_path):

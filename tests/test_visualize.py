@@ -95,7 +95,7 @@ def test_what_was_not_removed_is_shown_as_it_is(mae_run, tmp_path):
 @pytest.mark.parametrize(
     "flags, named",
     [
-        (["views", "nothing"], "nothing is no method script"),
+        (["views", "nothing"], "nothing is not a method script"),
         (["attention", "--checkpoint", "nowhere"], "nowhere: no run.json"),
         (["reconstruction", "--checkpoint", "nowhere"], "a run of mae.py"),
     ],
