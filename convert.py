@@ -117,13 +117,12 @@ def main(args):
     folder = os.path.dirname(args.out) or "."
     with comm.same_error_on_all_ranks(writing=folder):
         os.makedirs(folder, exist_ok=True)
-        with open(f"{args.out}.tmp", "wb") as file:
+        with checkpoint.atomic_write(args.out) as file:
             if args.to == "detectron2":
                 pickle.dump({"model": to_detectron2(state), "__author__": "converted by "
                              "convert.py", "matching_heuristics": True}, file)
             else:
                 torch.save(state, file)
-        os.replace(f"{args.out}.tmp", args.out)
     comm.print_main("\n  ".join([f"{args.out}: {arch} for {args.to}", *advice(args.to, settings),
                                 *filter(None, [features.assumed(source, settings)])]))
 

@@ -45,15 +45,15 @@ def parse_args(argv=None):
     group = parser.add_argument_group("protocol")
     group.add_argument("--k", type=cli.pos_int, nargs="+", default=[20], help="neighbours")
     group.add_argument("--temperature", type=cli.positive, nargs="+", default=[0.07],
-                       help="of the votes")
+                       help="temperature of the votes")
     group.add_argument("--leave-one-out", choices=("train", "test"), nargs="?", const="test",
-                       help="classify this split by its own other images")
+                       help="classify the images of this split by its other images")
     group.add_argument("--shots", type=cli.pos_int, nargs="*", default=[5, 1],
                        help="labelled images a class in the few-label banks")
     group.add_argument("--draws", type=cli.pos_int, default=100,
                        help="few-label banks to average over, at least 50")
     group.add_argument("--chunk", type=cli.pos_int, default=2048,
-                       help="queries at a time, which bounds the memory")
+                       help="queries at a time (bounds the memory)")
     args = features.parse(parser, argv)
     if args.shots and args.draws < 50:
         parser.error(f"--draws {args.draws} is too few to trust their mean; take 50 or more, or "

@@ -277,7 +277,7 @@ def paper_probe(source: features.Source, backbone, mark: str, args, world) -> di
         lr_of_step = learning_rates(protocol, lr, epochs, run.steps_per_epoch)
         for step, batch in run.steps(export=heads):
             optim.set_lr(optimizer, lr_of_step[step])
-            with torch.no_grad():  # so many images at a time, whatever the batch
+            with torch.no_grad():  # --batch-size images at a time, regardless of the batch
                 parts = [probed_layers(backbone, part, names)
                          for part in batch.views[0].split(args.batch_size)]
             rows = {name: torch.cat([part[name] for part in parts]) for name in names}

@@ -18,6 +18,7 @@ import sys
 
 import numpy as np
 import torch
+import torchvision
 from PIL import Image
 from torch import Tensor
 
@@ -93,11 +94,9 @@ def grid(rows: list[list[np.ndarray]]) -> Image.Image:
 
 def joined(patches: np.ndarray) -> np.ndarray:
     """Nine patches (9, H, W, 3) as one image, with white lines between them."""
-    _, height, width, _ = patches.shape
-    framed = np.full((9, height + 1, width + 1, 3), 255, dtype=np.uint8)
-    framed[:, :height, :width] = patches
-    rows = framed.reshape(3, 3, height + 1, width + 1, 3).transpose(0, 2, 1, 3, 4)
-    return rows.reshape(3 * (height + 1), 3 * (width + 1), 3)[:-1, :-1]
+    tiles = torch.from_numpy(patches).permute(0, 3, 1, 2)
+    framed = torchvision.utils.make_grid(tiles, nrow=3, padding=1, pad_value=255)
+    return framed[:, 1:-1, 1:-1].permute(1, 2, 0).numpy()
 
 
 # -------------------------------------------------------------------------------------------- views

@@ -83,7 +83,7 @@ def parser(script: str, description: str) -> Parser:
     run.add_argument("--amp", choices=("auto", "bf16", "fp16", "none"), default="auto",
                      help="autocast precision; auto: bf16 on CUDA, none on CPU")
     run.add_argument("--compile", action=Switch, default=False,
-                     help="torch.compile of the backbone: minutes to start, then faster on CUDA")
+                     help="compile the backbone (slow start, then faster on CUDA)")
     run.add_argument("--deterministic", action=Switch, default=False,
                      help="deterministic kernels on CUDA (slower)")
     return made
@@ -195,11 +195,12 @@ def parse(made: Parser, recipes: dict, argv=None) -> argparse.Namespace:
                    f"{processes()} processes, too few for batch norm")
     if "crop_sizes" in args:
         check_crops(made, args)
-    for flag in ("crop_scale", "jigsaw_crop_scale"):
-        low, high = getattr(args, flag, None) or (1, 1)
-        if not 0 < low <= high:
-            made.error(f"--{flag.replace('_', '-')} {low:g} {high:g} is not a range of area "
-                       "fractions above 0")
+    for flag in ("crop_scale", "jigsaw_crop_scale", "crop_scales"):
+        values = getattr(args, flag, None) or ()
+        for low, high in zip(values[::2], values[1::2], strict=True):
+            if not 0 < low <= high:
+                made.error(f"--{flag.replace('_', '-')} {low:g} {high:g} is not a range of area "
+                           "fractions above 0")
     for flag in ("mean", "std"):
         given = getattr(args, flag) is not made.get_default(flag)
         try:
@@ -245,9 +246,6 @@ def check_crops(made: Parser, args: argparse.Namespace) -> None:
     if len(args.crop_sizes) != groups or len(args.crop_scales) != 2 * groups:
         made.error(f"--num-crops has {groups} values, --crop-sizes {len(args.crop_sizes)} and "
                    f"--crop-scales {len(args.crop_scales)}; give one, one and two for each size")
-    for low, high in zip(args.crop_scales[::2], args.crop_scales[1::2], strict=True):
-        if not 0 < low <= high:
-            made.error(f"--crop-scales {low:g} {high:g} is not a range of area fractions above 0")
     if args.num_crops[0] < 2:
         made.error(f"--num-crops {args.num_crops[0]}: the first size needs at least two crops")
     if args.image_size is None:

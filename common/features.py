@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from common import augment, backbones, cli, distributed as comm, weights
+from common.checkpoint import atomic_write
 from common.distributed import RunError, World
 from common.images import open_images
 from common.workers import default_workers, end_if_unsent, fork_workers
@@ -624,9 +625,8 @@ def write(features: Features, path: str, world: World) -> None:
     with comm.same_error_on_all_ranks(writing=folder):
         if world.is_main:
             os.makedirs(folder, exist_ok=True)
-            with open(f"{path}.tmp", "wb") as file:
+            with atomic_write(path) as file:
                 np.savez(file, **arrays)
-            os.replace(f"{path}.tmp", path)
     comm.print_main(f"features written to {path}")
 
 

@@ -17,12 +17,12 @@ from common.distributed import RunError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-# What turns a photograph upright, by its EXIF orientation.
+# Transpositions that turn a photograph upright, by its EXIF orientation.
 TURNS = dict(enumerate((
     Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
     Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
     Image.Transpose.ROTATE_90), start=2))
-# Folders of a system or of an archiver, not of images. So is what begins with a dot.
+# Folders of a system or an archiver, ignored like names that begin with a dot.
 NO_DATA = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
 TORCHVISION = {name.lower(): name for name in ("CIFAR10", "CIFAR100", "STL10", "SVHN", "MNIST")}
 HELD_OUT = ("val", "test")  # folders that are not trained on
@@ -94,7 +94,7 @@ class ArrayImages(Images):
         return f"image {index}"
 
     def identity(self) -> str:
-        """What the images are, whatever path they were opened by."""
+        """What the images are, regardless of the path they were opened by."""
         crc = 0
         for row in self.items[:: math.ceil(len(self) / 1000)]:
             crc = zlib.crc32(np.ascontiguousarray(self.images[row]), crc)
@@ -137,7 +137,7 @@ class FileImages(Images):
         return os.fsdecode(self.items[index])
 
     def identity(self) -> str:
-        """What the images are, whatever path they were opened by."""
+        """What the images are, regardless of the path they were opened by."""
         start = len(os.fsencode(os.path.join(self.root, "")))
         names = b"\n".join(path[start:] for path in self.items.tolist())
         return f"{len(self)} files, crc32 of the names {zlib.crc32(names):08x}"
@@ -147,7 +147,7 @@ class FileImages(Images):
 
         Raises:
             RefusedImage: more than 8 bits a channel: to cut them down is the user's choice.
-            Exception: whatever Pillow raises for a file that it cannot decode.
+            Exception: any that Pillow raises for a file that it cannot decode.
         """
         with Image.open(self.name(index)) as image:
             if is_deep(image):
@@ -248,13 +248,11 @@ def fake(split: str, channels: int) -> ArrayImages:
 
 
 def torchvision_images(name: str, split: str, channels: int, root: str, download: bool):
-    """A data set of torchvision, held in memory. STL-10's unlabelled images are pre-trained on."""
-    if name == "stl10":
-        which = dict(split={"pretrain": "train+unlabeled"}.get(split, split))
-    elif name == "svhn":
-        which = dict(split="test" if split == "test" else "train")
-    else:
-        which = dict(train=split != "test")
+    """A data set of torchvision, in memory. Pre-training includes STL-10's unlabelled images."""
+    which = dict(train=split != "test")
+    if name in ("stl10", "svhn"):
+        which = dict(split=split if split != "pretrain" else
+                     "train+unlabeled" if name == "stl10" else "train")
     try:
         loaded = getattr(torchvision.datasets, TORCHVISION[name])(root, download=download, **which)
     except RuntimeError as error:  # torchvision's word for files that are missing or damaged
@@ -356,7 +354,7 @@ def holds_images(top: str) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is no data, but something that a system has put there."""
+    """Whether a file or folder was put there by a system and is not data."""
     return name.startswith(".") or name in NO_DATA
 
 

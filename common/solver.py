@@ -191,7 +191,7 @@ def minimise(
 ) -> Tensor:
     """Minimise several smooth convex functions at once by L-BFGS with backtracking.
 
-    Warns of those that are not minimised in so many iterations, or as far as rounding lets it.
+    Warns if some do not converge within the iterations or within rounding.
 
     Args:
         function: of points (n, P) and which functions they are for (n,), to values (n,) and
@@ -264,7 +264,7 @@ def minimise(
                 break
             length[searching] /= 2
         stalled = torch.zeros_like(remaining, dtype=torch.bool)
-        stalled[searching] = True  # no step falls: as far as rounding lets it
+        stalled[searching] = True  # no step decreases: the limit of rounding
 
         at = iteration % memory
         steps[at], changes[at] = new_x - x, new_gradient - gradient
@@ -274,6 +274,6 @@ def minimise(
     solution[remaining] = x
     failed += len(remaining)
     if failed:
-        comm.print_main(f"warning: {failed} of {len(points)} heads are not trained to the end (in "
-                        f"{iterations} steps, or as far as rounding lets it)")
+        comm.print_main(f"warning: {failed} of {len(points)} heads have not converged (within "
+                        f"{iterations} steps, or within rounding)")
     return solution * unit

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from common import distributed as comm
 from common.distributed import RunError
 
-# What is known of the files that others release: words for it; the keys to go down to the state
-# dict; what stands before the names of the backbone's tensors; what else stands there (heads). The
-# first layout that fits counts, so a teacher comes before its student. What stands in WRAPPERS is
-# left out of the names before, wherever it stands.
+# Released files: a description; the keys that lead to the state dict; the prefix of the backbone's
+# tensors; other tensors behind that prefix (heads). The first layout that fits counts, so a teacher
+# comes before its student. WRAPPERS are removed from names first, wherever they occur.
 WRAPPERS = re.compile(r"(^|(?<=\.))((module|_orig_mod|_fsdp_wrapped_module|"
                       r"_checkpoint_wrapped_module)\.)+")
 LAYOUTS = (
@@ -46,8 +45,8 @@ LAYOUTS = (
      r"projection_head\.|prototypes|(fc|head)\."),
     ("plain state dict", "", "", r"projection_head\.|prototypes|(fc|head)\."),
 )
-# Other names of the same tensors: a Sequential of torchvision's ResNet (lightly), OpenMMLab's
-# transformer, and the last norm of a transformer that was fine-tuned with pooled patches.
+# Other names of the same tensors: torchvision's ResNet as a Sequential (lightly), OpenMMLab's
+# transformer, and the last norm of a transformer fine-tuned with pooled patches.
 RENAMED = (
     (r"0\.", "conv1."), (r"1\.", "bn1."), (r"4\.", "layer1."), (r"5\.", "layer2."),
     (r"6\.", "layer3."), (r"7\.", "layer4."),
@@ -60,7 +59,7 @@ RENAMED = (
 
 
 def load_backbone(backbone: nn.Module, path: str) -> None:
-    """Load a weights file of a layout in `LAYOUTS`, and say which and what was left out.
+    """Load a weights file of any of `LAYOUTS`; print which one, and what was ignored.
 
     Every tensor of the backbone must be there, in its shape.
 
@@ -98,12 +97,12 @@ def load_backbone(backbone: nn.Module, path: str) -> None:
 
 def fit_positions(backbone: nn.Module, table) -> None:
     """Give a transformer room for positions of another image size; it interpolates them itself."""
-    own = getattr(backbone, "pos_embed", None)
-    if own is None or getattr(table, "shape", own.shape)[::2] != own.shape[::2]:
+    current = getattr(backbone, "pos_embed", None)
+    if current is None or getattr(table, "shape", current.shape)[::2] != current.shape[::2]:
         return
     side = math.isqrt(table.shape[1] - 1)
-    if table.shape != own.shape and side**2 == table.shape[1] - 1:
-        backbone.pos_embed = nn.Parameter(torch.zeros_like(table), own.requires_grad)
+    if table.shape != current.shape and side**2 == table.shape[1] - 1:
+        backbone.pos_embed = nn.Parameter(torch.zeros_like(table), current.requires_grad)
         backbone.grid = (side, side)
 
 
@@ -129,12 +128,12 @@ def load_tensors(path: str) -> dict:
             reason = what_it_is(path, start) or type(error).__name__
         raise RunError(f"{path} does not load: {reason}") from error
     if not isinstance(loaded, dict):
-        raise RunError(f"{path} is no state dict: it holds a {type(loaded).__name__}")
+        raise RunError(f"{path} is not a state dict: it holds a {type(loaded).__name__}")
     return loaded
 
 
 class Inert:
-    """Takes the place of an object that is not needed, and forgets all that it is given."""
+    """Placeholder for an object that is not needed; it ignores all that it is given."""
 
     def __init__(self, *_):
         pass
@@ -143,15 +142,15 @@ class Inert:
         pass
 
 
-# The log in a checkpoint of OpenMMLab's engine, by what is refused first, and what else it asks
-# for. None of it is imported or run: `Inert` stands for each.
+# The log in a checkpoint of OpenMMLab's engine: the class that is refused first, and what else it
+# asks for. None of it is imported or run: `Inert` replaces each.
 LOGGED = "mmengine.logging.history_buffer.HistoryBuffer"
 IN_A_LOG = (LOGGED, "builtins.getattr", "numpy.ndarray", "numpy.core.multiarray._reconstruct",
             "numpy._core.multiarray._reconstruct")
 
 
 def read_pickled(path: str):
-    """Read a file of `torch.save` without running anything that stands in it."""
+    """Read a file of `torch.save` without running any code in it."""
     scalar = np.float64(0).__reduce__()[0]  # NumPy's, under the names that it had and has
     allowed = [argparse.Namespace, np.dtype, (scalar, "numpy.core.multiarray.scalar"),
                (scalar, "numpy._core.multiarray.scalar"),
@@ -188,12 +187,13 @@ def read_safetensors(path: str) -> dict[str, Tensor]:
     header.pop("__metadata__", None)
     for name, part in header.items():
         first, last = part["data_offsets"]
-        own, dtype = torch.from_numpy(data[first:last].copy()), SAFETENSORS[part["dtype"]]
-        found[name] = (own.view(dtype) if len(own) else own.to(dtype)).reshape(part["shape"])
+        content, dtype = torch.from_numpy(data[first:last].copy()), SAFETENSORS[part["dtype"]]
+        values = content.view(dtype) if len(content) else content.to(dtype)
+        found[name] = values.reshape(part["shape"])
     return found
 
 
-NOT_WEIGHTS = (  # how files begin that are often given for weights, and what to say of them
+NOT_WEIGHTS = (  # first bytes of files that are often mistaken for weights, and what they are
     (rb"\Z", "it is empty"),
     (rb"version https://git-lfs", "it is a pointer of Git LFS, not the file itself, which "
      "`git lfs pull` fetches"),
@@ -289,12 +289,10 @@ def abbreviate(keys: list[str]) -> list[str]:
     """Name keys, or where more than four begin alike, their beginning and number."""
     groups = {}
     for key in keys:
-        wrappers = WRAPPERS.match(key)
-        start = wrappers[0] if wrappers else ""
-        start += key[len(start) :].partition(".")[0]
+        start = re.match(rf"({WRAPPERS.pattern})?[^.]*", key)[0]
         groups.setdefault(start, []).append(key)
-    return [text for start, own in groups.items()
-            for text in (own if len(own) <= 4 else [f"{start}.* ({len(own)})"])]
+    return [text for start, group in groups.items()
+            for text in (group if len(group) <= 4 else [f"{start}.* ({len(group)})"])]
 
 
 def fingerprint(module: nn.Module | None) -> str | None:

@@ -36,10 +36,10 @@ def fork_workers(workers: int):
 def worker_context(patience: float = 5.0):
     """How loader processes are started: forked, on Linux, as soon as no other thread runs.
 
-    A thread of gloo frees the tensors of an exchange a moment after the exchange, and takes locks
-    of the interpreter for it. A child forked in that moment finds them held for ever: now and then
-    a start hung there with Python 3.11 (python/cpython#112275). Forked, and not started anew as
-    Python 3.14 would, so that workers share the images of this process.
+    A gloo thread frees the tensors of an exchange shortly after it, and takes locks of the
+    interpreter to do so. A child forked in that moment inherits them held and can hang (seen with
+    Python 3.11, python/cpython#112275). Forked, not spawned as Python 3.14 would, so that workers
+    share the images of this process.
 
     Args:
         patience: seconds to wait for other threads before forking anyway, with a warning.
@@ -47,10 +47,10 @@ def worker_context(patience: float = 5.0):
     if not os.path.isdir("/proc/self/task"):  # not Linux
         return multiprocessing.get_context()
     before, end = None, time.monotonic() + patience
-    own = os.path.basename(os.readlink("/proc/thread-self"))
+    this = os.path.basename(os.readlink("/proc/thread-self"))
     while time.monotonic() < end:
         time.sleep(0.002)  # release the GIL
-        now = [what for task, what in task_states().items() if task != own]
+        now = [what for task, what in task_states().items() if task != this]
         if now == before and all("S (sleeping)" in what for what in now):
             break  # none has run in between, nor wants to
         before = now

@@ -154,7 +154,7 @@ def test_what_is_not_minimised_is_told_of(capsys):
         return values + 1, gradients
 
     solver.minimise(shifted, start, torch.ones_like(start), iterations=2, **options)
-    assert "warning: 5 of 6 heads are not trained to the end" in capsys.readouterr().out
+    assert "warning: 5 of 6 heads have not converged" in capsys.readouterr().out
     solver.minimise(shifted, start, torch.ones_like(start), iterations=200, **options)
     assert capsys.readouterr().out == ""
 
@@ -163,7 +163,7 @@ def test_what_is_not_minimised_is_told_of(capsys):
         return values, -gradients  # no step falls
 
     solver.minimise(rising, start, torch.ones_like(start), iterations=200, **options)
-    assert "warning: 5 of 6 heads are not trained to the end" in capsys.readouterr().out
+    assert "warning: 5 of 6 heads have not converged" in capsys.readouterr().out
 
 
 def test_it_needs_few_passes_over_the_images():
