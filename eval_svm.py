@@ -48,7 +48,7 @@ VERSION = joblib.hash([Path(__file__).read_bytes(), sklearn.__version__])  # of 
 
 
 def parse_args(argv=None):
-    parser = features.parser(__file__, __doc__, layers="res5-grid or cls",
+    parser = features.parser(__file__, __doc__, resnet_layer="res5-grid",
                              resize="the whole image, squeezed to a square")
     group = parser.add_argument_group("protocol")
     group.add_argument("--costs", type=cli.positive, nargs="+", default=COSTS,
@@ -294,7 +294,7 @@ def main(args):
     fit_once, table = cached_fit(args.output, world) if args.output else fit, []
     for source in features.sources(args, world, interpolation="bilinear",
                                    crop=augment.CenterCrop if args.resize else WholeImage,
-                                   resnet_layer="res5-grid", several_classes=True):
+                                   several_classes=True):
         fits, names = Fits(fit_once, args, world), getattr(source.train, "classes", None)
         runs = [evaluate(source.features(backbone), args, fits, names)
                 for backbone in source.backbones()]

@@ -30,13 +30,14 @@ from common.workers import default_workers, end_if_unsent, fork_workers
 
 
 def parser(
-    script: str, description: str, *, layers: str = "avgpool or cls",
+    script: str, description: str, *, resnet_layer: str = "avgpool",
     resize: str = "the image size up to 96 px, 256/224 of it above",
 ) -> cli.Parser:
     """Make an evaluation's parser; flags that default to those of a run are None.
 
     Args:
-        layers, resize: the default of these flags, in words.
+        resnet_layer: the default of `--layers` for a ResNet.
+        resize: the default of this flag, in words.
     """
     made = cli.Parser(os.path.basename(script), description=description,
                       formatter_class=cli.HelpFormatter, allow_abbrev=False)
@@ -51,7 +52,8 @@ def parser(
     group.add_argument("--layers", nargs="+", metavar="LAYER",
                        help="ResNet: conv1 res2 res3 res4 res5 avgpool, averaged over each map "
                        "or, as in res4-grid, to about 9,000 numbers; transformer: cls patches "
-                       f"cls4 (of the last 4 blocks); default: {layers}")
+                       f"cls4 (of the last 4 blocks); default: {resnet_layer} or cls")
+    made.set_defaults(resnet_layer=resnet_layer)
     group = made.add_argument_group("images (default: as the first run among the checkpoints)")
     group.add_argument("--data", help="labelled images, with a train and a test split")
     cli.source_flags(group)
@@ -211,13 +213,12 @@ class Source:
     name: str
     args: argparse.Namespace
     world: World
-    checkpoint: Checkpoint | None = None  # None for a feature file, which has nothing but a name
+    checkpoint: Checkpoint | None = None  # None for a feature file, which has only a name
     settings: dict | None = None  # `evaluation_settings`, and the "trained_size" of images
     train: object = None  # images, as `images.open_images` opens them
     test: object = None
     view: augment.View | None = None  # without random numbers
     protocol: str = ""  # what the images are, in words
-    resnet_layer: str = ""
 
     @property
     def workers(self) -> int:
@@ -260,7 +261,7 @@ class Source:
             return stored
         names = None if self.checkpoint.name == "pixels" else self.args.layers
         if names is None and backbones.is_resnet(backbone):
-            names = [self.resnet_layer]
+            names = [self.args.resnet_layer]
         function = functools.partial(layers, backbone, names=names)
         splits = [
             Split(extract(function, images, self.view, self.world, workers=self.workers,
@@ -275,14 +276,13 @@ class Source:
 
 
 def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
-            resnet_layer: str = "avgpool", several_classes: bool = False):
+            several_classes: bool = False):
     """Yield a `Source` for each of what `--checkpoint` or `--features` name.
 
     Args:
         args: of `parse`.
         interpolation, crop: of the view, which is this step and the normalisation. The shorter side
             becomes `--resize`, else the image size up to 96 px, 8/7 of it above.
-        resnet_layer: what `Source.features` takes of a ResNet without `--layers`.
         several_classes: whether labels (N, C) are taken as well, of images that show several.
 
     Raises:
@@ -308,10 +308,8 @@ def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
             raise RunError(f"--resize {resize} is less than --image-size {size}")
         if channels not in opened:
             options = dict(root=args.data_root, download=args.download, limit=args.limit)
-            opened[channels] = [
-                open_images(settings["data"], split, channels, **options)
-                for split in ("train", "test")
-            ]
+            opened[channels] = [open_images(settings["data"], split, channels, **options)
+                                for split in ("train", "test")]
             if any(images.labels is None for images in opened[channels]):
                 raise RunError(f"--data {settings['data']}: no class folders, so no labels")
             if opened[channels][0].labels.ndim > 1 and not several_classes:
@@ -328,7 +326,7 @@ def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
             said.add(protocol)
         arch = f" ({settings['arch']})" if checkpoint.name == "random" else ""
         yield Source(checkpoint.name + arch, args, world, checkpoint, settings, train, test, view,
-                     protocol, resnet_layer)
+                     protocol)
 
 
 class Pixels(nn.Module):
