@@ -62,14 +62,6 @@ def build_backbone(
         raise ValueError(f"{arch} needs {', '.join(missing)}")
     if arch in VITS:
         return VisionTransformer(*VIT_SIZES[arch], in_chans=in_chans, **needed)
-    return build_resnet(arch, in_chans=in_chans, **needed)
-
-
-# ------------------------------------------------------------------------------------------ ResNets
-
-
-def build_resnet(arch: str, *, stem: str, in_chans: int, zero_init_residual: bool) -> nn.Module:
-    """Build a ResNet with a stem for large or for small images (arguments as above)."""
     if arch in SMALL:
         model = SmallResNet(*SMALL[arch], zero_init_residual)
     else:
@@ -82,6 +74,9 @@ def build_resnet(arch: str, *, stem: str, in_chans: int, zero_init_residual: boo
         model.maxpool = nn.Identity()
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     return model
+
+
+# ------------------------------------------------------------------------------------------ ResNets
 
 
 class SmallResNet(nn.Module):

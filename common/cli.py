@@ -170,11 +170,8 @@ def parse(made: Parser, recipes: dict, argv=None) -> argparse.Namespace:
     made.add_argument_group("recipe").add_argument(
         "--recipe", choices=sorted(recipes), help="named defaults; default: the one named like "
         "--data, else imagenet")
-    first = Parser(made.prog, add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe")
-    first.add_argument("--data", default="digits")
-    chosen, _ = first.parse_known_args(argv)
-    name = chosen.recipe or (chosen.data if chosen.data in recipes else "imagenet")
+    data = peek(argv, "--data", str, made.get_default("data"))
+    name = peek(argv, "--recipe", str) or (data if data in recipes else "imagenet")
     made.set_defaults(**copy.deepcopy(recipes.get(name, {})))
     args = made.parse_args(argv)
     args.recipe = name
@@ -201,12 +198,12 @@ def parse(made: Parser, recipes: dict, argv=None) -> argparse.Namespace:
             if not 0 < low <= high:
                 made.error(f"--{flag.replace('_', '-')} {low:g} {high:g} is not a range of area "
                            "fractions above 0")
-    for flag in ("mean", "std"):
-        given = getattr(args, flag) is not made.get_default(flag)
-        try:
-            setattr(args, flag, per_channel(flag, getattr(args, flag), args.in_chans, given))
-        except comm.RunError as error:
-            made.error(str(error))
+    try:
+        for flag in ("mean", "std"):
+            values, usual = getattr(args, flag), made.get_default(flag)
+            setattr(args, flag, per_channel(flag, values, args.in_chans, values is not usual))
+    except comm.RunError as error:
+        made.error(str(error))
     return args
 
 
@@ -229,10 +226,10 @@ def processes() -> int:
     return max(1, comm.env_int("WORLD_SIZE", 1))
 
 
-def peek(argv, flag: str, kind=int):
-    """The value given to a flag, if any, before the defaults that hang on it are known."""
+def peek(argv, flag: str, kind=int, default=None):
+    """The value of a flag, before other defaults that depend on it are known."""
     first = Parser(add_help=False, allow_abbrev=False)
-    first.add_argument(flag, type=kind, dest="value")
+    first.add_argument(flag, type=kind, default=default, dest="value")
     return first.parse_known_args(argv)[0].value
 
 

@@ -465,23 +465,19 @@ def pool_to_grid(name: str, x: Tensor) -> Tensor:
 
 
 class Chunks(torch.utils.data.Dataset):
-    """Item b is the b-th of some chunks of the images, through one view without random numbers."""
+    """Item `range` is these images through a view without random numbers, or an error's message."""
 
-    def __init__(self, images, view, chunks: range, size: int):
-        self.images, self.view, self.chunks, self.size = images, view, chunks, size
+    def __init__(self, images, view):
+        self.images, self.view = images, view
 
-    def __len__(self) -> int:
-        return len(self.chunks)
-
-    def __getitem__(self, item: int):
-        start = self.chunks[item] * self.size
+    def __getitem__(self, rows: range):
         crops = []
-        for index in range(start, min(start + self.size, len(self.images))):
+        for index in rows:
             try:
                 planes = self.images.read(index)
+            except RunError as error:
+                return str(error)
             except Exception as error:  # Pillow's decoders raise what they like
-                if isinstance(error, RunError):
-                    return str(error)
                 return f"{self.images.name(index)} cannot be read: {error}"
             sizes = np.array([planes[0].size[::-1]])
             geometry, colour = self.view.draw(np.empty((1, 0)), sizes)
@@ -511,13 +507,13 @@ def extract(
         RunError: an image cannot be read, or a feature is not finite.
     """
     n = len(images)
-    num_chunks = -(-n // batch_size)
-    parts = [num_chunks * rank // world.size for rank in range(world.size + 1)]
-    local = range(parts[world.rank], parts[world.rank + 1])
+    chunks = [range(start, min(start + batch_size, n)) for start in range(0, n, batch_size)]
+    parts = [len(chunks) * rank // world.size for rank in range(world.size + 1)]
+    local = chunks[parts[world.rank] : parts[world.rank + 1]]
     workers = min(workers, len(local))
     with fork_workers(workers) as context:
         loader = iter(torch.utils.data.DataLoader(
-            Chunks(images, view, local, batch_size), batch_size=None, num_workers=workers,
+            Chunks(images, view), sampler=local, batch_size=None, num_workers=workers,
             pin_memory=world.device.type == "cuda", worker_init_fn=end_if_unsent,
             multiprocessing_context=context))
     found = {}
@@ -525,21 +521,19 @@ def extract(
         for chunk, loaded in zip(local, loader, strict=True):
             if isinstance(loaded, str):
                 raise RunError(loaded)
-            given = [view.finish(*loaded, world.device)]
+            given, part = [view.finish(*loaded, world.device)], slice(chunk.start, chunk.stop)
             if labels is not None:
-                given.append(labels[chunk * batch_size :][: len(given[0])].to(world.device))
+                given.append(labels[part].to(world.device))
             for name, rows in function(*given).items():
                 if name not in found:
                     found[name] = torch.empty(n, rows.shape[1])
-                kept = found[name][chunk * batch_size :][: len(rows)]
-                kept.copy_(rows)
-                check_finite(kept, f"of {name}", chunk * batch_size)
+                found[name][part] = rows
+                check_finite(found[name][part], f"of {name}", chunk.start)
     widths = {name: rows.shape[1] for name, rows in found.items()}
     widths = next(w for w in comm.all_gather_objects(widths) if w)  # some process may have no image
     bounds = [min(part * batch_size, n) for part in parts]
     for name, width in widths.items():
-        found.setdefault(name, torch.empty(n, width))
-        comm.broadcast_rows(found[name], bounds)
+        comm.broadcast_rows(found.setdefault(name, torch.empty(n, width)), bounds)
     return {name: found[name] for name in widths}
 
 

@@ -239,29 +239,25 @@ def detect_layout(loaded: dict, wanted: dict, path: str) -> tuple[str, dict, lis
         inner, beside = loaded, []
         for name in filter(None, container.split(".")):
             beside += [str(key) for key in inner if key != name]
-            inner = inner.get(name)
-            if not isinstance(inner, dict):
-                break
-        else:
-            found, ignored = {}, []
-            for key, value in inner.items():
-                plain = WRAPPERS.sub("", str(key))
-                start = re.match(prefix, plain)
-                named = start and key == str(key)
-                name = rename_key(plain[start.end() :], wanted) if named else None
-                if name is None or (name not in wanted and heads and re.match(heads, name)):
-                    ignored.append(str(key))
-                elif name in found:
-                    raise RunError(f"{path} ({words}) has two tensors {name}")
-                else:
-                    found[name] = value
-            if any(re.search(r"\bfc_norm\.", key) for key in map(str, inner)):
-                words += ", fc_norm taken for norm"
-            share = len(found.keys() & wanted.keys()) / len(wanted)
-            if share > most:
-                best, most = (words, found, [*abbreviate(ignored), *sorted(beside)]), share
-            if share > 0.5:
-                break
+            inner = inner[name] if isinstance(inner.get(name), dict) else {}
+        found, ignored = {}, []
+        for key, value in inner.items():
+            plain = WRAPPERS.sub("", str(key))
+            start = re.match(prefix, plain) if isinstance(key, str) else None
+            name = rename_key(plain[start.end() :], wanted) if start else None
+            if name is None or (name not in wanted and heads and re.match(heads, name)):
+                ignored.append(str(key))
+            elif name in found:
+                raise RunError(f"{path} ({words}) has two tensors {name}")
+            else:
+                found[name] = value
+        if any(re.search(r"\bfc_norm\.", key) for key in map(str, inner)):
+            words += ", fc_norm taken for norm"
+        share = len(found.keys() & wanted.keys()) / len(wanted)
+        if share > most:
+            best, most = (words, found, [*abbreviate(ignored), *sorted(beside)]), share
+        if share > 0.5:
+            break
     if best is None:
         keys = [str(key) for key in loaded]
         if isinstance(loaded.get("state_dict"), dict):
