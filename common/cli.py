@@ -73,7 +73,7 @@ def parser(script: str, description: str) -> Parser:
                       help="digits (built in), cifar10 cifar100 stl10 svhn mnist (torchvision), "
                       "fake (noise), a folder of images, a text list, or a .npy (docs/guide.md)")
     source_flags(data)
-    data.add_argument("--limit", type=pos_int, metavar="N", help="take N evenly spaced images only")
+    data.add_argument("--limit", type=pos_int, metavar="N", help="number of images, evenly spaced")
     run = made.add_argument_group("run (none of these changes the method; --amp its precision)")
     run.add_argument("--output", metavar="FOLDER", help="default: runs/<script>-<data>-<arch>")
     run_flags(run)
@@ -100,8 +100,8 @@ def source_flags(group) -> None:
 def channel_flags(group) -> None:
     """The channels of images, and how they are normalised."""
     group.add_argument("--in-chans", type=pos_int, help="channels of the images")
-    group.add_argument("--mean", type=number, nargs="+", help="subtracted from each channel")
-    group.add_argument("--std", type=positive, nargs="+", help="each channel is divided by it")
+    group.add_argument("--mean", type=number, nargs="+", help="mean of each channel")
+    group.add_argument("--std", type=positive, nargs="+", help="standard deviation of each channel")
 
 
 def run_flags(group) -> None:
@@ -132,7 +132,7 @@ def method_parser(script: str, description: str, archs, *, crops: str, batch_nor
     channel_flags(group)
     if crops == "multi":
         group.add_argument("--num-crops", type=pos_int, nargs="+",
-                           help="crops of each size; first the global ones, which give targets")
+                           help="number of crops of each size, the global ones first")
         group.add_argument("--crop-sizes", type=pos_int, nargs="+", help="their sides in pixels")
         group.add_argument("--crop-scales", type=fraction, nargs="+",
                            help="smallest, largest area fraction for each size")
@@ -144,13 +144,13 @@ def method_parser(script: str, description: str, archs, *, crops: str, batch_nor
     if batch_norm:
         group.add_argument("--stem", choices=("imagenet", "small"),
                            help="stem of a ResNet; small: 3x3 stride 1, no pool")
-        group.add_argument("--sync-bn", action=Switch, help="batch norm over all processes")
+        group.add_argument("--sync-bn", action=Switch, help="synchronised batch norm")
     group.add_argument("--epochs", type=pos_int, help="passes over the images")
-    group.add_argument("--batch-size", type=pos_int, help="images over all processes")
+    group.add_argument("--batch-size", type=pos_int, help="global batch, over all processes")
     group.add_argument("--lr", type=positive, help="learning rate per 256 images")
     group.add_argument("--weight-decay", type=not_negative, help="weight decay of " + (
         "all parameters" if decay == "all" else "weights, not of biases and norms"))
-    group.add_argument("--warmup-epochs", type=nonneg_int, help="linear, from 0 or --start-lr")
+    group.add_argument("--warmup-epochs", type=nonneg_int, help="warm-up from 0 or --start-lr")
     group.add_argument("--seed", type=nonneg_int, default=0, help="random seed")
     return made, made.add_argument_group("method")
 
@@ -222,7 +222,7 @@ def per_channel(flag: str, values: list[float], channels: int, given: bool) -> l
 
 
 def processes() -> int:
-    """Number of processes that torchrun started."""
+    """Number of processes started by torchrun."""
     return max(1, comm.env_int("WORLD_SIZE", 1))
 
 

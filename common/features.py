@@ -62,7 +62,7 @@ def parser(
                        help=f"shorter side before the central crop; default: {resize}")
     cli.channel_flags(group)
     group.add_argument("--limit", type=cli.pos_int, metavar="N",
-                       help="take N evenly spaced images of each split")
+                       help="number of images of each split, evenly spaced")
     backbone_flags(made.add_argument_group("backbone (default: as above)"))
     group = made.add_argument_group("run")
     group.add_argument("--batch-size", type=cli.pos_int, default=256,
