@@ -10,18 +10,13 @@ from xml.etree import ElementTree
 
 import numpy as np
 import torchvision
-from PIL import ExifTags, Image
+from PIL import Image, ImageOps
 
 from common import distributed as comm, rng
 from common.distributed import RunError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-# Transpositions that turn a photograph upright, by its EXIF orientation.
-TURNS = dict(enumerate((
-    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
-    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
-    Image.Transpose.ROTATE_90), start=2))
 # Folders of a system or an archiver, ignored like names that begin with a dot.
 NO_DATA = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
 TORCHVISION = {name.lower(): name for name in ("CIFAR10", "CIFAR100", "STL10", "SVHN", "MNIST")}
@@ -153,11 +148,10 @@ class FileImages(Images):
             if is_deep(image):
                 raise RefusedImage(f"{self.name(index)} has more than 8 bits a channel "
                                    f"(Pillow mode {image.mode}); convert it to 8 bits")
-            pixels = image.convert(MODES[self.channels])
-            turn = None
+            image.load()
             with contextlib.suppress(Exception):  # a broken tag does not make a broken image
-                turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-        pixels = pixels if turn is None else pixels.transpose(turn)
+                ImageOps.exif_transpose(image, in_place=True)
+            pixels = image.convert(MODES[self.channels])
         return list(pixels.split()) if self.channels == 4 else [pixels]
 
 
