@@ -94,7 +94,8 @@ def test_it_goes_on_after_a_stop_wherever_the_file_has_gone(tmp_path):
 def test_positions_are_resampled_to_another_image_size(tmp_path, capsys):
     small = trained("mae", tmp_path / "small")
     large = trained("dino", tmp_path / "large", "--arch", "vit_micro", "--patch-size", "4",
-                    "--init", small, "--crop-sizes", "24", "8", "--epochs", "2", "--keep-every", "1")
+                    "--init", small, "--crop-sizes", "24", "8", "--epochs", "2",
+                    "--keep-every", "1")
     table, before = backbone(large, "backbone-epoch0001.pth")["pos_embed"], backbone(small)
     assert table.shape == (1, 1 + 36, 96) and before["pos_embed"].shape == (1, 1 + 16, 96)
     assert torch.equal(table[:, 0], before["pos_embed"][:, 0])
