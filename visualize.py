@@ -5,14 +5,20 @@ them (any flag of the script may follow).
 attention: what the class token of a vision transformer looks at, head by head, in its last block.
 reconstruction: images, what a masked autoencoder sees of them, and what it makes of that; where it
 was trained on normalised patches, each patch gets its true mean and variance back.
+curves: the numbers in the logs of runs, finished or not, one panel each (needs matplotlib).
 
     python visualize.py views simclr --image views.png
     python visualize.py views npid_pirl --image jigsaw.png --method pirl
     python visualize.py attention --checkpoint runs/dino-digits-vit_micro --image attention.png
     python visualize.py reconstruction --checkpoint runs/mae-digits-vit_micro --image mae.png
+    python visualize.py curves runs/simclr-digits-resnet_tiny runs/moco-digits-resnet_tiny \\
+        --image curves.png
 """
 
 import importlib
+import io
+import json
+import math
 import os
 import sys
 
@@ -47,8 +53,12 @@ def parse_args(argv=None):
         kind.add_argument("--data-root", default="data", metavar="FOLDER",
                           help="folder of torchvision's data sets")
     for kind in kinds.choices.values():
-        kind.add_argument("--image", required=True, metavar="PNG", help="the picture to write")
         kind.add_argument("--rows", type=cli.pos_int, default=6, help="number of images")
+    curves = kinds.add_parser("curves", allow_abbrev=False, formatter_class=cli.HelpFormatter,
+                              help="the logged numbers of one or several runs")
+    curves.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    for kind in kinds.choices.values():
+        kind.add_argument("--image", required=True, metavar="PNG", help="the picture to write")
     args, others = parser.parse_known_args(argv)
     if others and args.kind != "views":
         parser.error(f"unrecognized arguments: {' '.join(others)}")
@@ -234,9 +244,67 @@ def reconstruction_picture(args) -> Image.Image:
     return grid([list(row) for row in zip(rows[0], left, rows[1], strict=True)])
 
 
+# ------------------------------------------------------------------------------------------- curves
+
+# Numbers of a log line that say how fast a run is, not what it learns, and the order of the others.
+SPEED = ("step", "epoch", "images_per_second", "data_wait", "memory_gb")
+FIRST = ("loss", "lr", "probe_knn", "probe_effective_rank", "effective_rank", "grad_norm")
+
+
+def read_log(folder: str) -> list[dict]:
+    """The lines of a run's log, but for one that is just being written."""
+    path, lines = os.path.join(folder, "log.jsonl"), []
+    if not os.path.isfile(path):
+        raise comm.RunError(f"{folder}: no log.jsonl in it; give the folder of a run")
+    with open(path) as file:
+        for line in file:
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break
+    if not lines:
+        raise comm.RunError(f"{path} has no line yet")
+    return lines
+
+
+def curves_picture(args) -> Image.Image:
+    """Every logged number over the steps, a panel each, a colour for every run."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise comm.RunError("curves are drawn by matplotlib, which is not installed; "
+                            "pip install -r requirements-extra.txt") from None
+    logs = {folder: read_log(folder) for folder in args.runs}
+    logged = {name: None for lines in logs.values() for line in lines for name in line}
+    panels = [name for name in FIRST if name in logged]
+    panels += [name for name in logged if name not in FIRST + SPEED]
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(12, 0.6 + 2.6 * rows + 0.25 * len(logs)), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis, name in zip(axes, panels, strict=False):
+        for lines in logs.values():
+            points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+            axis.plot(*zip(*points, strict=True) if points else ((), ()), linewidth=1.5,
+                      marker="." if len(points) < 30 else None)
+        axis.set_title(name.replace("_", " "))
+        axis.grid(alpha=0.3)
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    for axis in axes[max(0, len(panels) - columns) : len(panels)]:
+        axis.set_xlabel("step")
+    names = [os.path.normpath(folder) for folder in logs]
+    short = [os.path.basename(name) for name in names]
+    figure.legend(axes[0].lines, short if len(set(short)) == len(short) else names,
+                  loc="outside upper center", ncols=min(3, len(names)))
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=100)
+    return Image.open(file).convert("RGB")
+
+
 def main(args):
     pictures = {"views": views_picture, "attention": attention_picture,
-                "reconstruction": reconstruction_picture}
+                "reconstruction": reconstruction_picture, "curves": curves_picture}
     picture = pictures[args.kind](args)
     with comm.same_error_on_all_ranks(writing=args.image):
         picture.save(args.image, format="PNG")

@@ -8,6 +8,7 @@ written beside its place, synced and renamed, so a kill at any moment leaves a w
 import contextlib
 import errno
 import fcntl
+import glob
 import importlib.metadata
 import json
 import os
@@ -30,6 +31,7 @@ from common.workers import set_malloc_thresholds
 
 RECORD = {"step", "settings", "identity", "processes", "state"}  # what a checkpoint holds
 DESCRIBED = ("arch", "stem", "patch_size", "image_size", "in_chans", "mean", "std")
+KEPT = ("backbone-epoch*.pth", "events.out.tfevents.*")  # of --keep-every and --tensorboard
 NOT_THERE = {  # what a file system answers that cannot do what it was asked
     errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL,
 }
@@ -65,7 +67,7 @@ class Run:
         self.last_save = time.monotonic()
         self.saved_step = None
         self.keeps_previous = False
-        self.stop_requested = self.stopping = self.interrupted = False
+        self.stop_requested = self.stopping = self.interrupted = self.profiled = False
         self.lock, self.handlers = None, {}
         self.resume, self.checkpoint = resume, None
 
@@ -99,8 +101,9 @@ class Run:
         if kind is None and self.stopping:
             where = "before the first step" if self.saved_step is None else (
                 f"at step {self.saved_step} and saved")
-            command = "the same command" + ("" if self.resume else " without --no-resume")
-            comm.print_main(f"stopped {where}; {command} goes on")
+            left_out = {"--no-resume": not self.resume, "--profile": self.profiled}
+            without = "".join(f" without {flag}" for flag, given in left_out.items() if given)
+            comm.print_main(f"stopped {where}; the same command{without} goes on")
             if self.interrupted and self.world.size == 1:
                 raise KeyboardInterrupt  # what a shell was to do next, it must not
         elif kind is None:
@@ -217,9 +220,10 @@ class Run:
 
     def delete_old_run(self):
         """Remove what an older run made: nothing can go on from it or be taken for this run's."""
-        for name in ("checkpoint.pt", "checkpoint.prev.pt", self.product):
+        names = ("checkpoint.pt", "checkpoint.prev.pt", self.product, *KEPT)
+        for path in [path for name in names for path in glob.glob(self.path(name))]:
             with contextlib.suppress(FileNotFoundError):
-                os.remove(self.path(name))
+                os.remove(path)
 
     def write_run_json(self, state: dict):
         record = {"starts": []}
@@ -258,8 +262,11 @@ class Run:
         self.stopping, due = comm.any_rank(self.stop_requested, due)
         return self.stopping or due or epoch_ends, self.stopping
 
-    def save(self, step: int, state: dict, backbone: nn.Module):
+    def save(self, step: int, state: dict, backbone: nn.Module, keep_as: str | None = None):
         """Write the product (backbone.pth) and the checkpoint of `step`; all processes call it.
+
+        Args:
+            keep_as: a file name under which the product stays as well.
 
         Raises:
             RunError: the disk is full or the like, or a weight is not finite; the last good
@@ -268,10 +275,10 @@ class Run:
         with comm.same_error_on_all_ranks(writing=self.folder):
             if self.world.is_main:
                 self.check_finite(step, state)
-                self.write(step, state, backbone)
+                self.write(step, state, backbone, keep_as)
         self.saved_step, self.last_save = step, time.monotonic()
 
-    def write(self, step: int, state: dict, backbone: nn.Module):
+    def write(self, step: int, state: dict, backbone: nn.Module, keep_as: str | None):
         kept = {
             name: part if isinstance(part, torch.Tensor) else part.state_dict()
             for name, part in state.items()
@@ -283,8 +290,9 @@ class Run:
             "processes": self.world.size,
             "state": kept,
         }
-        with atomic_write(self.path(self.product)) as file:
-            torch.save(described(backbone.state_dict(), self.settings), file)
+        for name in filter(None, (keep_as, self.product)):
+            with atomic_write(self.path(name)) as file:
+                torch.save(described(backbone.state_dict(), self.settings), file)
         # What is moved behind the new checkpoint is this run's, and whole.
         newest, previous = self.path("checkpoint.pt"), self.path("checkpoint.prev.pt")
         with atomic_write(newest, previous if self.keeps_previous else None) as file:

@@ -15,7 +15,8 @@ from common import distributed as comm
 # Settings that do not change what is computed beyond rounding: they may differ when a run resumes.
 RUN_FLAGS = {
     "accum_steps", "amp", "compile", "data_root", "deterministic", "device", "download",
-    "grad_checkpoint", "log_every", "output", "recipe", "resume", "save_every_minutes", "workers",
+    "grad_checkpoint", "keep_every", "log_every", "lr_divided", "output", "probe_data",
+    "probe_every", "profile", "recipe", "resume", "save_every_minutes", "tensorboard", "workers",
 }
 Switch = argparse.BooleanOptionalAction  # --flag and --no-flag
 MANY = 6  # choices that are listed once, in the help text
@@ -77,6 +78,16 @@ def parser(script: str, description: str) -> Parser:
     run = made.add_argument_group("run (none of these changes the method; --amp its precision)")
     run.add_argument("--output", metavar="FOLDER", help="default: runs/<script>-<data>-<arch>")
     run_flags(run)
+    run.add_argument("--keep-every", type=pos_int, metavar="EPOCHS",
+                     help="keep backbone-epoch0010.pth and so on beside the newest")
+    run.add_argument("--probe-every", type=pos_int, metavar="EPOCHS",
+                     help="log the k-NN accuracy of eval_knn.py, from step 0 on; without labels "
+                     "the effective rank of the features alone")
+    run.add_argument("--probe-data", metavar="SOURCE", help="its labelled images; default: --data")
+    run.add_argument("--tensorboard", action=Switch, default=False,
+                     help="write the log's numbers to an event file as well")
+    run.add_argument("--profile", type=pos_int, metavar="STEPS",
+                     help="profile so many steps after five others, save and stop")
     run.add_argument("--workers", type=nonneg_int, metavar="N",
                      help="loader processes a training process; default: its share of cores")
     run.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="device")
@@ -140,6 +151,12 @@ def method_parser(script: str, description: str, archs, *, crops: str, batch_nor
         group.add_argument("--crop-scale", type=fraction, nargs=2,
                            help="smallest, largest area fraction of a crop")
     group = made.add_argument_group("optimisation")
+    group.add_argument("--init", metavar="WHAT",
+                       help="run folder or weights file that the backbone starts from; divides the "
+                       "recipe's --lr by 10")
+    group.add_argument("--freeze-backbone-epochs", type=nonneg_int, metavar="E",
+                       help="epochs that only train what is behind the backbone; default: 1 with "
+                       "--init, else 0")
     group.add_argument("--arch", choices=archs, help="backbone")
     if batch_norm:
         group.add_argument("--stem", choices=("imagenet", "small"),
@@ -180,6 +197,14 @@ def parse(made: Parser, recipes: dict, argv=None) -> argparse.Namespace:
         source = source.removesuffix(".txt").removesuffix(".npy")
         args.output = os.path.join("runs", f"{made.prog.removesuffix('.py')}-{source}-{args.arch}")
 
+    if "init" in args:
+        args.lr_divided = args.init is not None and args.lr is made.get_default("lr")
+        args.lr /= 10 if args.lr_divided else 1
+        if args.freeze_backbone_epochs is None:
+            args.freeze_backbone_epochs = int(args.init is not None)
+        if args.freeze_backbone_epochs >= args.epochs:
+            made.error(f"--freeze-backbone-epochs {args.freeze_backbone_epochs} leaves nothing of "
+                       f"--epochs {args.epochs}; pass more --epochs")
     if args.batch_size % processes():
         above = math.ceil(args.batch_size / processes()) * processes()
         made.error(f"--batch-size {args.batch_size} does not divide among {processes()} processes; "

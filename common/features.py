@@ -120,7 +120,7 @@ class Checkpoint:
     settings: dict  # what the file and the run that made it say; empty if nothing does
 
 
-def resolve_checkpoint(name: str) -> Checkpoint:
+def resolve_checkpoint(name: str, flag: str = "--checkpoint") -> Checkpoint:
     """Look up `random`, `pixels`, a run folder, or a file, maybe with a run.json beside it.
 
     What a file says of itself (`checkpoint.described`) counts more than the run.json.
@@ -133,7 +133,7 @@ def resolve_checkpoint(name: str) -> Checkpoint:
     path = os.path.join(name, "backbone.pth") if os.path.isdir(name) else name
     if not os.path.isfile(path):
         raise RunError(
-            f"--checkpoint {name}: no file {path}; give a run folder, a weights file, "
+            f"{flag} {name}: no file {path}; give a run folder, a weights file, "
             "random or pixels"
         )
     described = os.path.join(os.path.dirname(path), "run.json")
@@ -175,6 +175,11 @@ def evaluation_settings(args, checkpoints: list[Checkpoint], data: str | None = 
     if settings["arch"].startswith("vit") and size % patch:
         raise RunError(f"--image-size {size} is not a multiple of --patch-size {patch}")
     return settings
+
+
+def settings_of(args) -> dict:
+    """What `build` and `central_view` need to know of a backbone that a script is training."""
+    return DIGITS | {name: value for name, value in vars(args).items() if name in DIGITS}
 
 
 def of_this_kind(settings: dict) -> str:
@@ -303,9 +308,6 @@ def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
                                 f"evaluated on {shared['data']} like the first run; --data chooses")
         channels, size = settings["in_chans"], settings["image_size"]
         settings["trained_size"] = checkpoint.settings.get("image_size", size)
-        resize = args.resize or (size if size <= 96 else round(size * 256 / 224))
-        if resize < size:
-            raise RunError(f"--resize {resize} is less than --image-size {size}")
         if channels not in opened:
             options = dict(root=args.data_root, download=args.download, limit=args.limit)
             opened[channels] = [open_images(settings["data"], split, channels, **options)
@@ -316,17 +318,29 @@ def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
                 raise RunError(f"--data {settings['data']}: its images show several classes; that "
                                "is for eval_svm.py")
         train, test = opened[channels]
-        step = crop(resize, interpolation=interpolation)
-        view = augment.View(size, [step, augment.Normalize(settings["mean"], settings["std"])],
-                            channels)
+        view = central_view(settings, crop, interpolation, args.resize)
         protocol = (f"{settings['data']}: {len(train)} training and {len(test)} test images of "
-                    f"{size} px, {step}")
+                    f"{size} px, {view.geometry[0]}")
         if protocol not in said:
             comm.print_main(protocol)
             said.add(protocol)
         arch = f" ({settings['arch']})" if checkpoint.name == "random" else ""
         yield Source(checkpoint.name + arch, args, world, checkpoint, settings, train, test, view,
                      protocol)
+
+
+def central_view(settings: dict, crop, interpolation: str, resize: int | None = None):
+    """The view of an evaluation: resized, cropped in the middle, normalised.
+
+    `resize` is what the shorter side becomes: the image size up to 96 px, 8/7 of it above.
+    """
+    size = settings["image_size"]
+    resize = resize or (size if size <= 96 else round(size * 256 / 224))
+    if resize < size:
+        raise RunError(f"--resize {resize} is less than --image-size {size}")
+    steps = [crop(resize, interpolation=interpolation),
+             augment.Normalize(settings["mean"], settings["std"])]
+    return augment.View(size, steps, settings["in_chans"])
 
 
 class Pixels(nn.Module):
@@ -543,6 +557,21 @@ def check_finite(rows: Tensor, words: str, first: int = 0) -> None:
     if len(wrong):
         raise RunError(f"the features {words} are not finite, first of image "
                        f"{first + wrong[0].item()}; no number can be made of them")
+
+
+def effective_rank(x: Tensor) -> Tensor:
+    """How many dimensions the rows (n, d) fill, from 1 to min(n, d); NaN if a row is not finite.
+
+    exp of the entropy of the singular values, each divided by their sum.
+
+    Reference: RankMe, Garrido et al., arXiv 2210.02885, equation 1 without its epsilon.
+    """
+    x = x.detach()
+    x = x if x.dtype == torch.float64 else x.float()
+    values = torch.linalg.svdvals(x.nan_to_num())
+    shares = values / values.sum()
+    rank = torch.special.entr(shares).sum().exp()
+    return torch.where(x.isfinite().all(), rank, torch.nan)
 
 
 def class_balanced(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:

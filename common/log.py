@@ -24,12 +24,13 @@ class Log:
         first_step: steps done before this start.
         every: steps between two lines.
         chance_loss: the loss of a model that knows nothing, shown beside the first one, if known.
+        tensorboard: write the numbers to an event file in the folder as well.
         floors, ceilings: collapse indicators by name, and the value below or above which to warn.
     """
 
     def __init__(
         self, folder: str, world: World, *, batch_size, total_steps, first_step, every,
-        chance_loss, floors, ceilings=None,
+        chance_loss, floors, ceilings=None, tensorboard=False,
     ):
         self.path, self.world = os.path.join(folder, "log.jsonl"), world
         self.batch_size, self.total_steps, self.every = batch_size, total_steps, every
@@ -38,6 +39,11 @@ class Log:
         self.last_time, self.last_wait_seconds = time.perf_counter(), 0.0
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=world.device)
         self.out, self.warned = set(), set()
+        self.board = None
+        if tensorboard and world.is_main:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(folder, purge_step=first_step + 1)
 
     def due(self, step: int) -> bool:
         """Whether this step gets a line: the first, every few, and the last."""
@@ -76,13 +82,29 @@ class Log:
             "memory_gb": round(memory_gb(self.world.device), 3),
             **values,
         }
+        self.append(line)
+        self.show(line)
+        self.warn(line)
+        self.last_step, self.last_time, self.last_wait_seconds = step, now, wait_seconds
+
+    def append(self, line: dict):
+        """Write a line of numbers, one of which is the step."""
         with comm.same_error_on_all_ranks(writing=self.path):
             if self.world.is_main:
                 with open(self.path, "a") as file:
                     file.write(json.dumps(line) + "\n")
-        self.show(line)
-        self.warn(line)
-        self.last_step, self.last_time, self.last_wait_seconds = step, now, wait_seconds
+                for name in line.keys() - {"step"} if self.board else ():
+                    self.board.add_scalar(name, line[name], line["step"])
+                if self.board:
+                    self.board.flush()
+
+    def has(self, step: int, name: str) -> bool:
+        """Whether a line of a step has a number of that name."""
+        found = False
+        if self.world.is_main and os.path.exists(self.path):
+            with open(self.path) as file:
+                found = any(line["step"] == step and name in line for line in map(json.loads, file))
+        return any(comm.any_rank(found))
 
     def check(self):
         """Stop on every process if a loss was not finite on any; called before each save too."""

@@ -1,4 +1,4 @@
-"""A training run behind one loop: images, checkpoints, log, signals.
+"""A training run behind one loop: images, checkpoints, log, signals, and the looks at it.
 
     with Training(args, world, images, views) as run:
         run.resume(model=model, optimizer=optimizer, scaler=scaler)
@@ -9,10 +9,19 @@
 A run saves between two steps: at every epoch's end, every --save-every-minutes, on a stop signal.
 """
 
-from common import cli, distributed as comm
+import contextlib
+import hashlib
+
+import torch
+from torch import nn
+
+from common import backbones, cli, distributed as comm, features, weights
 from common.checkpoint import Run
+from common.distributed import RunError
 from common.loader import Loader, check_batch_size
 from common.log import Log
+from common.probe import Probe
+from common.profiling import profiled
 
 
 class Training:
@@ -37,12 +46,24 @@ class Training:
     ):
         self.args, self.world, self.images, self.views = args, world, images, views
         self.bounds = dict(chance_loss=chance_loss, floors=floors or {}, ceilings=ceilings)
-        self.folder = Run(args.output, settings or cli.settings(args), images, world,
-                          resume=args.resume, save_every_minutes=args.save_every_minutes,
-                          product=product)
+        self.initial, settings = None, settings or cli.settings(args)
+        if self.option("init"):
+            with comm.same_error_on_all_ranks():
+                self.initial, content = starting_weights(args)
+            settings |= {"init": content}
+        if self.option("tensorboard"):
+            with comm.same_error_on_all_ranks():
+                check_tensorboard()
+        self.folder = Run(args.output, settings, images, world, resume=args.resume,
+                          save_every_minutes=args.save_every_minutes, product=product)
         check_batch_size(images, args.batch_size, world)  # before anything is replaced
         self.steps_per_epoch = len(images) // args.batch_size
         self.total_steps = args.epochs * self.steps_per_epoch
+        self.probe = Probe(args, world, images) if self.option("probe_every") else None
+
+    def option(self, name: str):
+        """The value of a flag that not every user of a run has."""
+        return getattr(self.args, name, None)
 
     def __enter__(self):
         self.folder.__enter__()
@@ -51,14 +72,77 @@ class Training:
     def __exit__(self, *error):
         return self.folder.__exit__(*error)
 
+    # ---------------------------------------------------------------------------------- starting
+
     def resume(self, **state) -> None:
-        """Load the newest checkpoint, if there is one, into modules, optimisers and tensors."""
+        """Load the newest checkpoint into modules, optimisers and tensors, if there is one.
+
+        Otherwise the `backbone` of every module, of the student as of a teacher, starts from
+        `--init`, if that is given.
+        """
         args, size = self.args, self.world.size
+        tenth = " (a tenth of the recipe's, for --init)" if self.option("lr_divided") else ""
         comm.print_main(f"{len(self.images)} images; batch {args.batch_size} = "
-                        f"{args.batch_size // size} on each of {size}; lr {args.lr:g} x "
+                        f"{args.batch_size // size} on each of {size}; lr {args.lr:g}{tenth} x "
                         f"{args.batch_size} / 256 = {args.lr * args.batch_size / 256:g}")
-        self.state = state
+        self.state, new = state, self.folder.checkpoint is None
         self.step = self.folder.start(state)
+        trunks = [part.backbone for part in state.values() if hasattr(part, "backbone")]
+        if new and self.initial:
+            for trunk in trunks:
+                trunk.load_state_dict(self.initial)
+        self.freeze(trunks, (self.option("freeze_backbone_epochs") or 0) * self.steps_per_epoch)
+        self.watch_gradients()
+
+    def freeze(self, trunks: list[nn.Module], steps: int) -> None:
+        """Keep backbones as they are until so many steps are done: no gradient, eval mode."""
+        self.frozen, self.frozen_steps = [], steps
+        if self.step < steps:
+            self.frozen = [(part, part.training) for trunk in trunks for part in trunk.modules()]
+            for trunk in trunks:
+                trunk.eval()
+
+    def thaw(self) -> None:
+        """Train the backbones from now on."""
+        for part, training in self.frozen:
+            part.training = training
+        self.frozen = []
+        for optimizer in self.state.values():
+            if isinstance(optimizer, torch.optim.SGD):  # fused, it wants all buffers or none
+                for p in [p for group in optimizer.param_groups for p in group["params"]]:
+                    optimizer.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+
+    def watch_gradients(self) -> None:
+        """Have every optimiser drop frozen gradients, and the log see the norm of all others."""
+        self.grad_norm = None
+        for part in self.state.values():
+            if isinstance(part, torch.optim.Optimizer):
+                part.register_step_pre_hook(self.before_optimizer)
+            elif isinstance(part, torch.amp.GradScaler):
+                part.unscale_ = self.measuring(part.unscale_)
+
+    def measuring(self, unscale):
+        """A scaler's `unscale_`, after which gradients may be clipped, and before that measured."""
+
+        def unscale_and_measure(optimizer):
+            unscale(optimizer)
+            self.before_optimizer(optimizer)
+
+        return unscale_and_measure
+
+    def before_optimizer(self, optimizer, *_) -> None:
+        """Before a step, and before clipping if there is any."""
+        for part, _ in self.frozen:
+            for p in part.parameters(recurse=False):
+                p.grad = None
+        if self.grad_norm is None and self.writer.due(self.step + 1):
+            grads = [p.grad for group in optimizer.param_groups for p in group["params"]
+                     if p.grad is not None]
+            norm = torch.stack(torch._foreach_norm(grads)).norm()
+            scale = getattr(optimizer, "grad_scale", None)  # of a fused step with float16
+            self.grad_norm = norm if scale is None else norm / scale
+
+    # ---------------------------------------------------------------------------------- the loop
 
     def steps(self, export):
         """Yield (step, batch) to the end; `export` is the backbone that every save writes."""
@@ -68,17 +152,50 @@ class Training:
         self.loader = self.load(self.views, epochs=args.epochs, start_step=self.step)
         self.writer = Log(args.output, self.world, batch_size=args.batch_size,
                           total_steps=self.total_steps, first_step=self.step,
-                          every=args.log_every, **self.bounds)
-        for epoch in range(self.step // self.steps_per_epoch, args.epochs):
-            for batch in self.loader.epoch(epoch):
-                yield self.step, batch
-                self.step += 1
-                save, stop = self.folder.agree(self.step % self.steps_per_epoch == 0)
-                if save:
-                    self.writer.check()
-                    self.folder.save(self.step, self.state, export)
-                if stop:
-                    return
+                          every=args.log_every, tensorboard=self.option("tensorboard"),
+                          **self.bounds)
+        if self.every("probe_every") and not self.writer.has(self.step, "probe_effective_rank"):
+            self.measure(export)
+        with self.profiler() as recorded:
+            for epoch in range(self.step // self.steps_per_epoch, args.epochs):
+                for batch in self.loader.epoch(epoch):
+                    if self.frozen and self.step == self.frozen_steps:
+                        self.thaw()
+                    self.grad_norm = None
+                    yield self.step, batch
+                    self.step += 1
+                    if recorded():
+                        self.folder.stop_requested = self.folder.profiled = True
+                    save, stop = self.folder.agree(self.step % self.steps_per_epoch == 0)
+                    if save:
+                        self.writer.check()
+                        keep_as = f"backbone-epoch{epoch + 1:04d}.pth"
+                        self.folder.save(self.step, self.state, export,
+                                         keep_as if self.every("keep_every") else None)
+                    if stop:
+                        return
+                    if self.every("probe_every"):
+                        self.measure(export)
+
+    def every(self, name: str) -> bool:
+        """Whether a flag of so many epochs is given, and so many are just done."""
+        epochs = self.option(name)
+        return bool(epochs) and self.step % (epochs * self.steps_per_epoch) == 0
+
+    def measure(self, export) -> None:
+        """Probe the backbone, and write what is found."""
+        numbers = self.probe.measure(export)
+        epoch = self.step // self.steps_per_epoch
+        self.writer.append({"step": self.step, "epoch": epoch, **numbers})
+        knn = f"k-NN top-1 {numbers['probe_knn']:.4f}, " if "probe_knn" in numbers else ""
+        comm.print_main(f"probe after epoch {epoch}: {knn}effective rank "
+                        f"{numbers['probe_effective_rank']:.1f}")
+
+    def profiler(self):
+        """`profiling.profiled`, or without `--profile` nothing."""
+        if not self.option("profile"):
+            return contextlib.nullcontext(lambda: False)
+        return profiled(self.args.profile, self.state, self.loader, self.args.output, self.world)
 
     def first_epoch(self, views):
         """Yield the first epoch's images once more before it, in crops that no epoch trains on."""
@@ -92,11 +209,64 @@ class Training:
     def load(self, views, **which):
         args = self.args
         return Loader(self.images, views, batch_size=args.batch_size, seed=args.seed,
-                           world=self.world, workers=args.workers, **which)
+                      world=self.world, workers=args.workers, **which)
 
     def log(self, loss, lr: float, indicators, *tensors) -> None:
-        """Note a step's loss; now and then write a line, with what `indicators(*tensors)` says."""
-        step = self.step + 1
-        seen = indicators(*tensors) if self.writer.due(step) else {}
+        """Note a step's loss; now and then write a line, with what `indicators(*tensors)` says.
+
+        The first of `tensors` are embeddings (..., N, D), whose effective rank is logged, or, where
+        a method has none, something of four dimensions.
+        """
+        step, seen = self.step + 1, {}
+        if self.writer.due(step):
+            seen = dict(indicators(*tensors))
+            z = tensors[0] if tensors and isinstance(tensors[0], torch.Tensor) else torch.empty(())
+            if 2 <= z.ndim <= 3:
+                seen["effective_rank"] = features.effective_rank(z.flatten(0, -2))
+            if self.grad_norm is not None:
+                seen["grad_norm"] = self.grad_norm
         self.writer.write(step, epoch=self.step // self.steps_per_epoch, loss=loss, lr=lr,
                           wait_seconds=self.loader.wait_seconds, **seen)
+
+
+def starting_weights(args) -> tuple[dict, str]:
+    """The backbone that `--init` names, as a state dict, and a hash of the file.
+
+    A transformer's positions are resampled to the image size.
+
+    Raises:
+        RunError: no such file; another backbone, stem or number of channels; a tensor is missing,
+            unknown, of another shape or not finite.
+    """
+    given = features.resolve_checkpoint(args.init, "--init")
+    if given.weights is None:
+        raise RunError(f"--init {args.init}: give a run folder or a weights file")
+    settings = features.settings_of(args)
+    for name in ("arch", features.of_this_kind(settings), "in_chans"):
+        if given.settings.get(name, settings[name]) != settings[name]:
+            flag = f"--{name.replace('_', '-')}"
+            raise RunError(f"{flag} {settings[name]}, and --init {args.init} is of {flag} "
+                           f"{given.settings[name]}; a backbone starts from one of its own kind")
+    backbone = features.build(settings)
+    wanted = getattr(backbone, "grid", None)
+    weights.load_backbone(backbone, given.weights)
+    state = backbone.state_dict()
+    if wanted and backbone.grid != wanted:
+        first, table = state["pos_embed"][:, :1], state["pos_embed"][:, 1:]
+        table = backbones.resample_positions(table, backbone.grid, wanted)
+        state["pos_embed"] = torch.cat([first, table], dim=1)
+        comm.print_main("positions resampled from {} x {} patches to {} x {}".format(
+            *backbone.grid, *wanted))
+    digest = hashlib.sha256()
+    with open(given.weights, "rb") as file:
+        for part in iter(lambda: file.read(2**24), b""):
+            digest.update(part)
+    return state, digest.hexdigest()[:12]
+
+
+def check_tensorboard() -> None:
+    """Raise a RunError where the package is missing."""
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError as error:
+        raise RunError(f"--tensorboard: {error}; pip install tensorboard") from error

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import eval_knn
-from common import backbones, features as frozen
+from common import backbones, features as frozen, knn
 from common.distributed import RunError
 from common.images import open_images
 
@@ -95,7 +95,7 @@ def test_a_large_bank_gives_the_votes_of_float64(k):
 
 @pytest.mark.parametrize("block", [10, 300, 5000])
 def test_a_bank_is_searched_in_blocks_of_any_size(block, monkeypatch):
-    monkeypatch.setattr(eval_knn, "BLOCK", block)
+    monkeypatch.setattr(knn, "BLOCK", block)
     bank, labels, queries = features(num_bank=1000, num_queries=15)
     got = predict(bank, labels, queries, 30, 0.5, 4, torch.float64)
     np.testing.assert_allclose(got, loops(bank, labels, queries, 30, 0.5, 4), rtol=1e-12)
@@ -128,7 +128,7 @@ def test_neighbours_that_float32_cannot_tell_apart_are_told_apart():
     exact = queries.double() @ bank.double().T
     assert (exact.sort(dim=1).values.diff(dim=1) < 1e-7).sum() > 1000
     for chunk in (1, 50):
-        found = [eval_knn.nearest(bank, part, 10) for part in queries.split(chunk)]
+        found = [knn.nearest(bank, part, 10) for part in queries.split(chunk)]
         rows = torch.cat([rows for _, rows in found])
         expected = exact.round(decimals=13).argsort(dim=1, descending=True, stable=True)[:, :10]
         assert torch.equal(rows, expected)
@@ -419,7 +419,7 @@ def test_classes_with_equally_many_votes_are_right_by_chance():
     labels, truth = torch.arange(9) // 3, torch.tensor([0, 1, 2, 3])
     queries = torch.ones(4, 9)
     for order in (torch.arange(9), torch.arange(9).flip(0)):
-        right, undecided = eval_knn.count_right(bank[order], labels[order], queries, truth,
+        right, undecided = knn.count_right(bank[order], labels[order], queries, truth,
                                                 [(9, 0.07)], 4, None, 3).tolist()
         assert right == [pytest.approx(1 / 3 * 3)] and undecided == [0]
 

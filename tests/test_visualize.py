@@ -1,4 +1,6 @@
+import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -103,3 +105,39 @@ def test_what_was_not_removed_is_shown_as_it_is(mae_run, tmp_path):
 def test_what_cannot_be_shown_is_said(flags, named, tmp_path):
     with pytest.raises(comm.RunError, match=named):
         run(*flags, "--image", tmp_path / "out.png")
+
+
+# ------------------------------------------------------------------------------------------- curves
+
+
+def logged(folder, *lines):
+    folder.mkdir(parents=True)
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_curves_have_a_panel_for_every_number_and_a_colour_for_every_run(tmp_path):
+    pytest.importorskip("matplotlib")
+    lines = [{"step": s, "epoch": 0, "loss": 5 / s, "lr": 0.1, "z_std": 0.2} for s in range(1, 9)]
+    one = logged(tmp_path / "one", *lines)
+    two = logged(tmp_path / "two", {"step": 0, "epoch": 0, "probe_knn": 0.5}, *lines[:3])
+    with (two / "log.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # being written
+    picture = tmp_path / "curves.png"
+    run("curves", one, "--image", picture)
+    alone = np.asarray(Image.open(picture))
+    run("curves", one, two, "--image", picture)
+    both = np.asarray(Image.open(picture))
+    assert alone.shape[1] == both.shape[1] == 1200 and both.shape[0] > alone.shape[0] + 200
+    colour = np.array([255, 127, 14])  # of the second run
+    assert not (alone == colour).all(2).any() and (both == colour).all(2).sum() > 50
+
+
+def test_what_cannot_be_drawn_is_said_in_one_line(tmp_path, monkeypatch):
+    with pytest.raises(comm.RunError, match="no log.jsonl in it"):
+        run("curves", tmp_path, "--image", tmp_path / "x.png")
+    with pytest.raises(comm.RunError, match="no line yet"):
+        run("curves", logged(tmp_path / "empty"), "--image", tmp_path / "x.png")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(comm.RunError, match="pip install -r requirements-extra.txt"):
+        run("curves", tmp_path, "--image", tmp_path / "x.png")
