@@ -204,7 +204,7 @@ def test_killed_in_a_probe_it_goes_on_with_the_probe(pool, tmp_path):
     flags = ["--recipe", "digits", *drill.SMALL, "--epochs", "2", "--warmup-epochs", "0",
              "--probe-every", "1"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    pool.run(1, trained, "simclr", whole, *flags)
+    pool.run(1, trained, "simclr", whole, *flags, "--workers", "0")
 
     def saved_and_probing():
         there = (cut / "checkpoint.pt").exists()
