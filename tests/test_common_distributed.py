@@ -1,14 +1,11 @@
 import contextlib
 import errno
-import hashlib
 import io
 import os
 import re
 import socket
 import subprocess
 import sys
-import threading
-import time
 from collections import namedtuple
 
 import numpy as np
@@ -19,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import drill
-from common import distributed as comm, workers
+from common import distributed as comm
 
 CPU = torch.device("cpu")
 two_and_four = pytest.mark.parametrize("size", [2, 4])
@@ -126,43 +123,12 @@ def test_a_process_whose_number_has_no_gpu_is_told(environment, monkeypatch):
         comm.setup("cuda")
 
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
-
-
-def busy_thread(seconds):
-    """A thread that runs for so long without the interpreter's lock, as gloo's and OpenMP's do."""
-    def work():
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            hashlib.pbkdf2_hmac("sha256", b"word", b"salt", 30_000)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    return thread
-
-
 def interrupted(_args):
     raise KeyboardInterrupt
 
 
 def test_a_shell_hears_of_an_interrupt():
     assert comm.launch(interrupted, None) == 130
-
-
-@linux
-def test_workers_are_forked_once_no_other_thread_runs(capsys):
-    thread = busy_thread(0.4)
-    assert workers.worker_context().get_start_method() == "fork"
-    assert not thread.is_alive() and capsys.readouterr().out == ""
-
-
-@linux
-def test_a_thread_that_never_rests_is_told_of_and_does_not_keep_a_run_from_starting(capsys):
-    thread, started = busy_thread(2), time.monotonic()
-    workers.worker_context(patience=0.2)
-    assert time.monotonic() - started < 1.5 and thread.is_alive()
-    assert "warning: another thread still runs after 0.2 s" in capsys.readouterr().out
-    thread.join()
 
 
 class Terminal(io.StringIO):
