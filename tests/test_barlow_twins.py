@@ -110,6 +110,12 @@ def test_noise_scores_the_chance_loss():
     assert barlow_twins.barlow_twins_loss(z1, z2, 0.5).item() == pytest.approx(expected, rel=0.02)
 
 
+def test_the_gradient_of_the_loss_is_that_of_its_value():
+    z1, z2 = (torch.from_numpy(z).requires_grad_() for z in embeddings(n=4, d=3))
+    loss = barlow_twins.barlow_twins_loss
+    assert torch.autograd.gradcheck(lambda a, b: loss(a, b, 0.1), (z1, z2))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_loss_computes_in_float32_at_least(dtype):
     z1, z2 = (torch.from_numpy(z).to(dtype) for z in embeddings())

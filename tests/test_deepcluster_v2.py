@@ -92,6 +92,13 @@ def test_zero_scores_give_ln_k_and_no_labels_give_zero():
     assert nothing.item() == 0 and not zeros.grad.any()
 
 
+def test_the_gradient_of_the_loss_is_that_of_its_value():
+    scores, labels = map(torch.from_numpy, examples())
+    scores.requires_grad_()
+    loss = deepcluster_v2.cluster_loss
+    assert torch.autograd.gradcheck(lambda scores: loss(scores, labels, 0.5), (scores,))
+
+
 def own_gradient(scores, labels):
     own = own_rows(labels)
     return own_gradients(lambda x: deepcluster_v2.cluster_loss(x, own, 0.1), scores, dim=1)
