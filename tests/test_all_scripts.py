@@ -465,45 +465,34 @@ def test_killed_it_goes_on_as_if_nothing_had_been(script, pool, tmp_path):
 def test_killed_again_and_again_it_ends_with_the_same_weights(processes, pool, tmp_path):
     """With SimCLR, whose loop is that of the others; once it is killed during a save."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    flags = [*drill.SMALL, "--epochs", 7, "--output"]  # 16 steps each
-    pool.run(processes, run_to_the_end, "simclr", [*flags, whole, "--workers", 0])
+    flags = [*drill.SMALL, "--workers", 0, "--epochs", 4, "--warmup-epochs", 1]
+    flags += ["--output"]  # 16 steps an epoch
+    pool.run(processes, run_to_the_end, "simclr", [*flags, whole])
 
     saving = cut / "checkpoint.pt.tmp"
 
     def step():
         return max((line["step"] for line in drill.log_of(cut)), default=0)
 
-    for number, moment in enumerate([
-        lambda: step() >= 20, lambda: step() >= 40 and saving.exists(), lambda: step() >= 70
-    ][: 4 - processes]):
-        process = drill.start("simclr.py", *flags, cut, processes=processes)
-        drill.wait_for(moment, process, pause=0.0002 if number == 1 else 0.01)
-        drill.kill(process)
-        assert list(cut.glob("checkpoint*.pt")) and step() < 112, number
-    pool.run(processes, run_to_the_end, "simclr", [*flags, cut, "--workers", 0])
+    for moment in (
+        lambda: step() >= 20, lambda: step() >= 30 and saving.exists(), lambda: step() >= 50
+    ):
+        pool.kill(moment, processes, run_to_the_end, "simclr", [*flags, cut])
+        assert list(cut.glob("checkpoint*.pt")) and step() < 64
+    pool.run(processes, run_to_the_end, "simclr", [*flags, cut])
     assert same_tensors(whole / "checkpoint.pt", cut / "checkpoint.pt")
-    assert [line["step"] for line in lines(cut)] == list(range(1, 113))
+    assert [line["step"] for line in lines(cut)] == list(range(1, 65))
     assert [line["loss"] for line in lines(cut)] == [line["loss"] for line in lines(whole)]
 
 
-def test_a_stop_signal_saves_and_another_world_size_goes_on(tmp_path):
-    flags = [*drill.SMALL, "--epochs", 60, "--output", tmp_path]
-    process = drill.start("simclr.py", *flags, processes=2)
+def test_a_stop_signal_to_torchrun_saves(tmp_path):
+    process = drill.start("simclr.py", *drill.SMALL, "--epochs", 60, "--output", tmp_path,
+                          processes=2)
     drill.wait_for(lambda: len(drill.log_of(tmp_path)) >= 20, process)
-    status, printed = drill.run("simclr.py", *flags)  # a second run in the same folder
-    assert status == 2 and "is in use by the run with pid" in printed, printed
     process.send_signal(signal.SIGTERM)  # torchrun passes it on
     drill.finish(process)
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert saved["processes"] == 2 and 20 <= saved["step"] < 960
-
-    process = drill.start("simclr.py", *flags)
-    drill.wait_for(lambda: drill.log_of(tmp_path)[-1]["step"] >= saved["step"] + 3, process)
-    process.send_signal(signal.SIGUSR1)
-    status, printed = drill.finish(process)
-    assert status == 0, printed
-    assert f"at step {saved['step']} (saved by 2 processes, now 1)" in printed
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] > saved["step"]
 
 
 def test_the_contract_sees_the_scripts():
