@@ -42,9 +42,9 @@ def test_each_view_has_its_own_batch_statistics():
     )
     model = barlow_twins.BarlowTwins(backbone, projector_dim=16, embedding_dim=8)
     views = [torch.rand(6, 3, 16, 16), 5 + torch.rand(6, 3, 16, 16)]
-    same_error_on_all_ranks = model(views)
+    together = model(views)
     alone = [model([view])[0] for view in views]
-    for z, expected in zip(same_error_on_all_ranks, alone, strict=True):
+    for z, expected in zip(together, alone, strict=True):
         torch.testing.assert_close(z, expected)
 
 

@@ -390,8 +390,8 @@ def test_loss_and_gradient_are_those_of_the_joined_batch(pool, function, size):
     loss, grad = function(rows)  # here, in one process
     parts = pool.run(size, function, rows)
     assert np.mean([part[0] for part in parts]) == pytest.approx(loss, rel=1e-12)
-    same_error_on_all_ranks = np.concatenate([part[1] for part in parts])
-    np.testing.assert_allclose(same_error_on_all_ranks, grad, rtol=1e-6, atol=1e-12)
+    whole = np.concatenate([part[1] for part in parts])
+    np.testing.assert_allclose(whole, grad, rtol=1e-6, atol=1e-12)
 
 
 def test_the_gradient_test_fails_for_the_raw_gather(pool):
@@ -399,8 +399,8 @@ def test_the_gradient_test_fails_for_the_raw_gather(pool):
     loss, grad = gathered_loss(rows)
     parts = pool.run(2, raw_gathered_loss, rows)
     assert np.mean([part[0] for part in parts]) == pytest.approx(loss, rel=1e-12)
-    same_error_on_all_ranks = np.concatenate([part[1] for part in parts])
-    assert np.abs(same_error_on_all_ranks - grad).max() > 0.1 * np.abs(grad).max()
+    whole = np.concatenate([part[1] for part in parts])
+    assert np.abs(whole - grad).max() > 0.1 * np.abs(grad).max()
 
 
 def collected(rows):

@@ -71,7 +71,7 @@ def test_workers_and_processes_change_no_crop_and_no_parameter(size, workers):
             assert torch.allclose(joined, batch.views[view], atol=1e-5)
 
 
-def test_workers_are_started_as_dist_says(monkeypatch):
+def test_workers_are_started_only_where_there_are_any(monkeypatch):
     asked = []
     monkeypatch.setattr(workers, "worker_context", lambda: asked.append(1))  # None: torch's own way
     images = ArrayImages(random_images(), None, 3)

@@ -37,7 +37,7 @@ def test_more_clusters_than_images_are_refused_with_a_number_that_works(tmp_path
 # -------------------------------------------------------------------------------------------- views
 
 
-def test_crops_come_full_ones_first():
+def test_crops_come_global_ones_first():
     views = deepcluster_v2.build_views(deepcluster_v2.parse_args(["--recipe", "imagenet"]))
     assert [view.size[0] for view in views] == [224] * 2 + [96] * 6
     assert [view.geometry[0].scale for view in views[1:3]] == [(0.14, 1), (0.05, 0.14)]
