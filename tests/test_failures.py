@@ -240,7 +240,9 @@ def test_names_and_tables_are_printed_on_any_terminal(encoding, tmp_path):
                                  tmp_path / "caf")
     assert status == 2 and "broken\\udce9.png" in printed and "Traceback" not in printed, printed
     for evaluation in ("eval_knn", "eval_svm"):  # tables with a sign beyond ASCII
-        status, printed = printed_in(encoding, evaluation, "--checkpoint", "pixels", "--limit", 100)
+        flags = ["--costs", 1, "--low-shot", 1] if evaluation == "eval_svm" else []
+        status, printed = printed_in(encoding, evaluation, "--checkpoint", "pixels", "--limit", 100,
+                                     "--image-size", 8, *flags)
         assert status == 0 and ("\\xb1" if encoding == "ascii" else "\u00b1") in printed, printed
 
 
