@@ -1,12 +1,12 @@
 """Barlow Twins: Self-Supervised Learning via Redundancy Reduction, arXiv 2103.03230.
 
-1. Make two views of every image, of two kinds: the first always blurred, the second solarised at
-   times.
+1. Make two views of every image, of two kinds: the first always blurred, the second sometimes
+   solarised.
 2. Embed both: backbone h, projector z, one view after the other.
 3. Standardise each dimension over the batch, and correlate the dimensions of the first view with
    those of the second: a D x D matrix, over the images of all processes.
 4. Pull it to the identity: each dimension agrees between views (diagonal 1), and no two dimensions
-   say the same (off-diagonal 0). There are no negatives.
+   are redundant (off-diagonal 0). There are no negatives.
 
 Letters: N images per process, W processes, D embedding size, H backbone width.
 
@@ -138,8 +138,8 @@ def off_diagonal(matrix: Tensor) -> Tensor:
 def barlow_twins_loss(z1: Tensor, z2: Tensor, lambda_: float) -> Tensor:
     """Compute the squared distance of the cross-correlation from the identity.
 
-    Every process returns the loss of the joined batch, and DDP averages to its gradient. Uses the
-    three functions above.
+    Every process returns the loss of the joined batch; its gradient is the one that DDP averages
+    to. Uses the three functions above.
 
     Args:
         z1, z2: embeddings (N, D) of the two views; standardised here over the global batch.
@@ -179,7 +179,8 @@ def indicators(z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
 
 def build_views(args):
     if args.views == "digits":
-        views = augment.digit_views([(2, args.image_size, args.crop_scale)], 0.5, args.blur)
+        views = augment.digit_views([(2, args.image_size, args.crop_scale)], jitter=0.5,
+                                    blur=args.blur)
     else:
         size, scale, blur = args.image_size, args.crop_scale, args.blur
         views = [photo_view(size, scale, blur, blur_p=1.0, solarize_p=0.0),

@@ -15,8 +15,8 @@ Differs from the official code (facebookresearch/swav): the memory bank is one t
 of the data set, equal on every process; k-means starts from images of all processes, there of the
 first; its sums are float64; batch norm is synchronised over all processes, there in groups of
 eight. Images that were not in the last epoch (incomplete batches are dropped) have no label, as
-there. The first bank is filled as there, one crop a pass, with the images of the first epoch, and
-crops of their own. Blur is a true Gaussian, there Pillow's chain of box filters. The official run
+there. The first bank is filled as there, one crop a pass, with the images of the first epoch in
+separate crops. Blur is a true Gaussian, there Pillow's chain of box filters. The official run
 is float32; here CUDA has bf16 unless `--amp none`.
 
     python deepcluster_v2.py
@@ -82,8 +82,7 @@ def parse_args(argv=None):
     group.add_argument("--kmeans-iterations", type=cli.pos_int, help="before each epoch")
     group.add_argument("--start-lr", type=cli.not_negative, help="per 256, where warm-up starts")
     group.add_argument("--final-lr", type=cli.not_negative, help="per 256, where the cosine ends")
-    args = cli.parse(parser, RECIPES, argv)
-    return args
+    return cli.parse(parser, RECIPES, argv)
 
 
 # -------------------------------------------------------------------------------------------- views
@@ -232,10 +231,10 @@ def cluster_memory(memory: Tensor, num_clusters: int, iterations: int, generator
         Centroids (K, D) and the assignment int64 (M,), -100 for the images not seen.
     """
     seen = memory.any(1).nonzero()[:, 0]
-    own = seen.tensor_split(comm.size())[comm.rank()]
-    centroids, nearest = spherical_kmeans(memory[own], num_clusters, iterations, generator)
+    local = seen.tensor_split(comm.size())[comm.rank()]
+    centroids, nearest = spherical_kmeans(memory[local], num_clusters, iterations, generator)
     assignment = torch.zeros(len(memory), dtype=torch.int64, device=memory.device)
-    assignment[own] = nearest + 1
+    assignment[local] = nearest + 1
     return centroids, comm.sum_over_processes(assignment).sub_(1).masked_fill_(~memory.any(1), -100)
 
 
@@ -356,8 +355,8 @@ def main(args):
                 z = ddp_model(batch.views)  # 2. embeddings
             labels = assignments[:, index]  # (H, N)
             all_scores = [z @ c.T for c in centroids]
-            losses = [cluster_loss(scores, own, args.temperature)
-                      for scores, own in zip(all_scores, labels, strict=True)]
+            losses = [cluster_loss(scores, target, args.temperature)
+                      for scores, target in zip(all_scores, labels, strict=True)]
             loss = torch.stack(losses).mean()  # 3. classify
             scaler.scale(loss).backward()
             scaler.step(optimizer)

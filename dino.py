@@ -1,9 +1,9 @@
 """DINO: Emerging Properties in Self-Supervised Vision Transformers, arXiv 2104.14294.
 
 1. Make two global crops and some local ones, smaller in pixels and in area, of every image.
-2. The teacher embeds the global crops alone. Its logits less a centre, by a low temperature, make
-   sharp targets; the centre keeps one class from winning all, the sharpness keeps the targets from
-   being uniform. No gradient goes there.
+2. The teacher embeds the global crops alone. Its logits, less a centre and divided by a low
+   temperature, make sharp targets: the centre keeps one output from winning all, the sharpness
+   keeps the targets from being uniform. No gradient reaches the teacher.
 3. The student embeds all crops and predicts each target from every other crop of the image.
 4. Step; the gradient of each parameter is clipped on its own, the last layer is frozen at first.
 5. Move the teacher a little towards the student (EMA), less and less over the run.
@@ -13,9 +13,9 @@ Letters: N images per process, V crops of an image, G of them global, D bottlene
 K outputs of the head, H backbone width.
 
 Differs from the official code (facebookresearch/dino): position embeddings are resized to the exact
-grid of a local crop; the last layer is computed in float32 whatever the autocast; the last layer's
-weight is kept as `directions` and `scales`. Blur is a true Gaussian, there Pillow's
-chain of box filters. Left out: its LARS.
+grid of a local crop; the last layer is computed in float32 regardless of autocast; its weight is
+kept as `directions` and `scales`. Blur is a true Gaussian, there Pillow's chain of box filters.
+Left out: its LARS.
 
     python dino.py
     torchrun --nproc_per_node=8 dino.py --data /path/to/imagenet --output runs/dino
@@ -191,7 +191,7 @@ class DINO(nn.Module):
             nn.GELU(),
             nn.Linear(hidden_dim, bottleneck_dim),
         )
-        # Of a transformer too, and before the last layer is there, which starts as torch's Linear.
+        # A transformer's too; before the last layer is there, which starts as torch's Linear does.
         backbones.init_linears(self, lambda weight: nn.init.trunc_normal_(weight, std=0.02))
         self.last_layer = nn.ParameterDict({
             "directions": nn.Parameter(torch.empty(num_outputs, bottleneck_dim)),
@@ -208,7 +208,7 @@ class DINO(nn.Module):
         sizes = itertools.groupby(views, key=lambda view: view.shape[-2:])
         h = torch.cat([self.backbone(torch.cat(list(same))) for _, same in sizes])
         z = self.projector(h)
-        with torch.autocast(z.device.type, enabled=False):  # a low temperature needs the digits
+        with torch.autocast(z.device.type, enabled=False):  # a low temperature needs full precision
             z = F.normalize(comm.upcast(z), dim=1)
             z = z.view(len(views), -1, z.shape[1])
             rows = F.normalize(self.last_layer.directions, dim=1)
@@ -342,7 +342,7 @@ def main(args):
     if args.optimizer == "adamw":
         optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
     else:
-        optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9)  # fused, no layer could wait
+        optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9)  # fused could not freeze a layer
     autocast, scaler = optim.precision(args.amp, world.device)
 
     # Train

@@ -2,8 +2,8 @@
 
 1. Make one view of every image, a crop, and cut it into patches.
 2. Remove most of the patches at random; encode only those that are left.
-3. Decode with a light transformer: what was encoded in its old places, one learned mask token in
-   all others.
+3. Decode with a light transformer: the encoded patches in their old places, one learned mask token
+   in all others.
 4. Predict the pixels of the removed patches, each patch normalised by its own mean and variance.
 
 Letters: N images per process, C channels, P patch side, L patches of an image, D backbone width, E
@@ -189,7 +189,7 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     A patch's numbers are ordered by row, column, channel.
 
     Raises:
-        ValueError: the sides are no multiples of the patch size.
+        ValueError: the sides are not multiples of the patch size.
     """
     n, channels, height, width = images.shape
     if height % patch_size or width % patch_size:
@@ -245,7 +245,7 @@ def reconstruction_loss(pred: Tensor, images: Tensor, mask: Tensor, patch_size: 
 
 @torch.no_grad()
 def indicators(images: Tensor, mask: Tensor, patch_size: int, norm_pix: bool) -> dict[str, Tensor]:
-    """Logged beside the loss: what zeros score on the mask (of the last of --accum-steps)."""
+    """Logged beside the loss: that of predicting zeros, on the last part of --accum-steps."""
     zeros = torch.zeros_like(patchify(images, patch_size))
     return {"zero_loss": reconstruction_loss(zeros, images, mask, patch_size, norm_pix)}
 

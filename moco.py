@@ -5,7 +5,7 @@
 3. Momentum update: the key encoder is an EMA of the encoder. Embed the key with it, without a
    gradient.
 4. The key of the same image is the positive; the negatives are a queue of keys of past batches.
-5. Put the new keys into the queue in the place of the oldest.
+5. Replace the oldest keys of the queue with the new ones.
 
 Letters: N images per process, W processes, D embedding size, K queue length.
 
@@ -79,8 +79,7 @@ def parse_args(argv=None):
     group.add_argument("--queue-length", type=cli.pos_int, help="K, keys kept as negatives")
     group.add_argument("--momentum", type=cli.fraction, help="EMA momentum of the key encoder")
     group.add_argument("--symmetric", action=cli.Switch, help="use each view as query and as key")
-    group.add_argument("--bn-groups", type=cli.pos_int, help="batch-norm groups of a global batch: "
-                       "the paper's GPUs")
+    group.add_argument("--bn-groups", type=cli.pos_int, help="batch-norm groups (the paper's GPUs)")
     group.add_argument("--schedule", choices=("cosine", "step"),
                        help="once an epoch: a cosine to 0, or divided by 10 at 60 %% and 80 %%")
     args = cli.parse(parser, recipes, argv)
@@ -155,7 +154,7 @@ class GroupedBatchNorm(nn.BatchNorm2d):
 
 
 def group_batchnorm(module: nn.Module, groups: int) -> nn.Module:
-    """Let every batch norm work on so many parts of this process's batch."""
+    """Have every batch norm split this process's batch into `groups` parts."""
     for layer in module.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.__class__, layer.groups = GroupedBatchNorm, groups
@@ -256,7 +255,8 @@ def indicators(q: Tensor, k: Tensor, queue: Tensor) -> dict[str, Tensor]:
 
 def build_views(args):
     if args.views == "digits":
-        views = augment.digit_views([(2, args.image_size, args.crop_scale)], 0.5, args.blur)
+        views = augment.digit_views([(2, args.image_size, args.crop_scale)], jitter=0.5,
+                                    blur=args.blur)
     else:
         views = photo_views(args.image_size, args.crop_scale, args.blur, args.views)
     return augment.normalized(views, args.in_chans, args.mean, args.std)
@@ -318,7 +318,7 @@ def main(args):
             scaler.update()
             run.log(loss, lr_of_step[step], indicators, q[0], k[0], queue)
             for new_keys in k:
-                pointer = update_queue(queue, pointer, new_keys)  # 5. newest for oldest
+                pointer = update_queue(queue, pointer, new_keys)  # 5. replace the oldest
 
 
 if __name__ == "__main__":

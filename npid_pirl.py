@@ -16,8 +16,8 @@ Memory: the bank takes 4 n D bytes, a step 4 (1 + K) N D (4.2 GB for batch 256, 
 
 Differs from the official codes (zhirongw/lemniscate.pytorch; PIRL and NPID++: VISSL): negatives are
 never the image itself, which both may draw, and are drawn for each (seed, step, row of the batch);
-the bank starts with unit rows, where lemniscate's have that length in expectation only; an image
-that a batch holds twice moves its row once, from the old value, to its last embedding. PIRL's chain
+the bank starts with unit rows, lemniscate's have unit norm only in expectation; an image that a
+batch holds twice moves its row once, from the old value, to its last embedding. PIRL's chain
 of posterize, sharpness, solarize and autocontrast on two thirds of its patches and images is left
 out; its patches lie anywhere in their cells, there at 21 of the 22 places along each side. NPID++
 jitters colours before the crop there, and decays the head's bias. NPID's CIFAR-10 run jitters
@@ -99,8 +99,8 @@ def parse_args(argv=None):
     group.add_argument("--views", choices=("npid", "npid_plus", "pirl", "digits"),
                        help="kind of augmentation")
     group.add_argument("--flip", action=cli.Switch, help="mirror half of the views and patches")
-    group.add_argument("--blur", action=cli.Switch,
-                       help="Gaussian blur of half of the views; stronger colours in pirl's")
+    group.add_argument("--blur", action=cli.Switch, help="Gaussian blur of half of the views; for "
+                       "pirl, stronger colours too")
     group.add_argument("--jigsaw-size", type=cli.pos_int, metavar="PX",
                        help="pirl: side of the crop that is cut into 3 x 3 cells")
     group.add_argument("--jigsaw-crop-scale", type=cli.fraction, nargs=2,
@@ -124,10 +124,9 @@ def parse_args(argv=None):
         parser.error(f"--temperature {args.temperature} is too low for nce in float32; try 0.07, "
                      "or --loss cross_entropy")
     if args.method == "npid":
-        for flag in ("jigsaw_size", "jigsaw_crop_scale", "jigsaw_patch_size"):
-            value = getattr(args, flag)
-            if value is not None:
-                parser.error(f"--{flag.replace('_', '-')} {value} needs --method pirl")
+        for name, value in vars(args).items():
+            if name.startswith("jigsaw") and value is not None:
+                parser.error(f"--{name.replace('_', '-')} {value} needs --method pirl")
     elif args.jigsaw_patch_size > args.jigsaw_size // 3:
         parser.error(f"--jigsaw-patch-size {args.jigsaw_patch_size} does not fit into the cells of "
                      f"{args.jigsaw_size // 3} px that --jigsaw-size {args.jigsaw_size} has")
@@ -303,8 +302,7 @@ def memory_logits(z: Tensor, memory: Tensor, index: Tensor, negatives: Tensor | 
 def estimate_z(logits: Tensor, num_images: int) -> Tensor:
     """Estimate the constant Z of P(i | v) = exp(logit) / Z from the logits (N, 1 + K) of a batch.
 
-    Returns:
-        Scalar: mean of exp(logits) over all columns and processes, times the number of images.
+    That is the mean of exp(logits) over all columns and processes, times the number of images.
 
     Reference: NPID, section 3.2.
     """
@@ -342,7 +340,7 @@ def update_memory(memory: Tensor, index: Tensor, embedding: Tensor, momentum: fl
         memory: unit rows (n, D), written in place: normalise(momentum old + (1 - momentum) new).
         index: (N,) the images; of one that stands there twice, the last in rank order counts.
         embedding: their unit embeddings (N, D).
-        momentum: what a row keeps of itself.
+        momentum: share that a row keeps of itself.
     """
     index, embedding = comm.all_gather_no_grad(index), comm.all_gather_no_grad(embedding)
     last = {image: row for row, image in enumerate(index.tolist())}
@@ -361,15 +359,11 @@ def chance_loss(loss: str, num_negatives: int, num_images: int) -> float:
 
 
 @torch.no_grad()
-def indicators(z: Tensor, logits: Tensor, own: Tensor, temperature: float) -> dict[str, Tensor]:
-    """Collapse indicators, logged: on this process's images.
-
-    Args:
-        z: unit embeddings (N, D). logits: theirs. own: (N,) the column of the own row.
-    """
+def indicators(z: Tensor, logits: Tensor, column: Tensor, temperature: float) -> dict[str, Tensor]:
+    """Collapse indicators, logged; on z (N, D); column (N,) is that of the image's row."""
     return {
-        "contrast_accuracy": (logits.argmax(1) == own).float().mean(),
-        "positive_similarity": logits.gather(1, own[:, None]).mean() * temperature,
+        "contrast_accuracy": (logits.argmax(1) == column).float().mean(),
+        "positive_similarity": logits.gather(1, column[:, None]).mean() * temperature,
         "z_std": z.std(0, correction=0).mean(),  # 1 / sqrt(D) where they spread, 0 in collapse
     }
 

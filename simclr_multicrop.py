@@ -147,9 +147,9 @@ def multicrop_nt_xent(z: Tensor, num_views: int, temperature: float) -> Tensor:
     logits = torch.einsum("nvd,mud->nvmu", z, z_all) / temperature  # (N, V, W*N, V)
     image = torch.arange(n, device=z.device)
     same = logits[image, :, image + comm.rank() * n]  # (N, V, V): the views of the image itself
-    own = torch.eye(n, dtype=torch.bool, device=z.device)
-    own = F.pad(own, (comm.rank() * n, len(z_all) - (comm.rank() + 1) * n))
-    others = logits.masked_fill(own[:, None, :, None], -math.inf).flatten(2).logsumexp(2)  # (N, V)
+    eye = torch.eye(n, dtype=torch.bool, device=z.device)
+    eye = F.pad(eye, (comm.rank() * n, len(z_all) - (comm.rank() + 1) * n))
+    others = logits.masked_fill(eye[:, None, :, None], -math.inf).flatten(2).logsumexp(2)  # (N, V)
     terms = torch.logaddexp(same, others[:, :, None]) - same  # (N, V, V)
     pairs = terms.sum() - terms.diagonal(dim1=1, dim2=2).sum()  # of two different views
     return pairs / (n * num_views * (num_views - 1))

@@ -7,15 +7,15 @@
    prototype equally over the batch of all processes (and the queue, where batches are small).
 4. Predict the code of each global crop from every other crop of the same image.
 5. Step; the prototypes stay frozen for the first epochs.
-6. Put the embeddings of the global crops into the queue, over the oldest.
+6. Replace the oldest embeddings of the queue with those of the global crops.
 
 Letters: N images per process, W processes, V crops of an image, A of them global, D embedding size,
 K prototypes, L length of the queue, H backbone width.
 
 Differs from the official code (facebookresearch/swav): Sinkhorn works on logarithms, so that it
-stays right at any epsilon; scores are computed in float32 whatever the autocast; batch norm is
+stays right at any epsilon; scores are computed in float32 regardless of autocast; batch norm is
 synchronised over all processes, there in groups of eight; the queue is one tensor, equal on every
-process, of which each process uses its share. Prototypes are frozen for epochs, there for 313 or
+process, of which each process scores its shard. Prototypes are frozen for epochs, there for 313 or
 5,005 steps, one epoch of batch 4,096 or 256. Blur is a true Gaussian, there Pillow's chain of box
 filters.
 
@@ -153,7 +153,7 @@ class SwAV(nn.Module):
         sizes = itertools.groupby(views, key=lambda view: view.shape[-2:])
         h = torch.cat([self.backbone(torch.cat(list(same))) for _, same in sizes])
         z = self.projector(h)
-        with torch.autocast(z.device.type, enabled=False):  # codes need the cosines' digits
+        with torch.autocast(z.device.type, enabled=False):  # codes need full precision
             z = F.normalize(comm.upcast(z), dim=1)
             z = z.view(len(views), -1, z.shape[1])
             return z, [layer(z) for layer in self.prototypes]
@@ -233,17 +233,18 @@ def update_queue(queue: Tensor, pointer: int, z: Tensor) -> int:
 @torch.no_grad()
 def compute_codes(scores: Tensor, queue: Tensor | None, prototypes: Tensor, epsilon: float,
                   iterations: int) -> Tensor:
-    """Codes (A, N, K) of the global crops with scores (A, N, K), beside this process's queue share.
+    """Codes (A, N, K) of the global crops with scores (A, N, K).
 
-    The queue (A, L, D), where there is one, is scored with the current prototypes (K, D).
+    Where there is a queue (A, L, D), this process's shard of it joins in, scored with the current
+    prototypes (K, D).
     """
     codes = []
-    for a, own in enumerate(scores):
+    for a, local in enumerate(scores):
         if queue is not None:
             share = queue.shape[1] // comm.size()
             rows = queue[a, comm.rank() * share : (comm.rank() + 1) * share]
-            own = torch.cat([rows @ prototypes.T, own])
-        codes.append(sinkhorn(own, epsilon, iterations)[-scores.shape[1] :])
+            local = torch.cat([rows @ prototypes.T, local])
+        codes.append(sinkhorn(local, epsilon, iterations)[-scores.shape[1] :])
     return torch.stack(codes)
 
 
@@ -330,7 +331,7 @@ def main(args):
             scaler.step(optimizer)  # 5. step
             scaler.update()
             run.log(loss, lr_of_step[step], indicators, z[:num_global], all_scores[0][:num_global])
-            if args.queue_length and step >= queue_start:  # 6. newest for oldest
+            if args.queue_length and step >= queue_start:  # 6. replace the oldest
                 update_queue(queue, num_queued % args.queue_length, z[:num_global])
 
 

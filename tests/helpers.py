@@ -51,6 +51,12 @@ def state_of(folder):
     return torch.load(Path(folder) / "checkpoint.pt", weights_only=True)["state"]
 
 
+def random_images(n=20, channels=3, size=12):
+    """Noise (n, size, size, channels) in uint8."""
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256, (n, size, size, channels), dtype=np.uint8)
+
+
 # ---------------------------------------------------------------------------------------- gradients
 
 

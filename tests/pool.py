@@ -60,7 +60,8 @@ class Pool:
         self.start()
 
     def start(self):
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")  # which imports once, for all of them
+        context.set_forkserver_preload(["pytest", "torch", "torchvision", "sklearn.svm"])
         self.tasks = [context.Queue() for _ in range(PROCESSES)]
         self.results = context.Queue()
         self.processes = [
@@ -78,13 +79,28 @@ class Pool:
         """
         try:
             with tempfile.TemporaryDirectory() as folder:
-                for rank in range(size):
-                    self.tasks[rank].put((function, size, os.path.join(folder, "store"), arguments))
+                self.begin(size, folder, function, *arguments)
                 return self.collect(size, function.__name__)
         except AssertionError:
-            self.close()
-            self.start()
+            self.replace()
             raise
+
+    def kill(self, moment, size, function, *arguments):
+        """Begin as `run` does, and kill the processes once `moment()` holds."""
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                self.begin(size, folder, function, *arguments)
+                end = time.monotonic() + TIMEOUT
+                while not moment():
+                    assert time.monotonic() < end, "the awaited moment did not come"
+                    assert self.results.empty(), f"ended too early: {self.results.get()}"
+                    time.sleep(0.0002)  # some moments are short
+        finally:
+            self.replace()
+
+    def begin(self, size, folder, function, *arguments):
+        for rank in range(size):
+            self.tasks[rank].put((function, size, os.path.join(folder, "store"), arguments))
 
     def collect(self, size, name):
         answers, end = {}, time.monotonic() + TIMEOUT
@@ -100,7 +116,12 @@ class Pool:
             answers[rank] = answer
         return [answers[rank] for rank in range(size)]
 
+    def replace(self):
+        self.close()
+        self.start()
+
     def close(self):
         for process in self.processes:
             process.kill()
+        for process in self.processes:
             process.join()

@@ -42,9 +42,9 @@ def test_each_view_has_its_own_batch_statistics():
     )
     model = barlow_twins.BarlowTwins(backbone, projector_dim=16, embedding_dim=8)
     views = [torch.rand(6, 3, 16, 16), 5 + torch.rand(6, 3, 16, 16)]
-    same_error_on_all_ranks = model(views)
+    together = model(views)
     alone = [model([view])[0] for view in views]
-    for z, expected in zip(same_error_on_all_ranks, alone, strict=True):
+    for z, expected in zip(together, alone, strict=True):
         torch.testing.assert_close(z, expected)
 
 
@@ -108,6 +108,12 @@ def test_noise_scores_the_chance_loss():
     z1, z2 = torch.randn(2, n, d, dtype=torch.float64)
     expected = barlow_twins.chance_loss(n, d, 0.5)
     assert barlow_twins.barlow_twins_loss(z1, z2, 0.5).item() == pytest.approx(expected, rel=0.02)
+
+
+def test_the_gradient_of_the_loss_is_that_of_its_value():
+    z1, z2 = (torch.from_numpy(z).requires_grad_() for z in embeddings(n=4, d=3))
+    loss = barlow_twins.barlow_twins_loss
+    assert torch.autograd.gradcheck(lambda a, b: loss(a, b, 0.1), (z1, z2))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

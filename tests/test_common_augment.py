@@ -67,8 +67,8 @@ def test_parameters_of_an_image_depend_on_its_own_numbers_alone():
     for row in range(16):
         own_geometry, own_colour = view.draw(uniforms[row : row + 1], sizes[row : row + 1])
         np.testing.assert_array_equal(colour[row], own_colour[0])
-        for same_error_on_all_ranks, alone in zip(geometry, own_geometry, strict=True):
-            np.testing.assert_array_equal(same_error_on_all_ranks[row], alone[0])
+        for together, alone in zip(geometry, own_geometry, strict=True):
+            np.testing.assert_array_equal(together[row], alone[0])
 
 
 def test_each_step_reads_its_own_numbers_in_the_order_of_the_steps():

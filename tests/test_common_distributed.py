@@ -1,14 +1,12 @@
+import ast
 import contextlib
 import errno
-import hashlib
 import io
 import os
 import re
 import socket
 import subprocess
 import sys
-import threading
-import time
 from collections import namedtuple
 
 import numpy as np
@@ -19,7 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import drill
-from common import distributed as comm, workers
+from common import distributed as comm
 
 CPU = torch.device("cpu")
 two_and_four = pytest.mark.parametrize("size", [2, 4])
@@ -126,43 +124,12 @@ def test_a_process_whose_number_has_no_gpu_is_told(environment, monkeypatch):
         comm.setup("cuda")
 
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
-
-
-def busy_thread(seconds):
-    """A thread that runs for so long without the interpreter's lock, as gloo's and OpenMP's do."""
-    def work():
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            hashlib.pbkdf2_hmac("sha256", b"word", b"salt", 30_000)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    return thread
-
-
 def interrupted(_args):
     raise KeyboardInterrupt
 
 
 def test_a_shell_hears_of_an_interrupt():
     assert comm.launch(interrupted, None) == 130
-
-
-@linux
-def test_workers_are_forked_once_no_other_thread_runs(capsys):
-    thread = busy_thread(0.4)
-    assert workers.worker_context().get_start_method() == "fork"
-    assert not thread.is_alive() and capsys.readouterr().out == ""
-
-
-@linux
-def test_a_thread_that_never_rests_is_told_of_and_does_not_keep_a_run_from_starting(capsys):
-    thread, started = busy_thread(2), time.monotonic()
-    workers.worker_context(patience=0.2)
-    assert time.monotonic() - started < 1.5 and thread.is_alive()
-    assert "warning: another thread still runs after 0.2 s" in capsys.readouterr().out
-    thread.join()
 
 
 class Terminal(io.StringIO):
@@ -193,26 +160,45 @@ def test_a_terminal_that_has_gone_away_does_not_end_a_run():
 ODD = "caf\udce9 \u00b1"  # from a name that is not UTF-8, and a sign beyond ASCII
 
 
+def say_and_fail(_):
+    comm.print_main(ODD)
+    print(ODD)
+    raise comm.RunError(ODD)
+
+
 @pytest.mark.parametrize("encoding, printed", [("ascii", rb"caf\udce9 \xb1"),
                                                ("utf-8", b"caf\\udce9 \xc2\xb1")])
-def test_what_a_terminal_cannot_print_is_escaped(encoding, printed):
-    code = ("import sys; from common import distributed as comm\n"
-            f"def main(_): comm.print_main({ODD!a}); print({ODD!a}); raise comm.RunError({ODD!a})\n"
-            "sys.exit(comm.launch(main, None))")
-    done = subprocess.run([sys.executable, "-c", code], cwd=drill.ROOT, capture_output=True,
-                          env={**os.environ, "PYTHONIOENCODING": f"{encoding}:strict"})
-    assert (done.returncode, done.stdout) == (2, 2 * (printed + b"\n"))
-    assert done.stderr == b"error: " + printed + b"\n"
+def test_what_a_terminal_cannot_print_is_escaped(encoding, printed, monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding, errors="strict"))
+    assert comm.launch(say_and_fail, None) == 2
+    sys.stderr.flush()
+    assert sys.stdout.buffer.getvalue() == 2 * (printed + b"\n")
+    assert sys.stderr.buffer.getvalue() == b"error: " + printed + b"\n"
 
 
-def printing(stdout, body, buffered):
-    """Exit status and errors of a program that prints where nobody takes it."""
-    code = ("import sys; from common import distributed as comm\n"
-            f"sys.exit(comm.launch({body}, None))")
+PROGRAMS = """
+import os, sys
+from common import distributed as comm
+for body, output in eval(sys.argv[1]):  # each in a process that ends as Python ends
+    reader, errors = os.pipe()
+    if os.fork() == 0:
+        os.dup2(output, 1)
+        os.dup2(errors, 2)
+        sys.exit(comm.launch(eval(body), None))
+    os.close(errors)
+    said = open(reader).read()
+    sys.stderr.write(repr((os.waitstatus_to_exitcode(os.wait()[1]), said)) + "\\n")
+"""
+
+
+def printing(buffered, *programs):
+    """Exit status and errors of programs (body, stdout) that print where nobody takes it."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "" if buffered else "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=drill.ROOT, env=environment, text=True,
-                          stdout=stdout, stderr=subprocess.PIPE)
-    return done.returncode, done.stderr
+    done = subprocess.run([sys.executable, "-c", PROGRAMS, repr(programs)], cwd=drill.ROOT,
+                          env=environment, text=True, capture_output=True,
+                          pass_fds=sorted({output for _, output in programs}))
+    return [ast.literal_eval(line) for line in done.stderr.splitlines()]
 
 
 @pytest.fixture
@@ -227,23 +213,20 @@ def broken_pipe():
 def test_a_reader_that_has_left_is_no_error_and_a_full_disk_is_one_line(buffered, broken_pipe):
     said = "lambda _: comm.print_main('progress')"
     result = "lambda _: [comm.print_main('progress'), print('result', flush=True)]"
-    assert printing(broken_pipe, said, buffered) == (0, "")
-    assert printing(broken_pipe, result, buffered) == (141, "")
+    failure = "lambda _: open('/no/such/file')"
+    with open("/dev/full", "w") if os.path.exists("/dev/full") else open(os.devnull) as full:
+        silent, unread, failed, no_room, (status, errors) = printing(
+            buffered, (said, broken_pipe), (result, broken_pipe), (failure, broken_pipe),
+            (said, full.fileno()), (result, full.fileno()))
+    assert (silent, unread, no_room) == ((0, ""), (141, ""), (0, ""))
     if os.path.exists("/dev/full"):
-        with open("/dev/full", "w") as full:
-            assert printing(full, said, buffered) == (0, "")
-            status, errors = printing(full, result, buffered)
         assert status == 2 and errors.startswith("error: cannot print") and errors.count("\n") == 1
+    assert failed[0] == 1 and "FileNotFoundError" in failed[1]  # a lost output hides no other error
 
 
 def test_an_error_of_the_system_that_is_not_of_the_output_keeps_its_traceback():
     with pytest.raises(BrokenPipeError):
         comm.launch(raise_it, BrokenPipeError())
-
-
-def test_a_lost_output_hides_no_other_error(broken_pipe):
-    status, errors = printing(broken_pipe, "lambda _: open('/no/such/file')", True)
-    assert status == 1 and "FileNotFoundError" in errors
 
 
 def test_a_closed_output_is_no_error():
@@ -424,8 +407,8 @@ def test_loss_and_gradient_are_those_of_the_joined_batch(pool, function, size):
     loss, grad = function(rows)  # here, in one process
     parts = pool.run(size, function, rows)
     assert np.mean([part[0] for part in parts]) == pytest.approx(loss, rel=1e-12)
-    same_error_on_all_ranks = np.concatenate([part[1] for part in parts])
-    np.testing.assert_allclose(same_error_on_all_ranks, grad, rtol=1e-6, atol=1e-12)
+    whole = np.concatenate([part[1] for part in parts])
+    np.testing.assert_allclose(whole, grad, rtol=1e-6, atol=1e-12)
 
 
 def test_the_gradient_test_fails_for_the_raw_gather(pool):
@@ -433,8 +416,8 @@ def test_the_gradient_test_fails_for_the_raw_gather(pool):
     loss, grad = gathered_loss(rows)
     parts = pool.run(2, raw_gathered_loss, rows)
     assert np.mean([part[0] for part in parts]) == pytest.approx(loss, rel=1e-12)
-    same_error_on_all_ranks = np.concatenate([part[1] for part in parts])
-    assert np.abs(same_error_on_all_ranks - grad).max() > 0.1 * np.abs(grad).max()
+    whole = np.concatenate([part[1] for part in parts])
+    assert np.abs(whole - grad).max() > 0.1 * np.abs(grad).max()
 
 
 def collected(rows):

@@ -37,7 +37,7 @@ def test_more_clusters_than_images_are_refused_with_a_number_that_works(tmp_path
 # -------------------------------------------------------------------------------------------- views
 
 
-def test_crops_come_full_ones_first():
+def test_crops_come_global_ones_first():
     views = deepcluster_v2.build_views(deepcluster_v2.parse_args(["--recipe", "imagenet"]))
     assert [view.size[0] for view in views] == [224] * 2 + [96] * 6
     assert [view.geometry[0].scale for view in views[1:3]] == [(0.14, 1), (0.05, 0.14)]
@@ -90,6 +90,13 @@ def test_zero_scores_give_ln_k_and_no_labels_give_zero():
     nothing = deepcluster_v2.cluster_loss(zeros, torch.full((4,), -100), 0.1)
     nothing.backward()
     assert nothing.item() == 0 and not zeros.grad.any()
+
+
+def test_the_gradient_of_the_loss_is_that_of_its_value():
+    scores, labels = map(torch.from_numpy, examples())
+    scores.requires_grad_()
+    loss = deepcluster_v2.cluster_loss
+    assert torch.autograd.gradcheck(lambda scores: loss(scores, labels, 0.5), (scores,))
 
 
 def own_gradient(scores, labels):

@@ -445,19 +445,15 @@ def test_a_fit_is_done_once(voc, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_killed_evaluation_goes_on(processes, tmp_path):
+def test_a_killed_evaluation_goes_on(processes, pool, tmp_path):
     flags = ["--checkpoint", "pixels", "--limit", 200, "--costs", 1, 10, "--low-shot", 2, 8,
              "--draws", 10, "--output", tmp_path / "svm"]
-    running = drill.start("eval_svm.py", *flags, processes=processes)
-    drill.wait_for(lambda: len(entries(tmp_path)) >= 40, running)
-    drill.kill(running)
+    pool.kill(lambda: len(entries(tmp_path)) >= 40, processes, evaluate, *flags)
     before = {path: path.stat().st_mtime_ns for path in entries(tmp_path)}
-    status, printed = drill.run("eval_svm.py", *flags, processes=processes)
-    assert status == 0, printed
+    line = pool.run(processes, evaluate, *flags)[0]
     assert 40 <= len(before) < len(entries(tmp_path))
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())  # not again
-    line = next(line for line in printed.splitlines() if line.startswith("{"))
-    assert json.loads(line) == evaluate(*flags[:-2])
+    assert line == evaluate(*flags[:-2])
 
 
 DAMAGE = {

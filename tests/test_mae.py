@@ -250,6 +250,14 @@ def test_a_perfect_prediction_scores_0():
     assert mae.reconstruction_loss(pred, images, mask, 2, True).item() > 0.01
 
 
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_the_gradient_of_the_loss_is_that_of_its_value(norm_pix):
+    pred, *given = map(torch.from_numpy, tensors(n=2, channels=1))
+    pred.requires_grad_()
+    loss = mae.reconstruction_loss
+    assert torch.autograd.gradcheck(lambda pred: loss(pred, *given, 2, norm_pix), (pred,))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_loss_computes_in_float32_at_least(dtype):
     pred, images, mask = map(torch.from_numpy, tensors())

@@ -121,6 +121,12 @@ def test_no_gradient_reaches_keys_and_queue():
     assert q.grad.abs().sum() > 0 and k.grad is None and queue.grad is None
 
 
+def test_the_gradient_of_info_nce_is_that_of_its_value():
+    q, k, queue = map(torch.from_numpy, tensors(n=3))
+    q.requires_grad_()
+    assert torch.autograd.gradcheck(lambda q: moco.info_nce(q, k, queue, 0.5), (q,))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_info_nce_computes_in_float32_at_least(dtype):
     q, k, queue = map(torch.from_numpy, tensors())

@@ -311,6 +311,18 @@ def test_losses_of_rows_that_are_all_alike_are_chance():
     assert npid_pirl.chance_loss("nce", 0, 20) == pytest.approx(math.log(20))
 
 
+def test_the_gradient_of_nce_is_that_of_its_value_at_a_fixed_constant():
+    z, memory, index, negatives = map(torch.from_numpy, tensors(n=3, k=4))
+    z = (3 * z).requires_grad_()
+
+    def loss(z):
+        z = npid_pirl.unit_rows(z)
+        logits = npid_pirl.memory_logits(z, memory, index, negatives, 0.5)
+        return torch.stack([npid_pirl.nce_loss(each, len(memory), 60.0) for each in logits]).mean()
+
+    assert torch.autograd.gradcheck(loss, (z,))
+
+
 def test_no_gradient_reaches_the_bank():
     z, memory, index, negatives = map(torch.from_numpy, tensors())
     z, memory = z.requires_grad_(), memory.requires_grad_()

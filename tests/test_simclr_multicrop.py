@@ -36,7 +36,7 @@ def test_crops_that_do_not_fit_together_are_refused(flags, named, capsys):
     assert named in printed and printed.count("\n") == 1
 
 
-def test_an_image_size_alone_sets_the_size_of_the_full_crops():
+def test_an_image_size_alone_sets_the_size_of_the_global_crops():
     args = simclr_multicrop.parse_args(["--recipe", "imagenet", "--image-size", "128"])
     assert (args.image_size, args.crop_sizes) == (128, [128, 96])
 
@@ -51,7 +51,7 @@ def test_what_is_not_about_crops_is_as_in_simclr():
 # -------------------------------------------------------------------------------------------- views
 
 
-def test_crops_come_full_ones_first_and_differ_from_simclrs_in_size_only():
+def test_crops_come_global_ones_first_and_differ_from_simclrs_in_size_only():
     views = simclr_multicrop.build_views(simclr_multicrop.parse_args(["--recipe", "imagenet"]))
     assert [view.size[0] for view in views] == [160] * 2 + [96] * 4
     assert [view.geometry[0].scale for view in views[1:3]] == [(0.08, 1), (0.05, 0.14)]

@@ -58,7 +58,7 @@ def test_a_queue_longer_than_the_data_is_refused_with_a_length_that_works(tmp_pa
 # -------------------------------------------------------------------------------------------- views
 
 
-def test_crops_come_full_ones_first_with_the_papers_strengths():
+def test_crops_come_global_ones_first_with_the_papers_strengths():
     views = swav.build_views(swav.parse_args(["--recipe", "imagenet"]))
     assert [view.size[0] for view in views] == [224] * 2 + [96] * 6
     assert [view.geometry[0].scale for view in views[1:3]] == [(0.14, 1), (0.05, 0.14)]
@@ -277,7 +277,7 @@ QUEUE = ["--queue-length", "32", "--queue-start-epoch", "0"]
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_the_queue_is_used_once_full_and_prototypes_wait_on_the_unit_sphere(pool, size, tmp_path):
+def test_the_queue_is_used_once_full_and_prototypes_stay_on_the_unit_sphere(pool, size, tmp_path):
     losses, queues, weights = pool.run(size, watched, tmp_path, *QUEUE)[0]
     assert [queue is None for queue in queues] == [True] * 2 + [False] * 6
     assert all((np.abs(np.linalg.norm(queue, axis=2) - 1) < 1e-9).all() for queue in queues[2:])
