@@ -46,6 +46,7 @@ CROPS = {"crop_scale", "num_crops", "crop_sizes", "crop_scales", "stem"}  # wher
 BUDGET = {  # lines that `git diff --patience` of two neighbours may show, of both sides together
     ("simclr", "barlow_twins"): 180, ("simclr", "moco"): 320, ("simclr", "simclr_multicrop"): 205,
     ("deepcluster_v2", "swav"): 380, ("swav", "dino"): 480,
+    ("simsiam", "byol"): 175, ("byol", "moco_v3"): 265, ("moco_v3", "dino"): 470,
 }
 
 every_script = pytest.mark.parametrize("script", SCRIPTS)
@@ -267,7 +268,7 @@ def test_amp_bf16_stays_near_float32(script, tmp_path):
         module, args = parsed(script, "--amp", amp, "--output", tmp_path / amp)
         module.main(args)
         losses.append([line["loss"] for line in lines(tmp_path / amp)])
-    np.testing.assert_allclose(losses[1], losses[0], rtol=0.05)
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0.05, atol=0.005)  # SimSiam's are near 0
 
 
 def losses_of(script, folder, *flags):
@@ -304,7 +305,7 @@ def test_twenty_compiled_steps_are_twenty_steps_within_bf16_rounding(script, tmp
     plain = np.array(losses_of(script, tmp_path / "plain", *flags, "bf16"))
     compiled = losses_of(script, tmp_path / "compiled", *flags, "bf16", "--compile")
     rounding = np.square(plain - exact).mean() ** 0.5
-    assert len(plain) == 20 and 0 < rounding < 0.05 * plain.mean()
+    assert len(plain) == 20 and 0 < rounding < 0.05 * max(1, plain.mean())
     assert np.square(compiled - plain).mean() ** 0.5 < 2 * rounding
 
 
@@ -350,15 +351,15 @@ def test_the_optimiser_has_the_rate_that_the_log_says(script, tmp_path):
 
 @every_script
 def test_weight_decay_and_trust_ratio_reach_the_parameters_that_the_paper_names(script, tmp_path):
-    """Weights only; every parameter in MoCo, SwAV, DeepCluster v2 and NPID."""
+    """Weights only; every parameter in MoCo, SimSiam, SwAV, DeepCluster v2 and NPID."""
     args, steps = optimiser_steps(script, tmp_path, "--warmup-epochs", "0")
-    everything = script in ("moco", "swav", "deepcluster_v2", "npid_pirl")
+    everything = script in ("moco", "simsiam", "swav", "deepcluster_v2", "npid_pirl")
     rates = {ndim > 1: rate for rate, _, _, ndim in steps[0].values()}
     biases = args.lr_biases / args.lr if script == "barlow_twins" else 1
     assert rates[False] == pytest.approx(rates[True] * biases)
     for name, (_, decay, adapts, ndim) in steps[0].items():
         assert decay == pytest.approx(args.weight_decay if ndim > 1 or everything else 0), name
-        if script in ("simclr", "simclr_multicrop", "barlow_twins"):
+        if script in ("simclr", "simclr_multicrop", "barlow_twins", "byol", "moco_v3"):
             assert adapts == (ndim > 1), name
         elif script in ("swav", "deepcluster_v2"):
             assert adapts is True, name
