@@ -11,15 +11,23 @@ import time
 from pathlib import Path
 
 import torch
-from lightly.loss import BarlowTwinsLoss, DINOLoss, NTXentLoss, SwaVLoss
+from lightly.loss import (
+    BarlowTwinsLoss,
+    DINOLoss,
+    NegativeCosineSimilarity,
+    NTXentLoss,
+    SwaVLoss,
+)
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import barlow_twins
+import byol
 import dino
 import moco
 import simclr
+import simsiam
 import swav
 
 N, D, K = 64, 32, 50
@@ -47,6 +55,15 @@ def of_barlow_twins(z):
             BarlowTwinsLoss(lambda_param=0.0051)(z[0], z[1]))
 
 
+def of_simsiam(z):
+    return simsiam.negative_cosine(z[0], z[1]), NegativeCosineSimilarity()(z[0], z[1].detach())
+
+
+def of_byol(z):
+    peer = NegativeCosineSimilarity()(z[0], z[1].detach())
+    return byol.byol_loss(z[0], z[1]), 2 + 2 * peer  # lightly's has another scale and constant
+
+
 def of_swav(z):
     prototypes = unit(K, D)
     scores = nn.functional.normalize(z, dim=-1) @ prototypes.T
@@ -68,6 +85,7 @@ def main():
     found = {}
     for name, views, pair in (
         ("SimCLR", 2, of_simclr), ("MoCo", 2, of_moco), ("Barlow Twins", 2, of_barlow_twins),
+        ("SimSiam", 2, of_simsiam), ("BYOL", 2, of_byol),
         ("SwAV, 2 + 4 crops", 6, of_swav), ("DINO, 2 + 4 crops", 6, of_dino),
     ):
         z = torch.randn(views, N, D, dtype=torch.float64, requires_grad=True)

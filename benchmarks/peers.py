@@ -12,15 +12,25 @@ from typing import NamedTuple
 
 import torch
 import torchvision
-from lightly.loss import BarlowTwinsLoss, DINOLoss, NTXentLoss, SwaVLoss
+from lightly.loss import (
+    BarlowTwinsLoss,
+    DINOLoss,
+    NegativeCosineSimilarity,
+    NTXentLoss,
+    SwaVLoss,
+)
 from lightly.models import utils
 from lightly.models.modules import (
     BarlowTwinsProjectionHead,
+    BYOLPredictionHead,
+    BYOLProjectionHead,
     DINOProjectionHead,
     MAEDecoderTIMM,
     MaskedVisionTransformerTIMM,
     MoCoProjectionHead,
     SimCLRProjectionHead,
+    SimSiamPredictionHead,
+    SimSiamProjectionHead,
     SwaVProjectionHead,
     SwaVPrototypes,
 )
@@ -29,6 +39,7 @@ from lightly.transforms import BYOLTransform, DINOTransform, MAETransform, SimCL
 from lightly.transforms.byol_transform import BYOLView1Transform, BYOLView2Transform
 from lightly.transforms.multi_crop_transform import MultiCropTranform
 from lightly.transforms.swav_transform import SwaVViewTransform
+from lightly.utils.dist import gather
 from lightly.utils.lars import LARS
 from torch import nn
 
@@ -66,7 +77,7 @@ class Embedder(nn.Module):
 
 
 def crop_bicubic(transform):
-    """Let lightly's crops be resized as ours of SimCLR, Barlow Twins and DINO are."""
+    """Let lightly's crops be resized as ours of SimCLR, BYOL, Barlow Twins and DINO are."""
     crops = [step for view in transform.transforms for step in view.transform.transforms
              if type(step).__name__ == "RandomResizedCrop"]  # of torchvision's v1 or v2
     assert crops, "lightly's views have no crop where we look for it"
@@ -98,11 +109,22 @@ def simclr(args) -> Method:
     return Method(transform, lambda: Embedder(args, head, zero_init_residual=True), step)
 
 
-def barlow_twins(args) -> Method:
-    criterion = BarlowTwinsLoss(lambda_param=args.lambda_, gather_distributed=GATHER)
+def byol_views(args) -> Callable:
     same = dict(input_size=args.image_size, min_scale=args.crop_scale[0], gaussian_blur=0.0,
                 normalize=normalize(args))
-    transform = BYOLTransform(BYOLView1Transform(**same), BYOLView2Transform(**same))
+    return BYOLTransform(BYOLView1Transform(**same), BYOLView2Transform(**same))
+
+
+def moco_v2_views(args) -> Callable:
+    return SimCLRTransform(
+        input_size=args.image_size, cj_strength=1.0, cj_bright=0.4, cj_contrast=0.4, cj_sat=0.4,
+        cj_hue=0.1, min_scale=args.crop_scale[0], gaussian_blur=0.0, normalize=normalize(args),
+    )
+
+
+def barlow_twins(args) -> Method:
+    criterion = BarlowTwinsLoss(lambda_param=args.lambda_, gather_distributed=GATHER)
+    transform = byol_views(args)
 
     def head(width):
         return BarlowTwinsProjectionHead(width, args.projector_dim, args.embedding_dim)
@@ -131,10 +153,7 @@ class MoCo(Embedder):
 def moco(args) -> Method:
     criterion = NTXentLoss(temperature=args.temperature,
                            memory_bank_size=(args.queue_length, args.embedding_dim))
-    transform = SimCLRTransform(
-        input_size=args.image_size, cj_strength=1.0, cj_bright=0.4, cj_contrast=0.4, cj_sat=0.4,
-        cj_hue=0.1, min_scale=args.crop_scale[0], gaussian_blur=0.0, normalize=normalize(args),
-    )
+    transform = moco_v2_views(args)
 
     def step(model, views, done):
         inner = bare(model)
@@ -145,6 +164,87 @@ def moco(args) -> Method:
         return criterion(model(views[0]), keys)
 
     return Method(transform, lambda: MoCo(args), step)
+
+
+class Siamese(nn.Module):
+    """An embedder, a predictor and, where asked for, a momentum copy of the first."""
+
+    def __init__(self, args, head: Callable, predictor: Callable, has_target: bool):
+        super().__init__()
+        self.online = Embedder(args, head, zero_init_residual=True)
+        self.backbone, self.predictor = self.online.backbone, predictor()
+        self.target = self.online
+        if has_target:
+            self.target = Embedder(args, head)
+            self.target.load_state_dict(self.online.state_dict())
+            deactivate_requires_grad(self.target)
+
+    def forward(self, views, momentum=None):
+        """Predictions, and what the other view's are to predict."""
+        z = [self.online(view) for view in views]
+        p = [self.predictor(each) for each in z]
+        if self.target is not self.online:
+            update_momentum(self.online, self.target, momentum)
+            with torch.no_grad():
+                z = [self.target(view) for view in views]
+        return p, [each.detach() for each in z[::-1]]
+
+
+def rising(momentum: float, done: float) -> float:
+    return 1 - (1 - momentum) * (1 + math.cos(math.pi * done)) / 2
+
+
+def simsiam(args) -> Method:
+    criterion, d = NegativeCosineSimilarity(), args.embedding_dim
+
+    def build():
+        return Siamese(args, lambda h: SimSiamProjectionHead(h, args.projector_dim, d),
+                       lambda: SimSiamPredictionHead(d, args.predictor_dim, d), has_target=False)
+
+    def step(model, views, done):
+        return sum(map(criterion, *model(views))) / 2
+
+    return Method(moco_v2_views(args), build, step)
+
+
+def byol(args) -> Method:
+    criterion, d = NegativeCosineSimilarity(), args.embedding_dim
+
+    def build():
+        return Siamese(args, lambda h: BYOLProjectionHead(h, args.projector_dim, d),
+                       lambda: BYOLPredictionHead(d, args.predictor_dim, d), has_target=True)
+
+    def step(model, views, done):  # at the scale of the paper, as ours
+        return sum(2 + 2 * criterion(*pair)
+                   for pair in zip(*model(views, rising(args.momentum, done)), strict=True))
+
+    return Method(byol_views(args), build, step)
+
+
+def moco_v3(args) -> Method:
+    """lightly's modules; it has no loss without a queue, so that is torch's cross-entropy."""
+    hidden, d = args.hidden_dim, args.embedding_dim
+
+    def build():
+        def head(width):
+            layers = MoCoProjectionHead(width, hidden, d, num_layers=2, batch_norm=True)
+            return nn.Sequential(layers, nn.BatchNorm1d(d, affine=False))
+
+        return Siamese(args, head, lambda: MoCoProjectionHead(d, hidden, d, batch_norm=True),
+                       has_target=True)
+
+    def criterion(q, k):
+        q, k = nn.functional.normalize(q, dim=1), nn.functional.normalize(k, dim=1)
+        rank = torch.distributed.get_rank() if GATHER else 0
+        own = torch.arange(len(q), device=q.device) + rank * len(q)
+        k = torch.cat(gather(k)) if GATHER else k
+        loss = nn.functional.cross_entropy(q @ k.T / args.temperature, own)
+        return 2 * args.temperature * loss
+
+    def step(model, views, done):
+        return sum(map(criterion, *model(views, rising(args.momentum, done))))
+
+    return Method(byol_views(args), build, step)
 
 
 class SwAV(Embedder):
@@ -242,8 +342,7 @@ def dino(args) -> Method:
 
     def step(model, views, done):
         inner = bare(model)
-        momentum = 1 - (1 - args.momentum) * (1 + math.cos(math.pi * done)) / 2
-        update_momentum(inner.student, inner.teacher, momentum)
+        update_momentum(inner.student, inner.teacher, rising(args.momentum, done))
         teacher, student = model(views, full)
         return criterion.to(teacher[0].device)(teacher, student, epoch=int(done * args.epochs))
 
@@ -339,5 +438,5 @@ def loop(args, part: str, limit: Callable, method: Method, optimizer: str):
 
 LIGHTLY = {
     "simclr": simclr, "barlow_twins": barlow_twins, "moco": moco, "swav": swav, "dino": dino,
-    "mae": mae,
+    "mae": mae, "simsiam": simsiam, "byol": byol, "moco_v3": moco_v3,
 }

@@ -37,6 +37,12 @@ METHODS = {  # our script, and what it is given beyond the cifar10 recipe for so
     "SimCLR": ["simclr", *RESNET, "--warmup-epochs", "1"],
     "MoCo v2": ["moco", *RESNET, "--warmup-epochs", "1", "--lr", "0.12", "--mlp-head",
                 "--bn-groups", "1"],  # lightly has no shuffled batch norm
+    "MoCo v3": ["moco_v3", *RESNET, "--warmup-epochs", "1", "--lr", "2", "--hidden-dim", "1024",
+                "--momentum", "0.99"],
+    "SimSiam": ["simsiam", *RESNET, "--warmup-epochs", "1", "--projector-dim", "1024",
+                "--embedding-dim", "1024", "--predictor-dim", "256"],
+    "BYOL": ["byol", *RESNET, "--warmup-epochs", "1", "--lr", "2", "--projector-dim", "1024",
+             "--predictor-dim", "1024"],
     "SwAV": ["swav", *RESNET, *CLUSTERS, "--warmup-epochs", "1", "--num-prototypes", "100",
              "--freeze-prototypes-epochs", "1", "--queue-length", "0"],
     "DINO": ["dino", *RESNET, "--warmup-epochs", "1"],
@@ -51,7 +57,7 @@ METHODS = {  # our script, and what it is given beyond the cifar10 recipe for so
             "--decoder-heads", "3", "--warmup-epochs", "1", "--lr", "1e-3"],
 }
 TRANSFORMERS = {"MAE": "patches"}  # and the layer that is evaluated
-PEERS = ("SimCLR", "MoCo v2", "SwAV", "DINO", "Barlow Twins")
+PEERS = ("SimCLR", "MoCo v2", "MoCo v3", "SimSiam", "BYOL", "SwAV", "DINO", "Barlow Twins")
 
 
 def parse_args(argv=None):
@@ -114,6 +120,11 @@ def make_optimizer(script: str, args, model, steps_per_epoch: int):
     weights, others = optim.split_by_dimension(model)
     if script == "moco":
         optimizer = torch.optim.SGD([*weights, *others], **same)
+    elif script == "simsiam":
+        predictor = [*model.predictor.parameters()]
+        ids = {id(p) for p in predictor}
+        rest = [p for p in (*weights, *others) if id(p) not in ids]
+        optimizer = torch.optim.SGD([{"params": rest}, {"params": predictor}], **same)
     elif script == "dino":
         optimizer = torch.optim.SGD([{"params": weights}, {"params": others, "weight_decay": 0.0}],
                                     **same)
@@ -124,8 +135,9 @@ def make_optimizer(script: str, args, model, steps_per_epoch: int):
         optimizer = optim.LARS([{"params": weights}, plain], trust_coefficient=0.001, **same)
     if script == "barlow_twins":
         optimizer.param_groups[1]["lr_scale"] = args.lr_biases / args.lr
-    if script == "moco":
-        return optimizer, optim.lr_by_epoch(lr, args.schedule, args.epochs, args.warmup_epochs,
+    if script in ("moco", "simsiam"):
+        schedule = getattr(args, "schedule", "cosine")
+        return optimizer, optim.lr_by_epoch(lr, schedule, args.epochs, args.warmup_epochs,
                                             steps_per_epoch)
     return optimizer, optim.warmup_cosine(
         start=getattr(args, "start_lr", 0.0) * scale, base=lr,
@@ -159,7 +171,7 @@ def train_lightly(script: str, settings, workers: int):
     cuda = torch.cuda.is_available() and settings.device != "cpu"
     device = "cuda" if cuda else "cpu"
     method = peers.LIGHTLY[script](settings)
-    if script in ("simclr", "barlow_twins", "dino"):
+    if script in ("simclr", "byol", "barlow_twins", "dino"):
         peers.crop_bicubic(method.transform)
     loader = peers.make_loader(settings.data, method.transform, settings.batch_size, workers, cuda)
     torch.manual_seed(settings.seed)
@@ -168,13 +180,17 @@ def train_lightly(script: str, settings, workers: int):
         for part in model.modules():
             if isinstance(part, peers.Embedder):
                 autocast(part.backbone, device)
-                autocast(part.head.layers, device)
+                autocast(getattr(part.head, "layers", part.head), device)
+            if isinstance(part, peers.Siamese):
+                autocast(part.predictor, device)
     trained = model.student if script == "dino" else model
     optimizer, lr_of_step = make_optimizer(script, settings, trained, len(loader))
     step = 0
     for epoch in range(settings.epochs):
         for views, *_ in loader:
             optim.set_lr(optimizer, lr_of_step[step])
+            if script == "simsiam" and settings.fix_predictor_lr:
+                optimizer.param_groups[1]["lr"] = settings.lr * settings.batch_size / 256
             loss = method.step(model, [view.to(device) for view in views], step / len(lr_of_step))
             optimizer.zero_grad()
             loss.backward()

@@ -49,6 +49,9 @@ HEAD = ["--", "--optimizer", "adamw", "--hidden-dim", "2048", "--bottleneck-dim"
 ALL = {  # what `all` measures: script, flags; the last ones have no peer
     "SimCLR": ["simclr"],
     "MoCo v2": ["moco", "--", "--bn-groups", "1", "--mlp-head"],
+    "MoCo v3": ["moco_v3"],
+    "SimSiam": ["simsiam"],
+    "BYOL": ["byol"],
     "Barlow Twins": ["barlow_twins"],
     "SwAV 2x32": ["swav"],
     "SwAV 2x32 + 4x16": ["swav", "--small-crops", "4"],
@@ -244,8 +247,9 @@ def measure_lightly(args, part: str) -> dict:
 
     clock = Clock(args.warmup, args.steps)
     settings = importlib.import_module(args.script).parse_args(script_flags(args, part, "unused"))
+    optimizers = {"moco": "sgd", "simsiam": "sgd", "dino": "adamw", "mae": "adamw"}
     peers.loop(args, part, clock.limit, peers.LIGHTLY[args.script](settings),
-               {"moco": "sgd", "dino": "adamw", "mae": "adamw"}.get(args.script, "lars"))
+               optimizers.get(args.script, "lars"))
     return {"seconds": clock.seconds, "data_wait": None}
 
 

@@ -23,6 +23,7 @@ SMALL = {  # blocks and widths of the four stages
 }
 VIT_SIZES = {  # width, blocks, heads
     "vit_micro": (96, 4, 3), "vit_tiny": (192, 12, 3), "vit_small": (384, 12, 6),
+    "vit_small_12heads": (384, 12, 12),  # MoCo v3's, which its tensors do not tell
     "vit_base": (768, 12, 12), "vit_large": (1024, 24, 16), "vit_huge": (1280, 32, 16),
 }
 STEMS = {  # kernel, stride and padding of a ResNet's first layer; a pool follows the large one

@@ -37,7 +37,9 @@ QUICK = {  # what keeps an evaluation short
     "eval_svm": ["--costs", "1", "--low-shot", "1", "--draws", "1"],
 }
 STILL: dict[str, set[str]] = {}  # trainable parameters that two steps need not move
-DECAYED = {"moco", "swav", "deepcluster_v2", "npid_pirl"}  # whole, biases and norms as well
+DECAYED = {  # whole, biases and norms as well
+    "moco", "simsiam", "swav", "deepcluster_v2", "npid_pirl", "lejepa",
+}
 SHARED = {
     "data", "limit", "recipe", "arch", "image_size", "in_chans", "mean", "std", "epochs",
     "batch_size", "lr", "weight_decay", "warmup_epochs", "sync_bn", "output", "resume",
@@ -49,6 +51,7 @@ CROPS = {"crop_scale", "num_crops", "crop_sizes", "crop_scales", "stem"}  # wher
 BUDGET = {  # lines that `git diff --patience` of two neighbours may show, of both sides together
     ("simclr", "barlow_twins"): 180, ("simclr", "moco"): 320, ("simclr", "simclr_multicrop"): 205,
     ("deepcluster_v2", "swav"): 380, ("swav", "dino"): 480,
+    ("simsiam", "byol"): 175, ("byol", "moco_v3"): 265, ("moco_v3", "dino"): 470,
 }
 
 every_script = pytest.mark.parametrize("script", SCRIPTS)
@@ -270,7 +273,7 @@ def test_amp_bf16_stays_near_float32(script, tmp_path):
         module, args = parsed(script, "--amp", amp, "--output", tmp_path / amp)
         module.main(args)
         losses.append([line["loss"] for line in lines(tmp_path / amp)])
-    np.testing.assert_allclose(losses[1], losses[0], rtol=0.05)
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0.05, atol=0.005)  # SimSiam's are near 0
 
 
 def losses_of(script, folder, *flags):
@@ -307,7 +310,7 @@ def test_twenty_compiled_steps_are_twenty_steps_within_bf16_rounding(script, tmp
     plain = np.array(losses_of(script, tmp_path / "plain", *flags, "bf16"))
     compiled = losses_of(script, tmp_path / "compiled", *flags, "bf16", "--compile")
     rounding = np.square(plain - exact).mean() ** 0.5
-    assert len(plain) == 20 and 0 < rounding < 0.05 * plain.mean()
+    assert len(plain) == 20 and 0 < rounding < 0.05 * max(1, plain.mean())
     assert np.square(compiled - plain).mean() ** 0.5 < 2 * rounding
 
 

@@ -21,8 +21,11 @@ from common.loader import Batch
 
 TRACES = {path.stem: path for path in sorted((Path(__file__).parent / "traces").glob("*.json"))}
 # Settings that compute the same on two processes: batch norm over both of them, or none at all.
-TWO_PROCESSES = ("barlow_twins", "deepcluster_v2", "dino", "mae", "moco_shuffle", "swav")
+TWO_PROCESSES = ("barlow_twins", "byol", "deepcluster_v2", "dino", "mae", "moco_shuffle",
+                 "moco_v3_2", "moco_v3_resnet", "moco_v3_vit", "simsiam", "swav")
+SEVERAL_ONLY = ("moco_v3_2",)  # each process has its own batch norm
 TOLERANCE = 1e-9
+ROUNDING = 1e-6  # of tensors whose gradient is zero but for rounding, which AdamW blows up
 
 # ----------------------------------------------------------------- inputs and start values (NumPy)
 
@@ -109,6 +112,8 @@ def fill(state, trace):
         ours = state[part].state_dict() if hasattr(state[part], "state_dict") else {"": state[part]}
         assert {name for name, *_ in tensors.values()} == set(ours), part
         for theirs, (name, kind, shape) in tensors.items():
+            if kind == "kept":
+                continue
             if kind == "own":  # fixed positions, which the authors keep in float32
                 ours[name].copy_(ours[name].float())
                 continue
@@ -175,9 +180,14 @@ def run(name, folder):
         ]))
     ends = {title: {theirs: digest(ours[want[0]].detach() / group.get("factors", {}).get(theirs, 1))
                     for theirs, want in group["tensors"].items() if want[0] is not None}
-            for title, group in trace["final"].items()
+            for title, group in trace["final"].items() if is_here(group, comm.rank())
             for ours in [tensors_of(trace, group, state)]}
     return losses, ends
+
+
+def is_here(group, rank):
+    """Whether a process has these numbers: some are of one process's rows alone."""
+    return group.get("process", rank) == rank
 
 
 def tensors_of(trace, group, state):
@@ -208,34 +218,36 @@ def digest(x):
 # -------------------------------------------------------------------------------------------- tests
 
 
-def check(name, losses, ends):
+def check(name, losses, ends, rank=0):
     """Compare with the authors' numbers, as traces/README.md says."""
     trace = json.loads(TRACES[name].read_text())
     assert losses == pytest.approx(trace["loss"], rel=TOLERANCE, abs=0)
-    assert ends.keys() == trace["final"].keys()
+    groups = {title: group for title, group in trace["final"].items() if is_here(group, rank)}
+    assert ends.keys() == groups.keys()
     compared = 0
-    for title, group in trace["final"].items():
+    for title, group in groups.items():
         wanted = {theirs: want for theirs, want in group["tensors"].items() if want[0] is not None}
         count = sum(math.prod(shape) for _, shape, *_ in wanted.values())
         overall = math.sqrt(sum(squares for *_, squares, _ in wanted.values()) / count)
         for theirs, (ours, shape, total, squares, entries) in wanted.items():
             found, n = ends[title][theirs], math.prod(shape)
+            within = ROUNDING if theirs in trace.get("rounding", ()) else TOLERANCE
             scale = max(math.sqrt(squares / n), 1e-3 * overall)
             assert found[0] == shape, (title, ours)
-            assert abs(found[1] - total) <= TOLERANCE * n * scale, (title, ours)
-            assert abs(found[2] - squares) <= TOLERANCE * n * scale**2, (title, ours)
+            assert abs(found[1] - total) <= within * n * scale, (title, ours)
+            assert abs(found[2] - squares) <= within * n * scale**2, (title, ours)
             for one, other in zip(found[3], entries, strict=True):
-                assert abs(one - other) <= TOLERANCE * max(abs(other), scale), (title, ours)
+                assert abs(one - other) <= within * max(abs(other), scale), (title, ours)
             compared += 1
     assert compared > 100
 
 
-@pytest.mark.parametrize("name", TRACES)
+@pytest.mark.parametrize("name", [name for name in TRACES if name not in SEVERAL_ONLY])
 def test_every_step_is_the_authors(name, tmp_path):
     check(name, *run(name, tmp_path))
 
 
 @pytest.mark.parametrize("name", TWO_PROCESSES)
 def test_every_step_is_the_authors_on_two_processes(name, tmp_path, pool):
-    for losses, ends in pool.run(2, run, name, tmp_path):
-        check(name, losses, ends)
+    for rank, (losses, ends) in enumerate(pool.run(2, run, name, tmp_path)):
+        check(name, losses, ends, rank)
