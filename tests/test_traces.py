@@ -21,7 +21,9 @@ from common.loader import Batch
 
 TRACES = {path.stem: path for path in sorted((Path(__file__).parent / "traces").glob("*.json"))}
 # Settings that compute the same on two processes: batch norm over both of them, or none at all.
-TWO_PROCESSES = ("barlow_twins", "deepcluster_v2", "dino", "mae", "moco_shuffle", "swav")
+TWO_PROCESSES = (
+    "barlow_twins", "deepcluster_v2", "dino", "mae", "moco_shuffle", "swav", "vicreg",
+)
 TOLERANCE = 1e-9
 
 # ----------------------------------------------------------------- inputs and start values (NumPy)
