@@ -45,7 +45,8 @@ SHARED = {
 CROPS = {"crop_scale", "num_crops", "crop_sizes", "crop_scales", "stem"}  # where a script has them
 BUDGET = {  # lines that `git diff --patience` of two neighbours may show, of both sides together
     ("simclr", "barlow_twins"): 180, ("simclr", "moco"): 320, ("simclr", "simclr_multicrop"): 205,
-    ("deepcluster_v2", "swav"): 380, ("swav", "dino"): 480,
+    ("deepcluster_v2", "swav"): 380, ("swav", "dino"): 480, ("barlow_twins", "vicreg"): 160,
+    ("vicreg", "lejepa"): 290,
 }
 
 every_script = pytest.mark.parametrize("script", SCRIPTS)
@@ -350,15 +351,15 @@ def test_the_optimiser_has_the_rate_that_the_log_says(script, tmp_path):
 
 @every_script
 def test_weight_decay_and_trust_ratio_reach_the_parameters_that_the_paper_names(script, tmp_path):
-    """Weights only; every parameter in MoCo, SwAV, DeepCluster v2 and NPID."""
+    """Weights only; every parameter in MoCo, SwAV, DeepCluster v2, NPID and LeJEPA."""
     args, steps = optimiser_steps(script, tmp_path, "--warmup-epochs", "0")
-    everything = script in ("moco", "swav", "deepcluster_v2", "npid_pirl")
+    everything = script in ("moco", "swav", "deepcluster_v2", "npid_pirl", "lejepa")
     rates = {ndim > 1: rate for rate, _, _, ndim in steps[0].values()}
     biases = args.lr_biases / args.lr if script == "barlow_twins" else 1
     assert rates[False] == pytest.approx(rates[True] * biases)
     for name, (_, decay, adapts, ndim) in steps[0].items():
         assert decay == pytest.approx(args.weight_decay if ndim > 1 or everything else 0), name
-        if script in ("simclr", "simclr_multicrop", "barlow_twins"):
+        if script in ("simclr", "simclr_multicrop", "barlow_twins", "vicreg"):
             assert adapts == (ndim > 1), name
         elif script in ("swav", "deepcluster_v2"):
             assert adapts is True, name

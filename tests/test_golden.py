@@ -29,6 +29,7 @@ RECIPES = {
     "npid": ["npid_pirl"], "pirl": ["npid_pirl", "--method", "pirl"],
     "deepcluster_v2": ["deepcluster_v2"],
     "swav": ["swav"], "dino": ["dino"], "barlow_twins": ["barlow_twins"], "mae": ["mae"],
+    "vicreg": ["vicreg"], "lejepa": ["lejepa"],
 }
 STEPS = 5
 MEASURED = {"images_per_second", "data_wait", "memory_gb"}  # not computed
