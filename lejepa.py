@@ -50,11 +50,12 @@ RECIPES = {
         jitter=[0.8, 0.8, 0.8, 0.2], embedding_dim=16, num_directions=256, lambda_=0.02,
         epochs=800, batch_size=256, lr=2e-3, warmup_epochs=1,
     ),
-    # Ours, the authors give none: the official rate and decay of ResNets, the example's crops.
+    # Ours, the authors give none: their rate and decay for ResNets, crops and weight of the example.
     "cifar10": IMAGENET | dict(
         arch="resnet18", stem="small", patch_size=4, drop_path=0.0,
         mean=[0.4914, 0.4822, 0.4465], std=[0.247, 0.2435, 0.2616],
-        num_crops=[4], crop_sizes=[32], crop_scales=[0.08, 1.0], blur=False, num_directions=256,
+        num_crops=[4], crop_sizes=[32], crop_scales=[0.08, 1.0], blur=False,
+        embedding_dim=64, num_directions=256, lambda_=0.02,
         epochs=800, batch_size=256, lr=5e-4, weight_decay=5e-4,
     ),
     # Ours, chosen on the built-in digits: a minute on two cores.
@@ -62,8 +63,8 @@ RECIPES = {
         arch="resnet_tiny", stem="small", patch_size=4, drop_path=0.0, mean=[0.5], std=[0.5],
         views="digits", num_crops=[2], crop_sizes=[16], crop_scales=[0.6, 1.0],
         jitter=[0.5, 0.5, 0.0, 0.0], blur=False,
-        projector_dim=256, embedding_dim=64, num_directions=128,
-        epochs=60, batch_size=256, lr=4e-3, weight_decay=5e-4, warmup_epochs=5,
+        projector_dim=256, embedding_dim=64, num_directions=128, lambda_=0.01,
+        epochs=60, batch_size=128, lr=4e-3, weight_decay=5e-4, warmup_epochs=5,
     ),
 }
 

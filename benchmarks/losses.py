@@ -11,16 +11,25 @@ import time
 from pathlib import Path
 
 import torch
-from lightly.loss import BarlowTwinsLoss, DINOLoss, NTXentLoss, SwaVLoss
+from lightly.loss import (
+    BarlowTwinsLoss,
+    DINOLoss,
+    LeJEPALoss,
+    NTXentLoss,
+    SwaVLoss,
+    VICRegLoss,
+)
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import barlow_twins
 import dino
+import lejepa
 import moco
 import simclr
 import swav
+import vicreg
 
 N, D, K = 64, 32, 50
 
@@ -47,6 +56,18 @@ def of_barlow_twins(z):
             BarlowTwinsLoss(lambda_param=0.0051)(z[0], z[1]))
 
 
+def of_vicreg(z):
+    return vicreg.vicreg_loss(z[0], z[1], 25.0, 25.0, 1.0), VICRegLoss()(z[0], z[1])
+
+
+def of_lejepa(z):
+    directions = lejepa.draw_directions(0, 0, D, K)
+    peer = LeJEPALoss(lambda_param=0.05).double()  # its table of the integral is float32
+    peer.sigreg._generate_unit_vectors = lambda *_: directions
+    ours = 0.05 * lejepa.sigreg(z, directions) + 0.95 * lejepa.invariance(z, 2)
+    return ours, peer(local_proj=z[2:], global_proj=z[:2])
+
+
 def of_swav(z):
     prototypes = unit(K, D)
     scores = nn.functional.normalize(z, dim=-1) @ prototypes.T
@@ -69,13 +90,14 @@ def main():
     for name, views, pair in (
         ("SimCLR", 2, of_simclr), ("MoCo", 2, of_moco), ("Barlow Twins", 2, of_barlow_twins),
         ("SwAV, 2 + 4 crops", 6, of_swav), ("DINO, 2 + 4 crops", 6, of_dino),
+        ("VICReg", 2, of_vicreg), ("LeJEPA, 2 + 4 crops", 6, of_lejepa),
     ):
         z = torch.randn(views, N, D, dtype=torch.float64, requires_grad=True)
         ours, theirs = pair(z)
         grads = [torch.autograd.grad(loss, z, retain_graph=True)[0] for loss in (ours, theirs)]
         apart = ((grads[0] - grads[1]).norm() / grads[0].norm()).item()
         found[name] = {"ours": ours.item(), "lightly": theirs.item(), "gradients_apart": apart}
-        print(f"{name:18} ours {ours.item():.10f}  lightly {theirs.item():.10f}  "
+        print(f"{name:19} ours {ours.item():.10f}  lightly {theirs.item():.10f}  "
               f"gradients apart by {apart:.1e} of their norm")
     print(json.dumps({"benchmark": "losses", "date": time.strftime("%Y-%m-%d"),
                       "torch": torch.__version__, "losses": found}))
