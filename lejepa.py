@@ -50,7 +50,7 @@ RECIPES = {
         jitter=[0.8, 0.8, 0.8, 0.2], embedding_dim=16, num_directions=256, lambda_=0.02,
         epochs=800, batch_size=256, lr=2e-3, warmup_epochs=1,
     ),
-    # Ours, the authors give none: their rate and decay for ResNets, crops and weight of the example.
+    # Ours, the authors give none: their rate and decay of ResNets, the example's crops and lambda.
     "cifar10": IMAGENET | dict(
         arch="resnet18", stem="small", patch_size=4, drop_path=0.0,
         mean=[0.4914, 0.4822, 0.4465], std=[0.247, 0.2435, 0.2616],

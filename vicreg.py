@@ -39,7 +39,7 @@ IMAGENET = dict(  # paper, sections 4.2 and 4.3
 )
 RECIPES = {
     "imagenet": IMAGENET,
-    "imagenet_100_epochs": IMAGENET | dict(epochs=100, lr=0.3),  # the authors', on request
+    "imagenet_100_epochs": IMAGENET | dict(epochs=100, lr=0.3),  # the authors, asked for it
     # Sizes, views, weights, batch, rate and decay of solo-learn's CIFAR-10 run (92.07 % linear),
     # with this script's optimiser. It does not halve the terms of variance: its weight 25 is 50.
     "cifar10": IMAGENET | dict(

@@ -280,6 +280,13 @@ def test_the_rate_goes_from_a_hundredth_to_a_thousandth(tmp_path, monkeypatch):
     assert rates[-1] == pytest.approx(1e-6, rel=1e-3)
 
 
+def test_a_collapse_is_warned_of(tmp_path, monkeypatch, capsys):
+    collapsed = {"z_std": torch.tensor(0.09 / lejepa.RECIPES["digits"]["embedding_dim"] ** 0.5)}
+    monkeypatch.setattr(lejepa, "indicators", lambda *_: collapsed)
+    train(lejepa, tmp_path)
+    assert "warning: z_std is" in capsys.readouterr().out
+
+
 def test_every_step_draws_its_own_directions_and_all_processes_the_same(tmp_path, pool):
     for drawn in pool.run(2, drawn_directions, str(tmp_path)):
         assert [(seed, step) for seed, step, _ in drawn] == [(5, 0), (5, 1)]

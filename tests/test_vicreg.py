@@ -189,6 +189,13 @@ def test_the_rate_starts_at_0_and_falls_to_a_thousandth(tmp_path, monkeypatch):
     assert rates[-1] == pytest.approx(5e-5, rel=1e-3)
 
 
+def test_a_collapse_is_warned_of(tmp_path, monkeypatch, capsys):
+    collapsed = {"z_std": torch.tensor(0.09 / vicreg.RECIPES["digits"]["embedding_dim"] ** 0.5)}
+    monkeypatch.setattr(vicreg, "indicators", lambda *_: collapsed)
+    train(vicreg, tmp_path)
+    assert "warning: z_std is" in capsys.readouterr().out
+
+
 def test_indicators_of_a_collapse_and_of_spread_embeddings():
     z = torch.ones(64, 16)
     found = vicreg.indicators(z, z)
