@@ -30,6 +30,8 @@ METHODS = {  # name: script and flags
     "BYOL": ["byol.py"],
     "DINO": ["dino.py"],
     "Barlow Twins": ["barlow_twins.py"],
+    "VICReg": ["vicreg.py"],
+    "LeJEPA": ["lejepa.py"],
     "MAE": ["mae.py"],
 }
 TRANSFORMERS = {"MAE": "patches"}  # and the layer that is evaluated

@@ -14,9 +14,11 @@ import torch
 from lightly.loss import (
     BarlowTwinsLoss,
     DINOLoss,
+    LeJEPALoss,
     NegativeCosineSimilarity,
     NTXentLoss,
     SwaVLoss,
+    VICRegLoss,
 )
 from torch import nn
 
@@ -25,10 +27,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import barlow_twins
 import byol
 import dino
+import lejepa
 import moco
 import simclr
 import simsiam
 import swav
+import vicreg
 
 N, D, K = 64, 32, 50
 
@@ -64,6 +68,18 @@ def of_byol(z):
     return byol.byol_loss(z[0], z[1]), 2 + 2 * peer  # lightly's has another scale and constant
 
 
+def of_vicreg(z):
+    return vicreg.vicreg_loss(z[0], z[1], 25.0, 25.0, 1.0), VICRegLoss()(z[0], z[1])
+
+
+def of_lejepa(z):
+    directions = lejepa.draw_directions(0, 0, D, K)
+    peer = LeJEPALoss(lambda_param=0.05).double()  # its table of the integral is float32
+    peer.sigreg._generate_unit_vectors = lambda *_: directions
+    ours = 0.05 * lejepa.sigreg(z, directions) + 0.95 * lejepa.invariance(z, 2)
+    return ours, peer(local_proj=z[2:], global_proj=z[:2])
+
+
 def of_swav(z):
     prototypes = unit(K, D)
     scores = nn.functional.normalize(z, dim=-1) @ prototypes.T
@@ -87,13 +103,14 @@ def main():
         ("SimCLR", 2, of_simclr), ("MoCo", 2, of_moco), ("Barlow Twins", 2, of_barlow_twins),
         ("SimSiam", 2, of_simsiam), ("BYOL", 2, of_byol),
         ("SwAV, 2 + 4 crops", 6, of_swav), ("DINO, 2 + 4 crops", 6, of_dino),
+        ("VICReg", 2, of_vicreg), ("LeJEPA, 2 + 4 crops", 6, of_lejepa),
     ):
         z = torch.randn(views, N, D, dtype=torch.float64, requires_grad=True)
         ours, theirs = pair(z)
         grads = [torch.autograd.grad(loss, z, retain_graph=True)[0] for loss in (ours, theirs)]
         apart = ((grads[0] - grads[1]).norm() / grads[0].norm()).item()
         found[name] = {"ours": ours.item(), "lightly": theirs.item(), "gradients_apart": apart}
-        print(f"{name:18} ours {ours.item():.10f}  lightly {theirs.item():.10f}  "
+        print(f"{name:19} ours {ours.item():.10f}  lightly {theirs.item():.10f}  "
               f"gradients apart by {apart:.1e} of their norm")
     print(json.dumps({"benchmark": "losses", "date": time.strftime("%Y-%m-%d"),
                       "torch": torch.__version__, "losses": found}))

@@ -15,16 +15,20 @@ import torchvision
 from lightly.loss import (
     BarlowTwinsLoss,
     DINOLoss,
+    LeJEPALoss,
     NegativeCosineSimilarity,
     NTXentLoss,
     SwaVLoss,
+    VICRegLoss,
 )
+from lightly.loss.lejepa_loss import lejepa_invariance_loss
 from lightly.models import utils
 from lightly.models.modules import (
     BarlowTwinsProjectionHead,
     BYOLPredictionHead,
     BYOLProjectionHead,
     DINOProjectionHead,
+    LeJEPAProjectionHead,
     MAEDecoderTIMM,
     MaskedVisionTransformerTIMM,
     MoCoProjectionHead,
@@ -34,11 +38,14 @@ from lightly.models.modules import (
     SwaVProjectionHead,
     SwaVPrototypes,
 )
+from lightly.models.modules.heads import VICRegProjectionHead
 from lightly.models.utils import deactivate_requires_grad, update_momentum
 from lightly.transforms import BYOLTransform, DINOTransform, MAETransform, SimCLRTransform
 from lightly.transforms.byol_transform import BYOLView1Transform, BYOLView2Transform
 from lightly.transforms.multi_crop_transform import MultiCropTranform
+from lightly.transforms.multi_view_transform import MultiViewTransform
 from lightly.transforms.swav_transform import SwaVViewTransform
+from lightly.transforms.vicreg_transform import VICRegViewTransform
 from lightly.utils.dist import gather
 from lightly.utils.lars import LARS
 from torch import nn
@@ -77,7 +84,7 @@ class Embedder(nn.Module):
 
 
 def crop_bicubic(transform):
-    """Let lightly's crops be resized as ours of SimCLR, BYOL, Barlow Twins and DINO are."""
+    """Let lightly's crops be resized as ours: SimCLR, BYOL, Barlow Twins, VICReg, DINO."""
     crops = [step for view in transform.transforms for step in view.transform.transforms
              if type(step).__name__ == "RandomResizedCrop"]  # of torchvision's v1 or v2
     assert crops, "lightly's views have no crop where we look for it"
@@ -131,6 +138,51 @@ def barlow_twins(args) -> Method:
 
     def step(model, views, done):
         return criterion(*[model(view) for view in views])
+
+    return Method(transform, lambda: Embedder(args, head, zero_init_residual=True), step)
+
+
+def vicreg(args) -> Method:
+    criterion = VICRegLoss(lambda_param=args.sim_weight, mu_param=args.std_weight,
+                           nu_param=args.cov_weight, gather_distributed=GATHER)
+    same = dict(
+        input_size=args.image_size, cj_strength=1.0, cj_bright=0.4, cj_contrast=0.4, cj_sat=0.2,
+        cj_hue=0.1, min_scale=args.crop_scale[0], gaussian_blur=0.0, normalize=normalize(args),
+    )
+    transform = MultiViewTransform(
+        [VICRegViewTransform(solarize_prob=p, **same) for p in args.solarize]
+    )
+
+    def head(width):
+        return VICRegProjectionHead(width, args.projector_dim, args.embedding_dim)
+
+    def step(model, views, done):
+        return criterion(*[model(view) for view in views])
+
+    return Method(transform, lambda: Embedder(args, head, zero_init_residual=True), step)
+
+
+def lejepa(args) -> Method:
+    brightness, contrast, saturation, hue = args.jitter
+    colours = VICRegViewTransform(
+        cj_strength=1.0, cj_bright=brightness, cj_contrast=contrast, cj_sat=saturation, cj_hue=hue,
+        solarize_prob=0.2, gaussian_blur=0.0, normalize=normalize(args),
+    ).transform.transforms[1:]  # without its crop
+    transform = MultiCropTranform(
+        crop_sizes=args.crop_sizes, crop_counts=args.num_crops,
+        crop_min_scales=args.crop_scales[::2], crop_max_scales=args.crop_scales[1::2],
+        transforms=torchvision.transforms.Compose(colours),
+    )
+    criterion = LeJEPALoss(gather_distributed=GATHER, sigreg_num_vectors=args.num_directions)
+
+    def head(width):
+        return LeJEPAProjectionHead(width, args.projector_dim, args.embedding_dim)
+
+    def step(model, views, done):
+        z = torch.stack([model(view) for view in views])
+        centre = z[: args.num_crops[0]]  # the whole `criterion` wants local views as well
+        distance = lejepa_invariance_loss(all_proj=z, global_proj=centre)
+        return args.lambda_ * criterion.to(z.device).sigreg(z) + (1 - args.lambda_) * distance
 
     return Method(transform, lambda: Embedder(args, head, zero_init_residual=True), step)
 
@@ -438,5 +490,6 @@ def loop(args, part: str, limit: Callable, method: Method, optimizer: str):
 
 LIGHTLY = {
     "simclr": simclr, "barlow_twins": barlow_twins, "moco": moco, "swav": swav, "dino": dino,
-    "mae": mae, "simsiam": simsiam, "byol": byol, "moco_v3": moco_v3,
+    "mae": mae, "simsiam": simsiam, "byol": byol, "moco_v3": moco_v3, "vicreg": vicreg,
+    "lejepa": lejepa,
 }

@@ -48,6 +48,9 @@ METHODS = {  # our script, and what it is given beyond the cifar10 recipe for so
     "DINO": ["dino", *RESNET, "--warmup-epochs", "1"],
     "Barlow Twins": ["barlow_twins", *RESNET, "--warmup-epochs", "1", "--lr", "1",
                      "--lr-biases", "0.005", "--projector-dim", "1024", "--embedding-dim", "1024"],
+    "VICReg": ["vicreg", *RESNET, "--warmup-epochs", "1", "--lr", "1", "--projector-dim", "1024",
+               "--embedding-dim", "1024"],
+    "LeJEPA": ["lejepa", *RESNET, "--warmup-epochs", "1"],
     "DeepCluster v2": ["deepcluster_v2", *RESNET, *CLUSTERS, "--warmup-epochs", "1",
                        "--num-clusters", "100", "100", "100"],
     "NPID": ["npid_pirl", *RESNET, "--warmup-epochs", "1", "--lr", "0.12", "--schedule", "cosine"],
@@ -57,7 +60,7 @@ METHODS = {  # our script, and what it is given beyond the cifar10 recipe for so
             "--decoder-heads", "3", "--warmup-epochs", "1", "--lr", "1e-3"],
 }
 TRANSFORMERS = {"MAE": "patches"}  # and the layer that is evaluated
-PEERS = ("SimCLR", "MoCo v2", "MoCo v3", "SimSiam", "BYOL", "SwAV", "DINO", "Barlow Twins")
+PEERS = ("SimCLR", "MoCo v2", "MoCo v3", "SimSiam", "BYOL", "SwAV", "DINO", "Barlow Twins", "VICReg")
 
 
 def parse_args(argv=None):
@@ -141,7 +144,8 @@ def make_optimizer(script: str, args, model, steps_per_epoch: int):
                                             steps_per_epoch)
     return optimizer, optim.warmup_cosine(
         start=getattr(args, "start_lr", 0.0) * scale, base=lr,
-        final=0.001 * lr if script == "barlow_twins" else getattr(args, "final_lr", 0.0) * scale,
+        final=0.001 * lr if script in ("barlow_twins", "vicreg")
+        else getattr(args, "final_lr", 0.0) * scale,
         warmup_steps=args.warmup_epochs * steps_per_epoch,
         total_steps=args.epochs * steps_per_epoch, warmup_endpoint=script in ("swav", "dino"),
     )
@@ -171,7 +175,7 @@ def train_lightly(script: str, settings, workers: int):
     cuda = torch.cuda.is_available() and settings.device != "cpu"
     device = "cuda" if cuda else "cpu"
     method = peers.LIGHTLY[script](settings)
-    if script in ("simclr", "byol", "barlow_twins", "dino"):
+    if script in ("simclr", "byol", "barlow_twins", "vicreg", "dino"):
         peers.crop_bicubic(method.transform)
     loader = peers.make_loader(settings.data, method.transform, settings.batch_size, workers, cuda)
     torch.manual_seed(settings.seed)

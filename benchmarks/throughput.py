@@ -53,6 +53,8 @@ ALL = {  # what `all` measures: script, flags; the last ones have no peer
     "SimSiam": ["simsiam"],
     "BYOL": ["byol"],
     "Barlow Twins": ["barlow_twins"],
+    "VICReg": ["vicreg"],
+    "LeJEPA 4x32": ["lejepa"],
     "SwAV 2x32": ["swav"],
     "SwAV 2x32 + 4x16": ["swav", "--small-crops", "4"],
     "DINO ResNet-18, 2x32 + 4x16": ["dino", "--small-crops", "4", *HEAD],
@@ -68,6 +70,7 @@ ALONE = ("DeepCluster v2 2x32", "NPID", "PIRL")
 SMALL_CROP_SCALES = {  # of the full and of the small crops, as the peer's
     "swav": (0.14, 1, 0.05, 0.14), "deepcluster_v2": (0.14, 1, 0.05, 0.14),
     "dino": (0.4, 1, 0.05, 0.4), "simclr_multicrop": (0.08, 1, 0.05, 0.14),
+    "lejepa": (0.3, 1, 0.05, 0.3),
 }
 
 
@@ -247,7 +250,8 @@ def measure_lightly(args, part: str) -> dict:
 
     clock = Clock(args.warmup, args.steps)
     settings = importlib.import_module(args.script).parse_args(script_flags(args, part, "unused"))
-    optimizers = {"moco": "sgd", "simsiam": "sgd", "dino": "adamw", "mae": "adamw"}
+    optimizers = {"moco": "sgd", "simsiam": "sgd", "dino": "adamw", "mae": "adamw",
+                  "lejepa": "adamw"}
     peers.loop(args, part, clock.limit, peers.LIGHTLY[args.script](settings),
                optimizers.get(args.script, "lars"))
     return {"seconds": clock.seconds, "data_wait": None}

@@ -5,7 +5,7 @@ import functools
 import numpy as np
 
 # Streams of random numbers that never meet.
-SAMPLE, ORDER, FAKE, SHUFFLE, CLUSTERS, MASK, NEGATIVES, DEPTH = range(1, 9)
+SAMPLE, ORDER, FAKE, SHUFFLE, CLUSTERS, MASK, NEGATIVES, DEPTH, DIRECTIONS = range(1, 10)
 
 
 def philox(seed: int, stream: int, *key: int) -> np.random.Generator:

@@ -22,7 +22,7 @@ from common.loader import Batch
 TRACES = {path.stem: path for path in sorted((Path(__file__).parent / "traces").glob("*.json"))}
 # Settings that compute the same on two processes: batch norm over both of them, or none at all.
 TWO_PROCESSES = ("barlow_twins", "byol", "deepcluster_v2", "dino", "mae", "moco_shuffle",
-                 "moco_v3_2", "moco_v3_resnet", "moco_v3_vit", "simsiam", "swav")
+                 "moco_v3_2", "moco_v3_resnet", "moco_v3_vit", "simsiam", "swav", "vicreg")
 SEVERAL_ONLY = ("moco_v3_2",)  # each process has its own batch norm
 TOLERANCE = 1e-9
 ROUNDING = 1e-6  # of tensors whose gradient is zero but for rounding, which AdamW blows up
