@@ -1,7 +1,6 @@
 """Barlow Twins: Self-Supervised Learning via Redundancy Reduction, arXiv 2103.03230.
 
-1. Make two views of every image, of two kinds: the first always blurred, the second sometimes
-   solarised.
+1. Make two views of every image: the first always blurred, the second sometimes solarised.
 2. Embed both: backbone h, projector z, one view after the other.
 3. Standardise each dimension over the batch, and correlate the dimensions of the first view with
    those of the second: a D x D matrix, over the images of all processes.
@@ -178,11 +177,10 @@ def indicators(z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
 
 
 def build_views(args):
+    size, scale, blur = args.image_size, args.crop_scale, args.blur
     if args.views == "digits":
-        views = augment.digit_views([(2, args.image_size, args.crop_scale)], jitter=0.5,
-                                    blur=args.blur)
+        views = augment.digit_views([(2, size, scale)], jitter=0.5, blur=blur)
     else:
-        size, scale, blur = args.image_size, args.crop_scale, args.blur
         views = [photo_view(size, scale, blur, blur_p=1.0, solarize_p=0.0),
                  photo_view(size, scale, blur, blur_p=0.1, solarize_p=0.2)]
     return augment.normalized(views, args.in_chans, args.mean, args.std)

@@ -2,8 +2,7 @@
 
 1. Make one view of every image, a crop, and cut it into patches.
 2. Remove most of the patches at random; encode only those that are left.
-3. Decode with a light transformer: the encoded patches in their old places, one learned mask token
-   in all others.
+3. Decode: a light transformer on the encoded patches, with one mask token in all other places.
 4. Predict the pixels of the removed patches, each patch normalised by its own mean and variance.
 
 Letters: N images per process, C channels, P patch side, L patches of an image, D backbone width, E
@@ -290,8 +289,7 @@ def main(args):
         run.resume(model=model, optimizer=optimizer, scaler=scaler)
         ddp_model = comm.data_parallel(model)
         num_patches = backbone.grid[0] * backbone.grid[1]
-        comm.print_main(f"{num_kept(num_patches, args.mask_ratio)} of {num_patches} patches are "
-                        "encoded")
+        comm.print_main(f"{num_kept(num_patches, args.mask_ratio)} of {num_patches} patches encoded")
         lr_of_step = optim.warmup_cosine(
             start=0.0, base=lr, final=0.0,
             warmup_steps=args.warmup_epochs * run.steps_per_epoch,

@@ -60,7 +60,9 @@ METHODS = {  # our script, and what it is given beyond the cifar10 recipe for so
             "--decoder-heads", "3", "--warmup-epochs", "1", "--lr", "1e-3"],
 }
 TRANSFORMERS = {"MAE": "patches"}  # and the layer that is evaluated
-PEERS = ("SimCLR", "MoCo v2", "MoCo v3", "SimSiam", "BYOL", "SwAV", "DINO", "Barlow Twins", "VICReg")
+PEERS = (
+    "SimCLR", "MoCo v2", "MoCo v3", "SimSiam", "BYOL", "SwAV", "DINO", "Barlow Twins", "VICReg",
+)
 
 
 def parse_args(argv=None):
