@@ -201,6 +201,8 @@ def parse(made: Parser, recipes: dict, argv=None) -> argparse.Namespace:
         args.output = os.path.join("runs", f"{made.prog.removesuffix('.py')}-{source}-{args.arch}")
 
     if "init" in args:
+        if args.probe_data and not args.probe_every:
+            made.error(f"--probe-data {args.probe_data} is measured with --probe-every alone")
         args.lr_divided = args.init is not None and args.lr is made.get_default("lr")
         args.lr /= 10 if args.lr_divided else 1
         if args.freeze_backbone_epochs is None:
