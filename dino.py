@@ -270,16 +270,16 @@ def update_ema(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
 
     Buffers stay as they are: the teacher's batch statistics come from its own forwards.
     """
-    for old, new in zip(teacher.parameters(), student.parameters(), strict=True):
-        old.lerp_(new, 1 - momentum)
+    torch._foreach_lerp_([*teacher.parameters()], [*student.parameters()], 1 - momentum)
 
 
 @torch.no_grad()
 def clip_per_parameter(module: nn.Module, max_norm: float) -> None:
     """Scale the gradient of each parameter by itself down to norm `max_norm`, if it is above."""
     grads = [p.grad for p in module.parameters() if p.grad is not None]
-    for grad, norm in zip(grads, torch._foreach_norm(grads), strict=True):
-        grad.mul_((max_norm / (norm + 1e-6)).clamp(max=1))
+    norms = torch.stack(torch._foreach_norm(grads))
+    scales = (max_norm / (norms + 1e-6)).clamp(max=1)
+    torch._foreach_addcmul_(grads, (scales - 1).unbind(), grads)  # grad + (scale - 1) grad
 
 
 def temperature_schedule(first: float, last: float, warmup_epochs: int, epochs: int) -> list[float]:

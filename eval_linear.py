@@ -256,7 +256,7 @@ def paper_probe(source: features.Source, backbone, mark: str, args, world) -> di
     shown = {name: settings[name] for name in ("image_size", "in_chans", "mean", "std")}
     blank = torch.zeros(2, shown["in_chans"], *[shown["image_size"]] * 2, device=world.device)
     heads = build_heads(backbone, names, blank, num_classes, protocol["norm"], protocol["init"])
-    heads = comm.convert_sync_batchnorm(heads.to(world.device), world.device)
+    heads = comm.convert_sync_batchnorm(heads.to(world.device))
     optimizer = build_optimizer(heads, protocol["optimizer"], lr, protocol["weight_decay"])
     views = train_views(protocol["crop"], flip, **shown)
 

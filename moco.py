@@ -215,8 +215,7 @@ def update_ema(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
 
     Buffers stay as they are: the teacher's batch statistics come from its own forwards.
     """
-    for old, new in zip(teacher.parameters(), student.parameters(), strict=True):
-        old.lerp_(new, 1 - momentum)
+    torch._foreach_lerp_([*teacher.parameters()], [*student.parameters()], 1 - momentum)
 
 
 @torch.no_grad()
@@ -232,7 +231,8 @@ def encode_keys(encoder: nn.Module, images: list[Tensor], order: Tensor) -> list
     """
     n = len(images[0])
     own = slice(comm.rank() * n, (comm.rank() + 1) * n)
-    shuffled = [comm.all_gather_no_grad(view)[order[own]] for view in images]
+    shuffled = [comm.all_gather_no_grad(view.permute(0, 2, 3, 1))[order[own]].permute(0, 3, 1, 2)
+                for view in images]  # as channels_last, which they are
     back = order.argsort()[own]
     keys = [comm.all_gather_no_grad(key)[back] for key in encoder(shuffled)]
     return [F.normalize(comm.upcast(key), dim=1) for key in keys]

@@ -179,6 +179,7 @@ class JigsawView:
         self.cell, self.side = crop.size[0] // 3, patch.size[0]
         self.size = (9 * self.side, self.side)
         self.channels, self.left_out = patch.channels, patch.left_out
+        self.kind = (self.size, patch.kind)
         self.num_uniforms = crop.num_uniforms + 9 * (4 + patch.num_uniforms)
 
     def draw(self, uniforms: np.ndarray, sizes: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:

@@ -23,6 +23,7 @@ Letters: n images, C channels, H x W pixels. Colour steps take and give float im
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -55,6 +56,9 @@ class View:
         self.colour = [s for s in steps if not s.geometric]
         if [s.geometric for s in steps] != sorted([s.geometric for s in steps], reverse=True):
             raise ValueError("a view's geometric steps come before its colour steps")
+        # What `finish` depends on: parameters tell how often a step is taken.
+        self.kind = (self.size, channels, [dataclasses.replace(s, p=None) if hasattr(s, "p") else s
+                                           for s in self.colour])
         self.num_uniforms = sum(s.num_uniforms for s in steps)
         # Parameters are drawn for the decoded size: images keep it until the last resizing step.
         resizing = [number for number, s in enumerate(self.geometry) if s.resizes]
@@ -94,6 +98,9 @@ class View:
     def finish(self, crops: Tensor, parameters: Tensor, device: torch.device) -> Tensor:
         """Move uint8 crops (n, C, H, W) to the device and apply the colour steps there.
 
+        A step reads how many images it changes on the CPU, and which ones on the device: it neither
+        waits for the device nor sends it lists.
+
         Args:
             crops: uint8 (n, C, H, W), on the CPU.
             parameters: (n, P) from `draw`, on the CPU.
@@ -102,10 +109,11 @@ class View:
             Images (n, C, H, W) of torch's default dtype.
         """
         images = crops.to(device, non_blocking=True).to(torch.get_default_dtype()).div_(255)
+        here = parameters.to(device, non_blocking=True).to(images.dtype)
         start = 0
         for step in self.colour:
-            own = parameters[:, start : start + step.num_parameters].to(images.dtype)
-            images = step.apply(images, own)
+            own = slice(start, start + step.num_parameters)
+            images = step.apply(images, here[:, own], parameters[:, own])
             start += step.num_parameters
         return images
 
@@ -272,8 +280,9 @@ class ColorJitter(Step):
 
     A strength s gives factors in [max(0, 1 - s), 1 + s]; hue h turns by a share of the circle in
     [-h, h]. Brightness, contrast and saturation are one blend each,
-    x <- clamp(a x + b gray(x) + c mean(gray(x))), so that a batch goes through three blends
-    whatever each image's order is; the hue turn comes before, between or after them.
+    x <- clamp(a x + b gray(x) + c mean(gray(x))). A batch, sorted by how many blends come before an
+    image's hue turn, goes through three places for blends, the turn of all, three more places;
+    an image uses those that touch the turn, so that each place takes neighbouring rows.
     """
 
     brightness: float
@@ -282,7 +291,7 @@ class ColorJitter(Step):
     hue: float
     p: float
     num_uniforms = 6
-    num_parameters = 11  # three blends (a, b, c), hue turn, number of blends before the hue turn
+    num_parameters = 20  # six places (a, b, c), hue turn, blends before it; -1: no change at all
 
     @property
     def needs_rgb(self):
@@ -291,82 +300,97 @@ class ColorJitter(Step):
     def draw(self, u, sizes):
         n = len(u)
         order = ORDERS[(u[:, 1] * 24).astype(int)]  # (n, 4): which change is made when
-        parameters = np.zeros((n, 11))
-        blends = parameters[:, :9].reshape(n, 3, 3)
-        blends[:, :, 0] = 1
-        hue_at = (order == 3).argmax(axis=1)
+        parameters = np.zeros((n, 20))
+        blends = parameters[:, :18].reshape(n, 6, 3)
+        turn = (order == 3).argmax(axis=1)
+        before = turn if self.hue > 0 else np.zeros_like(turn)
         rows = np.arange(n)
         for change, strength in enumerate((self.brightness, self.contrast, self.saturation)):
             low, high = max(0.0, 1 - strength), 1 + strength
             factor = low + (high - low) * u[:, 2 + change]
             at = (order == change).argmax(axis=1)
-            at = at - (at > hue_at)
+            at = 3 - before + at - (at > turn)
             blends[rows, at, 0] = factor
-            if change == 1:
-                blends[rows, at, 2] = 1 - factor
-            if change == 2:
-                blends[rows, at, 1] = 1 - factor
-        parameters[:, 9] = self.hue * (2 * u[:, 5] - 1)
-        parameters[:, 10] = hue_at
-        parameters[u[:, 0] >= self.p] = (1, 0, 0, 1, 0, 0, 1, 0, 0, 0, -1)
+            if change:
+                blends[rows, at, 3 - change] = 1 - factor
+        parameters[:, 18] = self.hue * (2 * u[:, 5] - 1)
+        parameters[:, 19] = np.where(u[:, 0] < self.p, before, -1)
         return parameters
 
     def without_rgb(self):
         return dataclasses.replace(self, saturation=0, hue=0)
 
-    def apply(self, images, parameters):
-        coefficients = parameters[:, :9].to(images.device, non_blocking=True).view(-1, 9, 1, 1, 1)
-        # Which images turn their hue when is known on the CPU: no wait for the device.
-        turns = [torch.nonzero(parameters[:, 10] == at)[:, 0] for at in range(4)]
-        for at in range(4):
-            if self.hue > 0 and len(turns[at]):
-                chosen = turns[at].to(images.device, non_blocking=True)
-                shift = parameters[turns[at], 9].to(images.device, non_blocking=True)
-                images[chosen] = turn_hue(images[chosen], shift)
-            if at < 3:
-                images = blend(images, *coefficients[:, 3 * at : 3 * at + 3].unbind(1))
+    def apply(self, images, own, on_cpu):
+        starts = [int((on_cpu[:, 19] < before).sum()) for before in range(4)]
+        order = own[:, 19].argsort()[starts[0] :]
+        if not len(order):
+            return images
+        starts = [start - starts[0] for start in starts]
+        changed, own = images[order], own[order]
+        blends = own[:, :18].unflatten(1, (6, 3)) @ blend_basis(images)
+        blends = blends.unflatten(2, (2, images.shape[1], -1))  # (n, 6, 2, C, C)
+        for place in range(6):
+            if place == 3 and self.hue > 0:
+                turn_hue(changed, own[:, 18], out=changed)
+            rows = slice(starts[3 - place], None) if place < 3 else slice(starts[6 - place])
+            blend_(changed[rows], *blends[rows, place].unbind(1))
+        images[order] = changed
         return images
 
 
-def blend(images: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """clamp(a x + b gray(x) + c mean(gray(x)), 0, 1), one coefficient (n, 1, 1, 1) per image."""
-    gray = to_gray(images)
-    offset = torch.addcmul(c * gray.mean(dim=(2, 3), keepdim=True), b, gray)
-    return torch.addcmul(offset, images, a).clamp_(0, 1)
+def blend_(images: Tensor, matrix: Tensor, of_mean: Tensor) -> None:
+    """clamp(matrix x + of_mean mean(x), 0, 1) in place, both (n, C, C) on the channels."""
+    if len(images):
+        x = images.flatten(2)
+        offset = of_mean @ x.mean(2, keepdim=True)
+        torch.clamp(torch.baddbmm(offset, matrix, x), 0, 1, out=x)
+
+
+@functools.cache
+def constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Fixed numbers, sent to a device once."""
+    return torch.tensor(values, dtype=dtype).to(device)
+
+
+def gray_weights(channels: int) -> tuple[float, ...]:
+    """Of RGB those of luminance; of any other channel count those of the mean."""
+    return GRAY_WEIGHTS if channels == 3 else (1 / channels,) * channels
+
+
+def blend_basis(images: Tensor) -> Tensor:
+    """Matrix (3, 2 C C) that makes of (a, b, c) the two matrices of a blend."""
+    weights = gray_weights(images.shape[1])
+    one = np.eye(len(weights)).ravel()
+    gray = np.tile(weights, len(weights))
+    basis = np.kron([[1, 0]], one), np.kron([[1, 0]], gray), np.kron([[0, 1]], gray)
+    return constant(tuple(map(tuple, np.concatenate(basis).tolist())), images.dtype, images.device)
 
 
 def to_gray(images: Tensor) -> Tensor:
     """Luminance (n, 1, H, W) of RGB images; the channels' mean for any other channel count."""
-    if images.shape[1] != 3:
-        return images.mean(dim=1, keepdim=True)
-    red, green, blue = images.split(1, dim=1)
-    r, g, b = GRAY_WEIGHTS
-    return (red * r).add_(green, alpha=g).add_(blue, alpha=b)
+    weights = constant((gray_weights(images.shape[1]),), images.dtype, images.device)
+    return (weights @ images.flatten(2)).unflatten(2, images.shape[2:])
 
 
-def turn_hue(images: Tensor, shift: Tensor) -> Tensor:
+def turn_hue(images: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
     """Turn the hue of RGB images (n, 3, H, W) by `shift` (n,), a share of the colour circle.
 
-    Through HSV: with value v, chroma c and hue h in sixths of the circle, each channel is
-    v - c clamp(2 - |k - 2|, 0, 1), k = (n + h) mod 6, n = 5, 3, 1 for red, green, blue.
+    Through HSV: with lowest value l, chroma c and hue h as a share of the circle, a channel is
+    l + c clamp(6 |u - 1/2| - 1, 0, 1), u = frac(h + n), n = 0, 2/3, 1/3 for red, green, blue.
     """
-    red, green, blue = images.unbind(1)
-    value, low = images.amax(1), images.amin(1)
+    value, low = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
     chroma = value - low
-    per_chroma = chroma.clamp(min=1e-12).reciprocal_()
-    # The sixth follows from which channel is the largest. A lerp with weights 0 and 1 is a choice,
-    # several times faster than torch.where.
-    hue = (red - green).mul_(per_chroma).add_(4)
-    hue.lerp_((blue - red).mul_(per_chroma).add_(2), (value == green).to(images.dtype))
-    hue.lerp_((green - blue).mul_(per_chroma), (value == red).to(images.dtype))
-    hue.add_(6 * shift.view(-1, 1, 1))
-    turned = torch.empty_like(images)
-    for channel, n in enumerate((5, 3, 1)):
-        k = hue + n
-        k.sub_((k / 6).floor_(), alpha=6)  # several times faster than torch.remainder
-        k.sub_(2).abs_().neg_().add_(2).clamp_(0, 1)
-        torch.addcmul(value, k, chroma, value=-1, out=turned[:, channel])
-    return turned
+    # The hue follows from which channel is the largest. A lerp with weights 0 and 1 is a choice,
+    # on CPUs several times faster than torch.where.
+    thirds, at = constant(((2 / 3, 0.0, 1 / 3), (1.0, 2 / 3, 4 / 3)), images.dtype, images.device
+                          ).view(2, 3, 1, 1)  # the second more than any angle below 0
+    if_blue, if_red, if_green = torch.addcdiv(
+        thirds, images - images.roll(-1, 1), chroma.clamp(min=1e-12), value=1 / 6).split(1, 1)
+    largest = torch.eq(images, value, out=torch.empty_like(images))
+    hue = if_blue.lerp_(if_green, largest[:, 1:2]).lerp_(if_red, largest[:, :1])
+    u = hue + (shift.view(-1, 1, 1, 1) + at)
+    u.frac_().sub_(0.5).abs_().clamp_(1 / 6, 2 / 6)
+    return torch.addcmul(low - chroma, chroma, u, value=6, out=out)
 
 
 @dataclass
@@ -384,10 +408,8 @@ class Grayscale(Step):
     def draw(self, u, sizes):
         return u < self.p
 
-    def apply(self, images, parameters):
-        chosen = torch.nonzero(parameters[:, 0])[:, 0].to(images.device, non_blocking=True)
-        images[chosen] = to_gray(images[chosen]).expand(-1, 3, -1, -1)
-        return images
+    def apply(self, images, own, on_cpu):
+        return images.lerp_(to_gray(images), own.view(-1, 1, 1, 1))  # a choice: weights 0 and 1
 
 
 @dataclass
@@ -400,44 +422,55 @@ class GaussianBlur(Step):
     sigma: tuple[float, float]
     p: float
     num_uniforms = 2
-    num_parameters = 1  # the standard deviation; 0 leaves the image as it is
+
+    @property
+    def num_parameters(self):  # the weights of pixels at so many pixels' distance
+        return math.ceil(4 * self.sigma[1]) + 1
 
     def draw(self, u, sizes):
-        sigma = self.sigma[0] + (self.sigma[1] - self.sigma[0]) * u[:, 1:]
-        return np.where(u[:, :1] < self.p, sigma, 0)
+        sigma = self.sigma[0] + (self.sigma[1] - self.sigma[0]) * u[:, 1]
+        return gaussian_weights(np.where(u[:, 0] < self.p, sigma, 0), self.num_parameters - 1)
 
-    def apply(self, images, parameters):
-        chosen = torch.nonzero(parameters[:, 0])[:, 0]
-        if len(chosen):
-            sigma = parameters[chosen, 0].to(images.device, non_blocking=True)
-            chosen = chosen.to(images.device, non_blocking=True)
-            images[chosen] = gaussian_blur(images[chosen], sigma, math.ceil(4 * self.sigma[1]))
+    def apply(self, images, own, on_cpu):
+        count = int((on_cpu[:, 0] < 1).sum())
+        if count:
+            chosen = own[:, 0].argsort()[:count]
+            images[chosen] = gaussian_blur(images[chosen], own[chosen])
         return images
 
 
-def gaussian_blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
-    """Blur images (n, C, H, W) with standard deviations sigma (n,), cut off at `radius` pixels.
+def gaussian_weights(sigma: np.ndarray, radius: int) -> np.ndarray:
+    """Weights (n, radius + 1) of a pixel at distance 0, 1, ..., cut off behind the last; sum 1.
+
+    A standard deviation of 0 is no blur.
+    """
+    distance = np.arange(radius + 1) / np.maximum(sigma, 1e-9)[:, None]
+    weights = np.exp(-0.5 * np.square(distance))
+    return weights / (2 * weights.sum(1, keepdims=True) - weights[:, :1])
+
+
+def gaussian_blur(images: Tensor, weights: Tensor) -> Tensor:
+    """Blur images (n, C, H, W) with `gaussian_weights` (n, radius + 1).
 
     As two matrix products per image, K_H x K_W^T: one kernel size for all, fast on every device.
     """
     n, channels, height, width = images.shape
-    rows, columns = (blur_matrix(sigma, side, radius) for side in (height, width))
+    rows, columns = (
+        (weights @ blur_basis(weights.shape[1], side, weights.dtype, weights.device)
+         ).unflatten(1, (side, side)) for side in (height, width))
     images = images.reshape(n, channels * height, width) @ columns.transpose(1, 2)
     images = images.view(n, channels, height, width)
     return rows[:, None] @ images
 
 
-def blur_matrix(sigma: Tensor, side: int, radius: int) -> Tensor:
-    """Matrices (n, side, side): row i holds the Gaussian weights of the pixels around pixel i."""
-    source = torch.arange(-radius, side + radius, device=sigma.device, dtype=sigma.dtype)
-    target = torch.arange(side, device=sigma.device, dtype=sigma.dtype)
-    distance = (target[:, None] - source).abs()
-    weights = torch.exp(-0.5 * (distance / sigma.view(-1, 1, 1)).square())
-    weights = weights * (distance <= radius)
-    weights[:, :, radius] += weights[:, :, :radius].sum(2)  # beyond the border: the border's pixel
-    weights[:, :, -radius - 1] += weights[:, :, -radius:].sum(2)
-    weights = weights[:, :, radius:-radius]
-    return weights / weights.sum(2, keepdim=True)
+@functools.cache
+def blur_basis(count: int, side: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Matrix (count, side * side) that makes of weights by distance those of pixel j in pixel i."""
+    basis = np.zeros((count, side, side))
+    for distance in range(1 - count, count):
+        there = np.clip(np.arange(side) + distance, 0, side - 1)  # beyond the border: its pixel
+        basis[abs(distance), np.arange(side), there] += 1
+    return torch.from_numpy(basis).to(dtype).flatten(1).to(device)
 
 
 @dataclass
@@ -452,11 +485,11 @@ class Solarize(Step):
     def draw(self, u, sizes):
         return u < self.p
 
-    def apply(self, images, parameters):
-        chosen = torch.nonzero(parameters[:, 0])[:, 0].to(images.device, non_blocking=True)
-        part = images[chosen]
-        images[chosen] = torch.where(part >= self.threshold, 1 - part, part)
-        return images
+    def apply(self, images, own, on_cpu):
+        if not on_cpu.any():
+            return images
+        inverted = (images >= self.threshold) * own.view(-1, 1, 1, 1)
+        return images.lerp_(1 - images, inverted)
 
 
 @dataclass
@@ -469,11 +502,12 @@ class Normalize(Step):
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    def apply(self, images, parameters):
-        mean, std = torch.tensor([self.mean, self.std], dtype=images.dtype)[..., None, None].to(
-            images.device, non_blocking=True
-        )
-        return images.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
+    def apply(self, images, own, on_cpu):
+        scale = 1 / np.array(self.std, dtype=np.float64)
+        scale, shift = (constant(tuple(x.tolist()), images.dtype, images.device).view(-1, 1, 1)
+                        for x in (scale, -scale * self.mean))
+        images = torch.addcmul(shift, images, scale, out=images)
+        return images.contiguous(memory_format=torch.channels_last)
 
 
 # -------------------------------------------------------------------------------- views of a script

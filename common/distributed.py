@@ -250,13 +250,22 @@ def free_bytes(folder: str) -> int:
 # -------------------------------------------------------------------------------------- collectives
 
 
+def _gather(x: Tensor) -> Tensor:
+    """Rows (N, ...) of all processes, in rank order, of a contiguous tensor."""
+    if x.is_cuda:  # NCCL fills one tensor at once; torch 2.11 knows it by another name
+        joined = x.new_empty(size() * len(x), *x.shape[1:])
+        getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(joined, x)
+        return joined
+    parts = [torch.empty_like(x) for _ in range(size())]
+    dist.all_gather(parts, x)
+    return torch.cat(parts)
+
+
 class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.rows = len(x)
-        parts = [torch.empty_like(x) for _ in range(size())]
-        dist.all_gather(parts, x)
-        return torch.cat(parts)
+        return _gather(x)
 
     @staticmethod
     def backward(ctx, grad):
@@ -295,12 +304,8 @@ def all_reduce_with_grad(x: Tensor) -> Tensor:
 @torch.no_grad()
 def all_gather_no_grad(x: Tensor) -> Tensor:
     """Concatenate the rows (N, ...) of all processes in rank order to (W*N, ...), detached."""
-    if size() == 1:
-        return x.detach()
-    x = x.detach().contiguous()
-    parts = [torch.empty_like(x) for _ in range(size())]
-    dist.all_gather(parts, x)
-    return torch.cat(parts)
+    x = x.detach()
+    return x if size() == 1 else _gather(x.contiguous())
 
 
 @torch.no_grad()
@@ -361,35 +366,101 @@ def upcast(x: Tensor) -> Tensor:
 # -------------------------------------------------------------------------- synchronised batch norm
 
 
-class _SyncBatchNormFunction(torch.autograd.Function):
-    """Normalise by given global statistics; the backward averages over the global batch."""
+# Three operators of our own, so that a compiled model calls them as they are. Each has kernels for
+# the GPU, those of torch's SyncBatchNorm (which waits for the GPU three times a layer to ask for
+# numbers of rows that here are equal), and for the CPU, for which torch has none.
 
-    @staticmethod
-    def forward(ctx, x, weight, bias, mean, var, eps):
-        ctx.save_for_backward(x, weight, mean, var)
-        ctx.eps = eps
-        return torch.nn.functional.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, mean, var = ctx.saved_tensors
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        wide, grad_wide = x.to(mean.dtype), grad.to(mean.dtype)
-        inv_std = (var + ctx.eps).rsqrt()
-        # Own sums of grad * x_hat and of grad, by torch's kernel: much faster than in parts.
-        _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            grad_wide, wide, weight, None, None, mean, inv_std, True, ctx.eps, [False, True, True]
-        )
-        # Gathered, then added: for so few numbers gloo gathers three times as fast as it reduces.
-        sums = all_gather_no_grad(torch.stack([grad_bias, grad_weight])[None]).sum(0)
-        mean_grad, mean_grad_x = sums / (size() * x.numel() / x.shape[1])
-        # grad_x = scale (grad - mean_grad - x_hat mean_grad_x), in as few passes as there can be.
-        scale = inv_std if weight is None else inv_std * weight
-        offset, slope = -scale * mean_grad, -scale * inv_std * mean_grad_x
-        grad_x = torch.addcmul(offset.view(shape), wide - mean.view(shape), slope.view(shape))
-        grad_x = torch.addcmul(grad_x, grad_wide, scale.view(shape)).to(x.dtype)
-        affine = (None, None) if weight is None else (grad_weight, grad_bias)
-        return grad_x, *affine, None, None, None
+@torch.library.custom_op("common::batch_statistics", mutates_args=("running_mean", "running_var"),
+                         device_types="cuda")
+def _statistics(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None,
+                momentum: float, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / sqrt(variance + eps) (C,) of the joined batch; running ones follow."""
+    own = torch.stack(torch.batch_norm_stats(x, eps))
+    means, inv_stds = _gather(own[None]).unbind(1)
+    counts = own.new_full((size(),), x.numel() / x.shape[1])
+    return torch.batch_norm_gather_stats_with_counts(  # of its first argument, the dtype counts
+        own, means, inv_stds, running_mean, running_var, momentum, eps, counts)
+
+
+@_statistics.register_kernel("cpu")
+def _(x, running_mean, running_var, momentum, eps):
+    own = torch.stack(torch.batch_norm_update_stats(upcast(x), None, None, 0.0))
+    means, variances = _gather(own[None]).unbind(1)
+    mean = means.mean(0)
+    var = variances.mean(0) + (means - mean).square().mean(0)
+    if running_mean is not None:
+        count = size() * x.numel() / x.shape[1]
+        running_mean.lerp_(mean, momentum)
+        running_var.lerp_(var * (count / (count - 1)), momentum)
+    return mean, (var + eps).rsqrt()
+
+
+@torch.library.custom_op("common::normalize_batch", mutates_args=(), device_types="cuda")
+def _normalize(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inv_std: Tensor) -> Tensor:
+    """Normalise by statistics that are functions of all processes' x."""
+    return torch.batch_norm_elemt(x, weight, bias, mean, inv_std, 0.0)
+
+
+@_normalize.register_kernel("cpu")
+def _(x, weight, bias, mean, inv_std):
+    var = inv_std.square().reciprocal_()
+    return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, 0.0, False)
+
+
+@torch.library.custom_op("common::normalize_batch_backward", mutates_args=(), device_types="cuda")
+def _normalize_backward(grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, inv_std: Tensor
+                        ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, over the joined batch, and of weight and bias, over this process's rows."""
+    grad = grad.contiguous(memory_format=_memory_format(x))  # the kernels assume it
+    *sums, grad_weight, grad_bias = torch.batch_norm_backward_reduce(
+        grad, x, mean, inv_std, weight, True, True, True)
+    sums = torch.stack(sums)  # of grad, and of grad (x - mean)
+    dist.all_reduce(sums)
+    counts = torch.full((size(),), x.numel() // x.shape[1], dtype=torch.int32, device=x.device)
+    grad_x = torch.batch_norm_backward_elemt(grad, x, mean, inv_std, weight, *sums, counts)
+    return grad_x, grad_weight, grad_bias
+
+
+@_normalize_backward.register_kernel("cpu")
+def _(grad, x, weight, mean, inv_std):
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    wide, grad_wide = x.to(mean.dtype), grad.to(mean.dtype)
+    # Own sums of grad * x_hat and of grad, by torch's kernel: much faster than in parts.
+    _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+        grad_wide, wide, weight, None, None, mean, inv_std, True, 0.0, [False, True, True])
+    # Gathered, then added: for so few numbers gloo gathers three times as fast as it reduces.
+    sums = _gather(torch.stack([grad_bias, grad_weight])[None]).sum(0)
+    mean_grad, mean_grad_x = sums / (size() * x.numel() / x.shape[1])
+    # grad_x = scale (grad - mean_grad - x_hat mean_grad_x), in as few passes as there can be.
+    scale = inv_std * weight
+    offset, slope = -scale * mean_grad, -scale * inv_std * mean_grad_x
+    grad_x = torch.addcmul(offset.view(shape), wide - mean.view(shape), slope.view(shape))
+    return torch.addcmul(grad_x, grad_wide, scale.view(shape)).to(x.dtype), grad_weight, grad_bias
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _empty_statistics(x, *_):
+    return tuple(x.new_empty(2, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32)))
+
+
+_statistics.register_fake(_empty_statistics)
+_normalize.register_fake(lambda x, *_: torch.empty_like(x))
+_normalize_backward.register_fake(lambda _, x, *__: (torch.empty_like(x), *_empty_statistics(x)))
+
+
+def _keep(ctx, inputs, output):
+    x, weight, _, mean, inv_std = inputs
+    ctx.save_for_backward(x, weight, mean, inv_std)
+
+
+_normalize.register_autograd(
+    lambda ctx, grad: (*_normalize_backward(grad, *ctx.saved_tensors), None, None),
+    setup_context=_keep)
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -405,24 +476,21 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and size() > 1):
             return super().forward(x)
-        with torch.no_grad():
-            wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            own_mean, own_var = torch.batch_norm_update_stats(wide, None, None, 0.0)
-            means, variances = all_gather_no_grad(torch.stack([own_mean, own_var])[None]).unbind(1)
-            mean = means.mean(0)
-            var = variances.mean(0) + (means - mean).square().mean(0)
-            if self.track_running_stats:
-                count = size() * x.numel() / x.shape[1]
-                self.num_batches_tracked += 1
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
-        return _SyncBatchNormFunction.apply(x, self.weight, self.bias, mean, var, self.eps)
+        x = x.contiguous(memory_format=_memory_format(x))
+        if self.track_running_stats:
+            self.num_batches_tracked += 1
+        mean, inv_std = _statistics(x.detach(), self.running_mean, self.running_var, self.momentum,
+                                    self.eps)
+        weight, bias = self.weight, self.bias
+        if not self.affine:
+            weight, bias = torch.ones_like(mean), torch.zeros_like(mean)
+        return _normalize(x, weight, bias, mean, inv_std)
 
 
 def prepare(module: nn.Module, world: World, sync_bn: bool) -> nn.Module:
     """Put a model on the device, in channels_last, with synchronised batch norm if asked for."""
     module = module.to(world.device, memory_format=torch.channels_last)
-    return convert_sync_batchnorm(module, world.device) if sync_bn else module
+    return convert_sync_batchnorm(module) if sync_bn else module
 
 
 def data_parallel(module: nn.Module) -> nn.Module:
@@ -430,13 +498,9 @@ def data_parallel(module: nn.Module) -> nn.Module:
     return nn.parallel.DistributedDataParallel(module) if size() > 1 else module
 
 
-def convert_sync_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
+def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
     """Replace every batch norm by one that shares its statistics among all processes."""
-    if size() == 1:
-        return module
-    if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     for layer in module.modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        if size() > 1 and isinstance(layer, nn.modules.batchnorm._BatchNorm):
             layer.__class__ = SyncBatchNorm  # parameters, statistics and modes stay as they are
     return module

@@ -34,6 +34,8 @@ class Batch:
 class RankBatches(torch.utils.data.Dataset):
     """Item t is this process's share of step t: crops and parameters of every view.
 
+    Those of views of one kind stand below each other in one tensor.
+
     An image that cannot be decoded is replaced by the one in the same slot of the next global batch
     of the epoch that can be, so that no image stands in a batch twice and workers share no state.
     """
@@ -56,18 +58,23 @@ class RankBatches(torch.utils.data.Dataset):
         ]
         index = [i for i, _ in decoded]
         sizes = np.array([planes[0].size[::-1] for _, planes in decoded])
-        crops, parameters = [], []
-        for number, view in enumerate(self.views):
-            uniforms = np.empty((self.share, view.num_uniforms))
-            for row, i in enumerate(index):
-                rng.philox(self.seed, rng.SAMPLE, epoch, i, number).random(out=uniforms[row])
-            geometry, colour = view.draw(uniforms, sizes)
-            crops.append(torch.empty(self.share, view.channels, *view.size, dtype=torch.uint8))
-            out = crops[-1].numpy()
-            for row, (_, planes) in enumerate(decoded):
-                out[row] = view.crop(planes, [p[row] for p in geometry])
-            parameters.append(torch.from_numpy(colour))
-        return crops, parameters, torch.tensor(index), problems
+        parts = []
+        for numbers in alike(self.views):
+            view = self.views[numbers[0]]
+            crops = torch.empty(len(numbers), self.share, view.channels, *view.size,
+                                dtype=torch.uint8)
+            parameters = []
+            for number, out in zip(numbers, crops.numpy(), strict=True):
+                view = self.views[number]
+                uniforms = np.empty((self.share, view.num_uniforms))
+                for row, i in enumerate(index):
+                    rng.philox(self.seed, rng.SAMPLE, epoch, i, number).random(out=uniforms[row])
+                geometry, colour = view.draw(uniforms, sizes)
+                for row, (_, planes) in enumerate(decoded):
+                    out[row] = view.crop(planes, [p[row] for p in geometry])
+                parameters.append(torch.from_numpy(colour))
+            parts.append((crops.flatten(0, 1), torch.cat(parameters)))
+        return parts, torch.tensor(index), problems
 
     def read_or_replace(self, order: np.ndarray, step: int, slot: int, problems: dict):
         """Index and planes of the first readable image in a slot, from this step onwards."""
@@ -92,6 +99,13 @@ class RankBatches(torch.utils.data.Dataset):
         """What stands for an image in a batch that will not be trained on."""
         planes = [Image.new("L", (8, 8))] * self.views[0].channels
         return [Image.merge("RGB", planes)] if len(planes) == 3 else planes
+
+
+def alike(views: list) -> list[list[int]]:
+    """The places of the views of each kind: those that are finished alike, in one call."""
+    kinds = [view.kind for view in views]
+    first = [kinds.index(kind) for kind in kinds]
+    return [[n for n, other in enumerate(first) if other == one] for one in dict.fromkeys(first)]
 
 
 class Loader:
@@ -144,16 +158,16 @@ class Loader:
         """The batches of an epoch that are still to come."""
         while self.step < (epoch + 1) * self.steps_per_epoch:
             started = time.perf_counter()
-            crops, parameters, index, problems = next(self.batches)
+            parts, index, problems = next(self.batches)
             self.wait_seconds += time.perf_counter() - started
             if self.images.reads_files:
                 self.report(problems)
             self.step += 1
-            views = [
-                view.finish(c, p, self.world.device)
-                for view, c, p in zip(self.views, crops, parameters, strict=True)
-            ]
-            yield Batch(views, index)
+            views = {}
+            for numbers, part in zip(alike(self.views), parts, strict=True):
+                finished = self.views[numbers[0]].finish(*part, self.world.device)
+                views |= zip(numbers, finished.chunk(len(numbers)), strict=True)
+            yield Batch([views[number] for number in range(len(views))], index)
 
     def report(self, problems: dict[int, str]) -> None:
         """Join all processes' unreadable files, name each once, and stop if there are too many."""

@@ -40,23 +40,18 @@ class _TrustRatioSGD(torch.optim.Optimizer):
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers = [self.state[p]["momentum_buffer"] for p in params]
+        torch._foreach_mul_(buffers, group["momentum"])
         decay = group["weight_decay"] if group["decay"] else 0.0
         if group["adapt"]:
-            a, b = self.factors(params, grads, decay, group["trust_coefficient"])
+            of_grads, of_params = self.factors(params, grads, decay, group["trust_coefficient"])
+            torch._foreach_addcmul_(buffers, of_grads, grads)  # few kernels, the factors first
+            if decay:
+                torch._foreach_addcmul_(buffers, of_params, params)
         else:
-            a, b = ([params[0].new_full((), x)] * len(params) for x in (1.0, decay))
-        if params[0].is_cuda:  # few kernel launches
-            torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, torch._foreach_mul(grads, a))
+            torch._foreach_add_(buffers, grads)
             if decay:
-                torch._foreach_add_(buffers, torch._foreach_mul(params, b))
-            torch._foreach_add_(params, buffers, alpha=-group["lr"])
-            return
-        for p, grad, buffer, of_grad, of_p in zip(params, grads, buffers, a, b, strict=True):
-            buffer.mul_(group["momentum"]).addcmul_(grad, of_grad)  # no new memory on the CPU
-            if decay:
-                buffer.addcmul_(p, of_p)
-            p.add_(buffer, alpha=-group["lr"])
+                torch._foreach_add_(buffers, params, alpha=decay)
+        torch._foreach_add_(params, buffers, alpha=-group["lr"])
 
 
 class LARS(_TrustRatioSGD):
@@ -75,25 +70,11 @@ class LARS(_TrustRatioSGD):
 
     def factors(self, params, grads, decay, trust_coefficient):
         p_norms = torch.stack(torch._foreach_norm(params))
-        d_norms = torch.stack(self.norms(params, grads, decay))
+        decayed = torch._foreach_add(grads, params, alpha=decay) if decay else grads
+        d_norms = torch.stack(torch._foreach_norm(decayed))
         moves = (p_norms > 0) & (d_norms > 0)
         q = torch.where(moves, trust_coefficient * p_norms / d_norms, 1)
         return q.unbind(), (q * decay).unbind()
-
-    @staticmethod
-    def norms(params, grads, decay):
-        """||grad + decay param|| of each tensor."""
-        if not decay:
-            return torch._foreach_norm(grads)
-        if params[0].is_cuda:
-            return torch._foreach_norm(torch._foreach_add(grads, params, alpha=decay))
-        # On the CPU fresh memory costs more than the sum itself: one buffer serves all tensors.
-        buffer = torch.empty(max(p.numel() for p in params), dtype=params[0].dtype)
-        found = []
-        for p, grad in zip(params, grads, strict=True):
-            total = buffer.as_strided(p.size(), p.stride())
-            found.append(torch.linalg.vector_norm(torch.add(grad, p, alpha=decay, out=total)))
-        return found
 
 
 class LARC(_TrustRatioSGD):

@@ -41,6 +41,10 @@ def drawn(step, uniforms):
     return torch.from_numpy(step.draw(np.array(uniforms), NO_SIZES)).to(torch.float64)
 
 
+def applied(step, images, parameters):
+    return step.apply(images.clone(), parameters, parameters)
+
+
 # --------------------------------------------------------------------------------------------- View
 
 
@@ -130,7 +134,7 @@ def test_a_batch_is_finished_as_its_images_are_one_by_one():
 def test_images_have_the_default_dtype(dtype):
     torch.set_default_dtype(dtype)
     crops = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
-    view = augment.View(16, [augment.GaussianBlur(sigma=(0.1, 2.0), p=0.0)], channels=1)
+    view = augment.View(16, [augment.Solarize(threshold=0.5, p=0.0)], channels=1)
     images = view.finish(crops, torch.zeros(1, 1), CPU)
     assert images.dtype == dtype
     assert torch.equal(images, crops.to(dtype) / 255)
@@ -422,7 +426,7 @@ def test_colour_jitter_equals_torchvisions_changes_in_every_order(order):
     images = pixels(n=6).float()
     uniforms = np.random.default_rng(order).random((6, 6))
     uniforms[:, 0], uniforms[:, 1] = 0.79, (order + 0.5) / 24
-    got = step.apply(images.clone(), drawn(step, uniforms).float())
+    got = applied(step, images, drawn(step, uniforms).float())
     for image, result, u in zip(images, got, uniforms, strict=True):
         factors = 0.2 + 1.6 * u[2], 0.3 + 1.4 * u[3], 0.4 + 1.2 * u[4], 0.2 * (2 * u[5] - 1)
         wanted = in_order(image, ORDERS[order], *factors)
@@ -433,7 +437,7 @@ def test_jitter_factors_start_at_zero_for_strengths_above_one():
     step = augment.ColorJitter(brightness=1.5, contrast=0, saturation=0, hue=0, p=1)
     images = pixels(n=3) / 3
     uniforms = [[0, 0.5, u, 0.5, 0.5, 0.5] for u in (0.0, 0.4, 1.0)]
-    got = step.apply(images.clone(), drawn(step, uniforms))
+    got = applied(step, images, drawn(step, uniforms))
     wanted = (images * torch.tensor([0.0, 1.0, 2.5]).view(-1, 1, 1, 1)).clamp(max=1)
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-6)
 
@@ -452,7 +456,7 @@ def test_a_colour_step_changes_a_share_p_of_the_images_and_no_bit_of_the_others(
     images = pixels(n=100)
     uniforms = np.full((100, step.num_uniforms), 0.9)
     uniforms[:, 0] = np.arange(100) / 100
-    changed = step.apply(images.clone(), drawn(step, uniforms)) != images
+    changed = applied(step, images, drawn(step, uniforms)) != images
     assert changed.flatten(1).any(1).tolist() == [True] * 30 + [False] * 70
 
 
@@ -479,7 +483,7 @@ def test_each_image_turns_by_its_own_shift():
 
 def test_grayscale_equals_torchvisions():
     images, step = pixels(n=2), augment.Grayscale(p=0.5)
-    got = step.apply(images.clone(), drawn(step, [[0.1], [0.9]]))
+    got = applied(step, images, drawn(step, [[0.1], [0.9]]))
     wanted = reference.rgb_to_grayscale(images[0], num_output_channels=3)
     torch.testing.assert_close(got[0], wanted, rtol=0, atol=LEVEL)
 
@@ -488,8 +492,12 @@ def test_solarize_equals_torchvisions():
     images = torch.arange(256).view(1, 1, 16, 16).expand(2, 3, 16, 16).double() / 255
     for threshold in (0.0, 128 / 255, 0.9):
         step = augment.Solarize(threshold=threshold, p=0.5)
-        got = step.apply(images.clone(), drawn(step, [[0.1], [0.9]]))
+        got = applied(step, images, drawn(step, [[0.1], [0.9]]))
         assert torch.equal(got[0], reference.solarize(images[0], threshold))
+
+
+def blur_weights(sigma, radius):
+    return torch.from_numpy(augment.gaussian_weights(sigma.double().numpy(), radius))
 
 
 def true_gaussian(image, sigma, **cut):
@@ -500,7 +508,7 @@ def true_gaussian(image, sigma, **cut):
 def test_blur_equals_scipys_gaussian_filter(channels, height, width):
     images = torch.from_numpy(np.random.default_rng(11).random((4, channels, height, width)))
     sigma = torch.tensor([0.1, 0.7, 1.3, 3.0], dtype=torch.float64)
-    got = augment.gaussian_blur(images, sigma, radius=12)
+    got = augment.gaussian_blur(images, blur_weights(sigma, 12))
     for image, result, own in zip(images, got, sigma.tolist(), strict=True):
         wanted = true_gaussian(image.numpy(), own, radius=(0, 12, 12))
         np.testing.assert_allclose(result, wanted, rtol=0, atol=1e-12)
@@ -509,7 +517,7 @@ def test_blur_equals_scipys_gaussian_filter(channels, height, width):
 def test_the_blur_step_draws_sigma_in_its_range_and_cuts_off_far_out():
     step = augment.GaussianBlur(sigma=(0.5, 2.0), p=1)
     images = torch.from_numpy(np.random.default_rng(12).random((3, 3, 24, 17)))
-    got = step.apply(images.clone(), drawn(step, [[0.3, u] for u in (0.0, 0.5, 1.0)]))
+    got = applied(step, images, drawn(step, [[0.3, u] for u in (0.0, 0.5, 1.0)]))
     for image, result, sigma in zip(images, got, (0.5, 1.25, 2.0), strict=True):
         wanted = true_gaussian(image.numpy(), sigma, truncate=10)
         np.testing.assert_allclose(result, wanted, rtol=0, atol=2e-4)
@@ -517,7 +525,7 @@ def test_the_blur_step_draws_sigma_in_its_range_and_cuts_off_far_out():
 
 def test_blur_leaves_a_flat_image_flat():
     flat = torch.full((2, 3, 9, 14), 0.3, dtype=torch.float64)
-    got = augment.gaussian_blur(flat, torch.tensor([0.5, 6.0], dtype=torch.float64), radius=24)
+    got = augment.gaussian_blur(flat, blur_weights(torch.tensor([0.5, 6.0]), 24))
     torch.testing.assert_close(got, flat, rtol=0, atol=1e-12)
 
 
@@ -526,7 +534,7 @@ def test_normalize_is_taken_per_channel(channels):
     images = pixels(n=2, channels=channels)
     mean, std = np.linspace(0.2, 0.6, channels), np.linspace(0.1, 0.9, channels)
     normalize = augment.Normalize(mean.tolist(), std.tolist())
-    got = normalize.apply(images.clone(), torch.empty(2, 0))
+    got = applied(normalize, images, torch.empty(2, 0))
     for channel in range(channels):
         wanted = (images[:, channel] - mean[channel]) / std[channel]
         torch.testing.assert_close(got[:, channel], wanted, rtol=1e-12, atol=1e-12)

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections import namedtuple
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -499,7 +500,10 @@ def batch_norm(x, target, weight, bias, dtype):
     norm.to(torch.float64 if dtype == "float64" else torch.float32)
     outputs, grads = [], []
     for rows, wanted in zip(x, target, strict=True):
-        rows = own_rows(rows).to(getattr(torch, dtype)).requires_grad_()
+        rows = own_rows(rows).to(getattr(torch, dtype))
+        if rows.ndim == 4:
+            rows = rows.contiguous(memory_format=torch.channels_last)
+        rows.requires_grad_()
         out = norm(rows)
         loss = ((out - own_rows(wanted)).tanh().flatten(1).sum(1)).mean()
         loss.backward()
@@ -511,6 +515,63 @@ def batch_norm(x, target, weight, bias, dtype):
     affine = [] if weight is None else [norm.weight.grad.numpy(), norm.bias.grad.numpy()]
     buffers = norm.running_mean.numpy(), norm.running_var.numpy(), norm.num_batches_tracked.item()
     return np.stack(outputs), np.stack(grads), affine, buffers, evaluated
+
+
+class GpuKernels:
+    """What torch's kernels of the GPU compute and ask for, for those on the CPU are missing."""
+
+    @staticmethod
+    def over_rows(x):
+        return x.movedim(1, -1).flatten(0, -2).to(torch.promote_types(x.dtype, torch.float32))
+
+    @classmethod
+    def batch_norm_stats(cls, x, eps):
+        var, mean = torch.var_mean(cls.over_rows(x), 0, correction=0)
+        return mean, (var + eps).rsqrt()
+
+    @staticmethod
+    def batch_norm_gather_stats_with_counts(x, means, inv_stds, running_mean, running_var, momentum,
+                                            eps, counts):
+        assert means.dtype == counts.dtype == x.dtype == running_mean.dtype
+        n = counts.sum()
+        mean = (counts[:, None] * means).sum(0) / n
+        squares = (counts[:, None] * (inv_stds**-2 - eps + (means - mean) ** 2)).sum(0)
+        running_mean.lerp_(mean, momentum)
+        running_var.lerp_(squares / (n - 1), momentum)
+        return mean, (squares / n + eps).rsqrt()
+
+    @staticmethod
+    def batch_norm_elemt(x, weight, bias, mean, inv_std, eps):
+        factors = [each.view(1, -1, *[1] * (x.ndim - 2)) for each in (mean, inv_std, weight, bias)]
+        mean, inv_std, weight, bias = factors
+        return ((x - mean) * inv_std * weight + bias).to(x.dtype)
+
+    @classmethod
+    def batch_norm_backward_reduce(cls, grad, x, mean, inv_std, weight, *wanted):
+        assert all(wanted) and grad.stride() == x.stride() and grad.dtype == x.dtype
+        grad = cls.over_rows(grad)
+        products = (grad * (cls.over_rows(x) - mean)).sum(0)
+        return grad.sum(0), products, products * inv_std, grad.sum(0)
+
+    @staticmethod
+    def batch_norm_backward_elemt(grad, x, mean, inv_std, weight, sums, products, counts):
+        assert counts.dtype == torch.int32 and grad.stride() == x.stride()
+        n, shape = counts.sum(), (1, -1, *[1] * (x.ndim - 2))
+        slope, mean_grad, mean, scale = (
+            each.view(shape)
+            for each in (products * inv_std**2 / n, sums / n, mean, inv_std * weight))
+        return ((grad - mean_grad - (x - mean) * slope) * scale).to(x.dtype)
+
+
+def batch_norm_of_gpus(*arguments):
+    """As `batch_norm`, by the operators of the GPU on emulated kernels."""
+    with contextlib.ExitStack() as stack:
+        for name in [name for name in vars(GpuKernels) if name.startswith("batch_norm")]:
+            stack.enter_context(mock.patch.object(torch, name, getattr(GpuKernels, name)))
+        for op in (comm._statistics, comm._normalize, comm._normalize_backward):
+            stack.enter_context(
+                mock.patch.dict(op._backend_fns, {"cpu": op._backend_fns["cuda"]}))
+        return batch_norm(*arguments)
 
 
 def joined(parts):
@@ -543,10 +604,11 @@ def activations(*shape, offset=1.0):
 @two_and_four
 @pytest.mark.parametrize("shape", [(8, 3), (8, 3, 5), (8, 3, 4, 5)])
 @pytest.mark.parametrize("affine", [True, False])
-def test_sync_batch_norm_is_torchs_on_the_joined_batch(pool, shape, affine, size):
+@pytest.mark.parametrize("ours", [batch_norm, batch_norm_of_gpus])
+def test_sync_batch_norm_is_torchs_on_the_joined_batch(pool, ours, shape, affine, size):
     weight, bias = (noise(3, seed=2), noise(3, seed=3)) if affine else (None, None)
     arguments = activations(*shape), noise(3, *shape, seed=4), weight, bias, "float64"
-    got = joined(pool.run(size, batch_norm, *arguments))
+    got = joined(pool.run(size, ours, *arguments))
     assert_alike(got, batch_norm(*arguments), rtol=1e-9, atol=1e-12)
 
 
@@ -561,10 +623,11 @@ def test_sync_batch_norm_stays_accurate_far_from_zero(pool):
     assert_alike(buffers, wanted[3], rtol=1e-4)
 
 
-def test_sync_batch_norm_of_bfloat16_has_float32_statistics(pool):
+@pytest.mark.parametrize("ours", [batch_norm, batch_norm_of_gpus])
+def test_sync_batch_norm_of_bfloat16_has_float32_statistics(pool, ours):
     x = torch.from_numpy(activations(32, 3)).bfloat16().double().numpy()
     affine, target = (np.ones(3), np.zeros(3)), noise(3, 32, 3, seed=4)
-    outputs, grads, _, buffers, _ = joined(pool.run(2, batch_norm, x, target, *affine, "bfloat16"))
+    outputs, grads, _, buffers, _ = joined(pool.run(2, ours, x, target, *affine, "bfloat16"))
     wanted = batch_norm(x, target, *affine, "float64")
     np.testing.assert_allclose(outputs, wanted[0], rtol=2**-7, atol=1e-3)
     np.testing.assert_allclose(grads, wanted[1], atol=0.02 * np.abs(wanted[1]).max())
@@ -579,10 +642,12 @@ def network(dtype=None):
     ).to(dtype=dtype)
 
 
-def network_gradients(images):
+def network_gradients(images, compiled=False):
     """Gradients of a network's parameters on the own images, averaged by DDP over processes."""
     torch.set_default_dtype(torch.float64)
-    net = comm.convert_sync_batchnorm(network(), CPU)
+    net = comm.convert_sync_batchnorm(network())
+    if compiled:  # or an error, where it does not become one graph
+        net.compile(backend="aot_eager", fullgraph=True)
     model = DistributedDataParallel(net) if comm.size() > 1 else net
     model(own_rows(images)).square().mean().backward()
     return [p.grad.numpy() for p in net.parameters()]
@@ -596,13 +661,19 @@ def test_with_sync_batch_norm_ddp_gives_the_gradient_of_the_joined_batch(pool, s
         assert_alike(parts, alone, rtol=1e-6, atol=1e-12)
 
 
+def test_sync_batch_norm_does_not_break_a_compiled_graph(pool):
+    images = noise(8, 2, 4, 4)
+    for parts in pool.run(2, network_gradients, images, True):
+        assert_alike(parts, network_gradients(images), rtol=1e-6, atol=1e-12)
+
+
 def conversion():
     net = network()
     net[1].bias.requires_grad_(False)
     nn.init.normal_(net[1].running_mean)
     before = {name: value.clone() for name, value in net.state_dict().items()}
     params = dict(net.named_parameters())
-    converted = comm.convert_sync_batchnorm(net, CPU)
+    converted = comm.convert_sync_batchnorm(net)
     after = converted.state_dict()
     return {
         "kinds": [type(converted[1]).__name__, type(converted[4][1]).__name__],
@@ -623,7 +694,7 @@ def test_conversion_keeps_parameters_what_is_frozen_and_the_state(pool):
 
 
 def conversion_in_eval():
-    converted = comm.convert_sync_batchnorm(network().eval(), CPU)
+    converted = comm.convert_sync_batchnorm(network().eval())
     return [module.training for module in converted.modules()]
 
 
@@ -632,7 +703,7 @@ def test_conversion_keeps_a_frozen_network_in_eval(pool):
 
 
 def conversion_in_float64():
-    converted = comm.convert_sync_batchnorm(network(torch.float64), CPU)
+    converted = comm.convert_sync_batchnorm(network(torch.float64))
     return [str(value.dtype) for name, value in converted.state_dict().items()
             if value.is_floating_point()]
 
@@ -642,7 +713,7 @@ def test_conversion_keeps_the_dtype(pool):
 
 
 def conversion_of_one_layer():
-    return type(comm.convert_sync_batchnorm(nn.BatchNorm1d(3), CPU)).__name__
+    return type(comm.convert_sync_batchnorm(nn.BatchNorm1d(3))).__name__
 
 
 def test_a_batch_norm_that_stands_alone_is_converted(pool):
@@ -651,7 +722,7 @@ def test_a_batch_norm_that_stands_alone_is_converted(pool):
 
 def test_in_one_process_conversion_changes_nothing():
     net = network()
-    assert comm.convert_sync_batchnorm(net, CPU) is net
+    assert comm.convert_sync_batchnorm(net) is net
     assert type(net[1]) is nn.BatchNorm2d
 
 

@@ -25,7 +25,7 @@ def small_views(channels=3, size=8):
 
 def loader(images, batch_size=4, epochs=2, seed=0, **options):
     options = {"world": WORLD, "workers": 0, **options}
-    views = small_views(images.channels)
+    views = options.pop("views", None) or small_views(images.channels)
     return Loader(images, views, batch_size=batch_size, epochs=epochs, seed=seed, **options)
 
 
@@ -108,10 +108,32 @@ def test_views_epochs_and_seeds_draw_differently():
     sorted_rows = []
     for share in shares:
         for epoch in (0, 1):
-            _, parameters, index, _ = share[epoch]
-            sorted_rows += [p[index.argsort()] for p in parameters]
+            [(_, parameters)], index, _ = share[epoch]
+            sorted_rows += [p[index.argsort()] for p in parameters.chunk(2)]
     for i, one in enumerate(sorted_rows):
         assert not any(torch.equal(one, other) for other in sorted_rows[:i])
+
+
+def test_views_of_a_kind_are_finished_in_one_call_and_as_they_would_be_alone(monkeypatch):
+    often, never = (
+        [augment.RandomResizedCrop((0.2, 1), (3 / 4, 4 / 3), interpolation="bilinear"),
+         augment.ColorJitter(0.4, 0.4, saturation=0.4, hue=0.1, p=p)] for p in (0.8, 0.0))
+    views = augment.normalized([(8, often), (6, often), (8, never), (8, often)], 3, [0.4], [0.2])
+    images, calls, finish = ArrayImages(random_images(), None, 3), [], augment.View.finish
+    monkeypatch.setattr(augment.View, "finish",
+                        lambda view, c, p, d: calls.append(len(c)) or finish(view, c, p, d))
+    together = next(loader(images, views=views).epoch(0))
+    assert calls == [12, 4]
+    for number, view in enumerate(views):
+        uniforms = np.stack([
+            rng.philox(0, rng.SAMPLE, 0, i, number).random(view.num_uniforms)
+            for i in together.index.tolist()])
+        geometry, colour = view.draw(uniforms, np.full((4, 2), 12))
+        crops = [view.crop(images.read(i), [p[row] for p in geometry])
+                 for row, i in enumerate(together.index.tolist())]
+        alone = finish(view, torch.from_numpy(np.stack(crops)), torch.from_numpy(colour),
+                       torch.device("cpu"))
+        torch.testing.assert_close(together.views[number], alone, rtol=0, atol=1e-6)
 
 
 def test_a_sample_does_not_depend_on_its_batch():
@@ -166,7 +188,7 @@ def indices(rank, size, root):
     world = World(rank, size, torch.device("cpu"))
     shares = RankBatches(images, small_views(), 40, 0, rank, size)
     assert world.size == size
-    return [shares[step][2].tolist() for step in range(25)]
+    return [shares[step][1].tolist() for step in range(25)]
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -183,7 +205,7 @@ def test_the_replacement_stands_in_the_same_slot_of_the_next_batch(thousand):
     for bad in BAD:
         step, slot = divmod(int(np.flatnonzero(order == bad)[0]), 50)
         expected = int(order[(step + 1) % 20 * 50 + slot])
-        assert expected not in BAD and shares[step][2][slot] == expected
+        assert expected not in BAD and shares[step][1][slot] == expected
 
 
 def spoiled(thousand, tmp_path, count):

@@ -78,21 +78,6 @@ def test_steps_equal_the_formula_while_the_rate_changes(optimizer, by_hand):
         np.testing.assert_allclose(p.detach(), wanted, rtol=1e-12)
 
 
-class SaysItIsOnAGpu(nn.Parameter):
-    is_cuda = True
-
-
-@BOTH
-def test_the_few_kernels_for_gpus_compute_the_same(optimizer, by_hand):
-    shapes = [(4, 3), (5,), (2, 3, 4)]
-    given = [start_and_gradients(*shape, seed=number) for number, shape in enumerate(shapes)]
-    p = [SaysItIsOnAGpu(torch.from_numpy(start.copy())) for start, _ in given]
-    run(optimizer(p, lr=1, **SETTINGS), p, [grads for _, grads in given])
-    for found, (start, grads) in zip(p, given, strict=True):
-        expected = by_hand(start, grads, RATES, **SETTINGS)
-        np.testing.assert_allclose(found.detach().numpy(), expected, rtol=1e-9)
-
-
 @BOTH
 @pytest.mark.parametrize("decay", [True, False])
 @pytest.mark.parametrize("adapt", [True, False])
