@@ -297,8 +297,8 @@ def main(args):
         for step, batch in run.steps(export=model.backbone):  # 1. one view
             optim.set_lr(optimizer, lr_of_step[step])
             noise = mask_noise(batch.index, num_patches, args.seed, step // run.steps_per_epoch)
-            noise = noise.to(world.device, non_blocking=True)
-            parts = [x.chunk(args.accum_steps) for x in (batch.views[0], noise)]
+            parts = [x.chunk(args.accum_steps)
+                     for x in (batch.views[0], comm.send(noise, world.device))]
             optimizer.zero_grad(set_to_none=True)
             loss = 0.0
             for number, (view, noise) in enumerate(zip(*parts, strict=True), start=1):

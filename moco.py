@@ -310,7 +310,7 @@ def main(args):
                 update_ema(key_encoder, model, args.momentum)  # 3. keys
                 shuffle = rng.philox(args.seed, rng.SHUFFLE, step)
                 order = torch.from_numpy(shuffle.permutation(args.batch_size))
-                k = encode_keys(key_encoder, keys, order.to(world.device, non_blocking=True))
+                k = encode_keys(key_encoder, keys, comm.send(order, world.device))
             # 4. identify the key; of two directions the sum, as in the authors' notebook
             loss = sum(info_nce(*pair, queue, args.temperature) for pair in zip(q, k, strict=True))
             scaler.scale(loss).backward()

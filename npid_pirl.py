@@ -345,7 +345,7 @@ def update_memory(memory: Tensor, index: Tensor, embedding: Tensor, momentum: fl
     """
     index, embedding = comm.all_gather_no_grad(index), comm.all_gather_no_grad(embedding)
     last = {image: row for row, image in enumerate(index.tolist())}
-    images, rows = (torch.tensor(list(x)).to(memory.device, non_blocking=True)
+    images, rows = (comm.send(torch.tensor(list(x)), memory.device)
                     for x in (last.keys(), last.values()))
     moved = momentum * memory[images] + (1 - momentum) * embedding[rows].to(memory.dtype)
     memory[images] = F.normalize(moved, dim=1)
@@ -428,8 +428,8 @@ def main(args):
             index, negatives = batch.index.to(world.device, non_blocking=True), None
             column = index  # of the image's row
             if args.num_negatives:
-                negatives = draw_negatives(batch.index, len(images), args.num_negatives, args.seed,
-                                           step).to(world.device, non_blocking=True)
+                negatives = comm.send(draw_negatives(batch.index, len(images), args.num_negatives,
+                                                     args.seed, step), world.device)
                 column = torch.zeros_like(index)
             logits = memory_logits(z, memory, index, negatives, args.temperature)  # 3. rows
             # 4. identify the image's row

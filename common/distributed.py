@@ -358,6 +358,11 @@ def any_rank(*flags: bool) -> tuple[bool, ...]:
     return tuple(bool(vote) for vote in votes.amax(0).tolist())
 
 
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """Copy to a device without waiting for it, which takes pinned memory."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
 def upcast(x: Tensor) -> Tensor:
     """To float32, whatever the autocast made of it; float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
