@@ -99,7 +99,7 @@ def data_shares(args) -> dict[str, float]:
         spent["all"] = time.perf_counter() - started
         yield from ()
 
-    stages = [(RankBatches, "read_slot", "read and decode"), (rng, "philox", "generators"),
+    stages = [(RankBatches, "read_or_replace", "read and decode"), (rng, "philox", "generators"),
               (augment.View, "draw", "parameters"), (augment.View, "crop", "crop and resize"),
               (augment.View, "finish", "colours, normalise")]
     with contextlib.ExitStack() as stack:

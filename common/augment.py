@@ -455,9 +455,9 @@ def gaussian_blur(images: Tensor, weights: Tensor) -> Tensor:
     As two matrix products per image, K_H x K_W^T: one kernel size for all, fast on every device.
     """
     n, channels, height, width = images.shape
-    rows, columns = (
-        (weights @ blur_basis(weights.shape[1], side, weights.dtype, weights.device)
-         ).unflatten(1, (side, side)) for side in (height, width))
+    matrices = {side: (weights @ blur_basis(weights.shape[1], side, weights.dtype, weights.device)
+                       ).unflatten(1, (side, side)) for side in {height, width}}
+    rows, columns = matrices[height], matrices[width]
     images = images.reshape(n, channels * height, width) @ columns.transpose(1, 2)
     images = images.view(n, channels, height, width)
     return rows[:, None] @ images
