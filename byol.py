@@ -41,6 +41,7 @@ IMAGENET = dict(  # paper, section 3.2, and the official settings for other numb
     mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225],
     views="photo", crop_scale=[0.08, 1.0], blur=True,
     projector_dim=4096, embedding_dim=256, predictor_dim=4096, momentum=0.996,
+    trust_coefficient=0.001,
     epochs=1000, batch_size=4096, lr=0.2, weight_decay=1.5e-6, warmup_epochs=10, sync_bn=True,
 )
 RECIPES = {
@@ -74,6 +75,9 @@ def parse_args(argv=None):
     group.add_argument("--momentum", type=cli.fraction,
                        help="EMA momentum of the target in the first step, a cosine takes it to 1; "
                        "lower for short runs")
+    group.add_argument("--trust-coefficient", type=cli.positive,
+                       help="of LARS: moves weights further and leaves biases and norms alone, "
+                       "where --lr moves both")
     return cli.parse(parser, RECIPES, argv)
 
 
@@ -208,7 +212,7 @@ def main(args):
         {"params": others, "decay": False, "adapt": False},
     ]
     optimizer = optim.LARS(groups, lr=lr, momentum=0.9, weight_decay=args.weight_decay,
-                           trust_coefficient=0.001)
+                           trust_coefficient=args.trust_coefficient)
     autocast, scaler = optim.precision(args.amp, world.device)
 
     # Train
