@@ -163,8 +163,8 @@ def update_ema(target: nn.Module, online: nn.Module, momentum: float) -> None:
     They keep a share `momentum` of their own. Buffers stay as they are: the target's batch
     statistics come from its own forwards.
     """
-    for name, old in target.named_parameters():
-        old.lerp_(online.get_parameter(name), 1 - momentum)
+    old = dict(target.named_parameters())
+    torch._foreach_lerp_([*old.values()], [*map(online.get_parameter, old)], 1 - momentum)
 
 
 @torch.no_grad()

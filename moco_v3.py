@@ -198,8 +198,8 @@ def update_ema(key_encoder: nn.Module, model: nn.Module, momentum: float) -> Non
     They keep a share `momentum` of their own. Buffers stay as they are: the key encoder's batch
     statistics come from its own forwards.
     """
-    for name, old in key_encoder.named_parameters():
-        old.lerp_(model.get_parameter(name), 1 - momentum)
+    old = dict(key_encoder.named_parameters())
+    torch._foreach_lerp_([*old.values()], [*map(model.get_parameter, old)], 1 - momentum)
 
 
 @torch.no_grad()
