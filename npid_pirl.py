@@ -29,6 +29,7 @@ before it grays, and the last, short batch of an epoch is kept there. NCE's epsi
     torchrun --nproc_per_node=8 npid_pirl.py --data /path/to/imagenet --output runs/npid
 """
 
+import functools
 import math
 import sys
 
@@ -254,19 +255,19 @@ def unit_rows(x: Tensor) -> Tensor:
     return F.normalize(comm.upcast(x), dim=-1)
 
 
-def draw_negatives(index: Tensor, num_images: int, num_negatives: int, seed: int, step: int):
+def draw_negatives(index: Tensor, num_images: int, num_negatives: int, seed: int, step: int,
+                   rank: int) -> Tensor:
     """Draw images other than the own one, uniformly and with replacement.
 
     Args:
-        index: (N,) data-set indices of this process's rows, on the CPU.
+        index: (N,) data-set indices of the rows of process `rank`, on the CPU.
 
     Returns:
         Data-set indices (N, K), on the CPU: a function of seed, step, own index and place in the
         global batch.
     """
-    first = comm.rank() * len(index)
     rows = [
-        rng.philox(seed, rng.NEGATIVES, step, first + row).integers(
+        rng.philox(seed, rng.NEGATIVES, step, rank * len(index) + row).integers(
             num_images - 1, size=num_negatives, dtype=np.int32)
         for row in range(len(index))
     ]
@@ -412,7 +413,9 @@ def main(args):
     autocast, scaler = optim.precision(args.amp, world.device)
 
     # Train
-    with Training(args, world, images, build_views(args),
+    draw = functools.partial(draw_negatives, num_images=len(images), seed=args.seed,
+                             num_negatives=args.num_negatives, rank=world.rank)
+    with Training(args, world, images, build_views(args), draw=draw if args.num_negatives else None,
                   chance_loss=chance_loss(args.loss, args.num_negatives, len(images)),
                   floors={"z_std": 0.1 / math.sqrt(args.embedding_dim)}) as run:
         run.resume(model=model, memory=memory, constant_z=nce_z, optimizer=optimizer, scaler=scaler)
@@ -425,12 +428,8 @@ def main(args):
             with autocast():
                 z = ddp_model(batch.views)
             z = unit_rows(z)  # 2. embeddings
-            index, negatives = batch.index.to(world.device, non_blocking=True), None
-            column = index  # of the image's row
-            if args.num_negatives:
-                negatives = comm.send(draw_negatives(batch.index, len(images), args.num_negatives,
-                                                     args.seed, step), world.device)
-                column = torch.zeros_like(index)
+            index, negatives = batch.index.to(world.device, non_blocking=True), batch.drawn
+            column = index if negatives is None else torch.zeros_like(index)  # of the image's row
             logits = memory_logits(z, memory, index, negatives, args.temperature)  # 3. rows
             # 4. identify the image's row
             if args.loss == "nce" and args.num_negatives:

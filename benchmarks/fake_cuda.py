@@ -76,6 +76,12 @@ CASES = {  # name: script, processes, flags; sizes are of one process
                        "--batch-size 256 --limit 768 --num-clusters 300 300 300"),
     "deepcluster_v2-x8": ("deepcluster_v2", 8,
                           "--batch-size 2048 --limit 6144 --num-clusters 3000 3000 3000"),
+    "simsiam-x8": ("simsiam", 8, "--batch-size 512"),
+    "byol-x8": ("byol", 8, "--batch-size 4096"),
+    "moco_v3-x8": ("moco_v3", 8, "--batch-size 4096"),
+    "moco_v3-vit-x8": ("moco_v3", 8, "--recipe imagenet_vit_base --batch-size 1024"),
+    "vicreg-x8": ("vicreg", 8, "--batch-size 2048"),
+    "lejepa-x8": ("lejepa", 8, "--recipe imagenet_resnet50 --batch-size 512"),
     "eval_knn": ("eval_knn", 1, "--checkpoint random pixels --data fake --arch resnet50 "
                  "--stem imagenet --image-size 224 --in-chans 3 --k 20 200 --draws 50"),
     "eval_knn-loo": ("eval_knn", 1, "--checkpoint pixels --data digits --leave-one-out --shots"),
@@ -104,7 +110,9 @@ SCRIPTS = {
     "swav": "resnet_tiny --queue-length 0 --queue-start-epoch 0" + CROPS,
     "dino": "vit_micro --clip-per-parameter 3 --freeze-last-layer-epochs 0" + CROPS,
     "barlow_twins": "resnet_tiny", "npid_pirl": "resnet_tiny --method pirl --num-negatives 64",
-    "deepcluster_v2": "resnet_tiny --num-clusters 8 8",
+    "deepcluster_v2": "resnet_tiny --num-clusters 8 8", "simsiam": "resnet_tiny",
+    "byol": "resnet_tiny", "moco_v3": "resnet_tiny", "vicreg": "resnet_tiny",
+    "lejepa": "resnet_tiny" + CROPS,
 }
 CASES |= {f"tiny-{script}-x{size}": (script, size, TINY + own)
           for size in (1, 8) for script, own in SCRIPTS.items()}

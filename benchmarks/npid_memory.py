@@ -88,7 +88,8 @@ def bank_parts(args, num_images: int, num_negatives: int, device: torch.device) 
     index, found = on_cpu.to(device), {}
 
     def negatives():
-        drawn = npid_pirl.draw_negatives(on_cpu, num_images, num_negatives, seed=0, step=1)
+        drawn = npid_pirl.draw_negatives(on_cpu, num_images, num_negatives, seed=0, step=1,
+                                         rank=0)
         found["negatives"] = drawn.to(device)
 
     def logits():

@@ -29,6 +29,7 @@ class Batch:
 
     views: list[Tensor]  # (n, C, H, W) each, on the training device
     index: Tensor  # int64 (n,), on the CPU
+    drawn: Tensor | None = None  # what `Loader`'s `draw` gave for it, on the training device
 
 
 class RankBatches(torch.utils.data.Dataset):
@@ -41,14 +42,15 @@ class RankBatches(torch.utils.data.Dataset):
     """
 
     def __init__(self, images, views: list, batch_size: int, seed: int, rank: int, size: int,
-                 order_epoch: int | None = None):
+                 order_epoch: int | None = None, draw=None):
+        self.draw = draw
         self.images, self.views, self.seed, self.order_epoch = images, views, seed, order_epoch
         self.batch_size, self.share = batch_size, batch_size // size
         self.first = rank * self.share
         self.steps_per_epoch = len(images) // batch_size
 
-    def __getitem__(self, step: int):
-        epoch, step = divmod(step, self.steps_per_epoch)
+    def __getitem__(self, number: int):
+        epoch, step = divmod(number, self.steps_per_epoch)
         ordered_as = epoch if self.order_epoch is None else self.order_epoch
         order = rng.epoch_order(self.seed, ordered_as, len(self.images))
         problems = {}
@@ -74,7 +76,9 @@ class RankBatches(torch.utils.data.Dataset):
                     out[row] = view.crop(planes, [p[row] for p in geometry])
                 parameters.append(torch.from_numpy(colour))
             parts.append((crops.flatten(0, 1), torch.cat(parameters)))
-        return parts, torch.tensor(index), problems
+        index = torch.tensor(index)
+        drawn = None if self.draw is None else self.draw(index, step=number)
+        return parts, index, drawn, problems
 
     def read_or_replace(self, order: np.ndarray, step: int, slot: int, problems: dict):
         """Index and planes of the first readable image in a slot, from this step onwards."""
@@ -119,6 +123,7 @@ class Loader:
             cores.
         start_step: the first step to load, for a run that goes on.
         order_epoch: the epoch whose images, in its order, every epoch takes, with crops of its own.
+        draw: a function of a batch's data-set indices and its step that the loader processes call.
 
     Raises:
         RunError: fewer images than one batch; too many files that cannot be read.
@@ -126,7 +131,7 @@ class Loader:
 
     def __init__(
         self, images, views, *, batch_size, epochs, seed, world: World, workers=None, start_step=0,
-        order_epoch=None, multiprocessing_context=None,
+        order_epoch=None, draw=None, multiprocessing_context=None,
     ):
         check_batch_size(images, batch_size, world)
         left_out = sorted({what for view in views for what in view.left_out})
@@ -135,7 +140,8 @@ class Loader:
         self.images, self.views, self.world = images, views, world
         self.steps_per_epoch = len(images) // batch_size
         self.step, self.bad_files, self.wait_seconds = start_step, {}, 0.0
-        shares = RankBatches(images, views, batch_size, seed, world.rank, world.size, order_epoch)
+        shares = RankBatches(images, views, batch_size, seed, world.rank, world.size, order_epoch,
+                             draw)
         steps = range(start_step, epochs * self.steps_per_epoch)
         workers = min(default_workers() if workers is None else workers, len(steps))
         # Large batches, as of many crops, are held to one waiting for each worker.
@@ -158,7 +164,7 @@ class Loader:
         """The batches of an epoch that are still to come."""
         while self.step < (epoch + 1) * self.steps_per_epoch:
             started = time.perf_counter()
-            parts, index, problems = next(self.batches)
+            parts, index, drawn, problems = next(self.batches)
             self.wait_seconds += time.perf_counter() - started
             if self.images.reads_files:
                 self.report(problems)
@@ -167,7 +173,9 @@ class Loader:
             for numbers, part in zip(alike(self.views), parts, strict=True):
                 finished = self.views[numbers[0]].finish(*part, self.world.device)
                 views |= zip(numbers, finished.chunk(len(numbers)), strict=True)
-            yield Batch([views[number] for number in range(len(views))], index)
+            if drawn is not None:
+                drawn = drawn.to(self.world.device, non_blocking=True)
+            yield Batch([views[number] for number in range(len(views))], index, drawn)
 
     def report(self, problems: dict[int, str]) -> None:
         """Join all processes' unreadable files, name each once, and stop if there are too many."""

@@ -35,6 +35,7 @@ class Training:
         floors, ceilings: collapse indicators by name, and the value below or above which to warn.
         settings: what a resumed run must repeat, if not all of `args` that changes weights.
         product: the file that every save writes `export` to.
+        draw: what a step needs besides its views, see `Loader`; it comes as `batch.drawn`.
 
     Attributes:
         step: steps done. total_steps: of the whole run. steps_per_epoch.
@@ -42,9 +43,10 @@ class Training:
 
     def __init__(
         self, args, world, images, views, *, chance_loss=None, floors=None, ceilings=None,
-        settings=None, product="backbone.pth",
+        settings=None, product="backbone.pth", draw=None,
     ):
         self.args, self.world, self.images, self.views = args, world, images, views
+        self.draw = draw
         self.bounds = dict(chance_loss=chance_loss, floors=floors or {}, ceilings=ceilings)
         self.initial, settings = None, settings or cli.settings(args)
         if self.option("init"):
@@ -149,7 +151,8 @@ class Training:
         if self.folder.stopping:  # a stop signal came during `first_epoch`
             return
         args = self.args
-        self.loader = self.load(self.views, epochs=args.epochs, start_step=self.step)
+        self.loader = self.load(self.views, epochs=args.epochs, start_step=self.step,
+                                draw=self.draw)
         self.writer = Log(args.output, self.world, batch_size=args.batch_size,
                           total_steps=self.total_steps, first_step=self.step,
                           every=args.log_every, tensorboard=self.option("tensorboard"),

@@ -108,7 +108,7 @@ def test_views_epochs_and_seeds_draw_differently():
     sorted_rows = []
     for share in shares:
         for epoch in (0, 1):
-            [(_, parameters)], index, _ = share[epoch]
+            [(_, parameters)], index, *_ = share[epoch]
             sorted_rows += [p[index.argsort()] for p in parameters.chunk(2)]
     for i, one in enumerate(sorted_rows):
         assert not any(torch.equal(one, other) for other in sorted_rows[:i])

@@ -340,7 +340,7 @@ def test_losses_are_computed_in_float32_at_least(dtype):
 
 
 def drawn(index, num_images, k, step):
-    return npid_pirl.draw_negatives(own_rows(index), num_images, k, 7, step).numpy()
+    return npid_pirl.draw_negatives(own_rows(index), num_images, k, 7, step, comm.rank()).numpy()
 
 
 def test_negatives_are_all_the_others_alike_and_hang_on_seed_and_step(pool):

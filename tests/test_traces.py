@@ -90,7 +90,8 @@ class Images:
 
 def loader_of(trace):
     class Loader:
-        def __init__(self, images, views, **_):
+        def __init__(self, images, views, draw=None, **_):
+            self.draw = draw
             self.steps_per_epoch = trace["steps_per_epoch"]
             self.wait_seconds, self.num_views = 0.0, len(views)
 
@@ -100,7 +101,8 @@ def loader_of(trace):
                 views = [here(torch.from_numpy(view(n, step, index, side, rows)))
                          for n, (side, rows) in enumerate(trace["views"][: self.num_views])]
                 views = [v.contiguous(memory_format=torch.channels_last) for v in views]
-                yield Batch(views, here(torch.from_numpy(index)))
+                index = here(torch.from_numpy(index))
+                yield Batch(views, index, self.draw and self.draw(index, step=step))
 
     return Loader
 
@@ -163,8 +165,8 @@ def run(name, folder):
     ]
     draws = {
         "mask": (script, "mask_noise", mask_noise),
-        "negatives": (script, "draw_negatives", lambda index, images, count, seed, step: negatives(
-            step, index, images, count, trace["batch_size"])),
+        "negatives": (script, "draw_negatives", lambda index, num_images, num_negatives, step, **_:
+                      negatives(step, index, num_images, num_negatives, trace["batch_size"])),
         "shuffle": (rng, "philox", shuffled),
         "kmeans": (torch, "randperm", kmeans_start),
     }
