@@ -82,6 +82,8 @@ def advice(to: str, settings: dict) -> list[str]:
         kernel, stride, padding = backbones.STEMS[settings["stem"]]
         lines.append(f"conv1 is {kernel}x{kernel} with stride {stride} and padding {padding}, and "
                      "there is no max-pool: change the model's")
+    if settings["arch"] == "vit_small_12heads":
+        lines.append("it has 12 attention heads: num_heads=12")
     if settings["in_chans"] != 3:
         lines.append(f"the first layer takes {settings['in_chans']} channels: change the model's")
     return lines

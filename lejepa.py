@@ -267,7 +267,7 @@ def main(args):
             with autocast():
                 z = ddp_model(batch.views)  # 2. embeddings
             directions = draw_directions(args.seed, step, z.shape[2], args.num_directions)
-            gaussian = sigreg(z, directions)  # 3. an isotropic Gaussian
+            gaussian = sigreg(z, comm.send(directions, world.device))  # 3. an isotropic Gaussian
             distance = invariance(z, num_global)  # 4. one embedding for all crops
             loss = args.lambda_ * gaussian + (1 - args.lambda_) * distance
             scaler.scale(loss).backward()

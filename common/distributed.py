@@ -53,11 +53,15 @@ def setup(device: str = "auto", deterministic: bool = False) -> World:
     local_rank = env_int("LOCAL_RANK", 0)
     local_size = max(env_int("LOCAL_WORLD_SIZE", 1), local_rank + 1)
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    target = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+    # Slurm's --gpus-per-task=1 shows each process its own GPU alone.
+    one_each = kind == "cuda" and torch.cuda.device_count() == 1 and env_int("WORLD_SIZE", 1) > 1
+    target = torch.device(kind)
+    if kind == "cuda":
+        target = torch.device(kind, 0 if one_each else local_rank)
     if kind == "cuda":
         if not torch.cuda.is_available():
             raise RunError("--device cuda: torch sees no CUDA device; use --device cpu or auto")
-        if local_size > torch.cuda.device_count():
+        if local_size > torch.cuda.device_count() and not one_each:
             raise RunError(
                 f"{local_size} processes need a GPU each and there are "
                 f"{torch.cuda.device_count()}; lower --nproc_per_node or pass --device cpu"
@@ -67,6 +71,7 @@ def setup(device: str = "auto", deterministic: bool = False) -> World:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # slow, and nothing reads it
     if env_int("WORLD_SIZE", 1) > 1 and not dist.is_initialized():
         # gloo beside NCCL, in one group: flags on the CPU are exchanged without touching the GPU.
         try:
@@ -78,6 +83,11 @@ def setup(device: str = "auto", deterministic: bool = False) -> World:
             if not prints():
                 print_error(message)
             raise RunError(message) from error
+    if one_each:
+        cards = all_gather_objects(str(torch.cuda.get_device_properties(target).uuid))
+        if len(set(cards)) < len(cards):
+            raise RunError(f"{len(cards)} processes need a GPU each, and several see the same one "
+                           "alone; lower --nproc_per_node, or let each see all or one of its own")
     return World(rank(), size(), target)
 
 

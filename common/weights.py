@@ -73,6 +73,10 @@ def load_backbone(backbone: nn.Module, path: str) -> None:
                        "backbone.pth in it")
     wanted = backbone.state_dict()
     layout, found, ignored = detect_layout(loaded, wanted, path)
+    small = hasattr(backbone, "blocks") and backbone.num_features == 384
+    if layout == "MoCo v3" and small and backbone.blocks[0].attn.num_heads != 12:
+        raise RunError(f"{path} (MoCo v3) has 12 attention heads, which no tensor shows; pass "
+                       "--arch vit_small_12heads")
     fit_positions(backbone, found.get("pos_embed"))
     wanted = backbone.state_dict()
     for key in wanted:  # a counter that older files do not have and no forward uses

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections import namedtuple
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -123,6 +124,24 @@ def test_a_process_whose_number_has_no_gpu_is_told(environment, monkeypatch):
     environment({"LOCAL_RANK": "1"})
     with pytest.raises(comm.RunError, match="2 processes.*there are 1"):
         comm.setup("cuda")
+
+
+def setup_with_one_gpu_each(cards):
+    """What `setup` gives where every process sees one GPU, of the given names."""
+    with mock.patch.multiple(
+            torch.cuda, is_available=lambda: True, device_count=lambda: 1,
+            set_device=lambda _: None,
+            get_device_properties=lambda _: SimpleNamespace(uuid=cards[comm.rank()])):
+        try:
+            return str(comm.setup("cuda").device)
+        except comm.RunError as error:
+            return str(error)
+
+
+def test_processes_that_see_a_gpu_of_their_own_alone_take_it(pool):
+    assert pool.run(2, setup_with_one_gpu_each, ["a", "b"]) == ["cuda:0", "cuda:0"]
+    for said in pool.run(2, setup_with_one_gpu_each, ["a", "a"]):
+        assert "2 processes need a GPU each, and several see the same one" in said
 
 
 def interrupted(_args):

@@ -370,6 +370,18 @@ def test_every_tensor_of_a_foreign_layout_is_loaded(build, name, wrap, tmp_path,
         assert name.partition(", t")[0] in printed
 
 
+def test_the_heads_of_moco_v3s_small_transformer_are_not_taken_for_six(tmp_path):
+    def small(arch):
+        return backbones.build_backbone(arch, in_chans=3, image_size=16, patch_size=16,
+                                        positions="sincos", drop_path=0.0)
+
+    twelve, path = small("vit_small_12heads"), str(tmp_path / "vit-s-300ep.pth.tar")
+    torch.save({"state_dict": under("module.base_encoder.", twelve.state_dict())}, path)
+    load_backbone(small("vit_small_12heads"), path)
+    with pytest.raises(RunError, match="has 12 attention heads.*--arch vit_small_12heads"):
+        load_backbone(small("vit_small"), path)
+
+
 def innermost(content):
     """The dictionaries of tensors in a file, with the backbone's last key."""
     if any(isinstance(value, torch.Tensor) for value in content.values()):
