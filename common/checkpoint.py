@@ -31,7 +31,7 @@ from common.workers import set_malloc_thresholds
 
 RECORD = {"step", "settings", "identity", "processes", "state"}  # what a checkpoint holds
 DESCRIBED = ("arch", "stem", "patch_size", "image_size", "in_chans", "mean", "std")
-KEPT = ("backbone-epoch*.pth", "events.out.tfevents.*")  # of --keep-every and --tensorboard
+KEPT = ("backbone-epoch*.pth", "events.out.tfevents.*", "trace.json")  # of flags
 NOT_THERE = {  # what a file system answers that cannot do what it was asked
     errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL,
 }
@@ -195,7 +195,7 @@ class Run:
                 if not self.resume:
                     self.delete_old_run()
                 self.write_run_json(state)
-                truncate_log(self.path("log.jsonl"), step)
+                truncate_log(self.path("log.jsonl"), -1 if self.saved_step is None else step)
         return step
 
     def restore(self, name: str, part):
@@ -221,7 +221,8 @@ class Run:
     def delete_old_run(self):
         """Remove what an older run made: nothing can go on from it or be taken for this run's."""
         names = ("checkpoint.pt", "checkpoint.prev.pt", self.product, *KEPT)
-        for path in [path for name in names for path in glob.glob(self.path(name))]:
+        for path in [path for name in names for path in
+                     glob.glob(os.path.join(glob.escape(self.folder), name))]:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(path)
 

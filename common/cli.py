@@ -152,8 +152,8 @@ def method_parser(script: str, description: str, archs, *, crops: str, batch_nor
                            help="smallest, largest area fraction of a crop")
     group = made.add_argument_group("optimisation")
     group.add_argument("--init", metavar="WHAT",
-                       help="run folder or weights file that the backbone starts from; divides the "
-                       "recipe's --lr by 10")
+                       help="run folder or weights file that the backbone starts from; the "
+                       "recipe's learning rates are divided by 10, unless --lr is given")
     group.add_argument("--freeze-backbone-epochs", type=nonneg_int, metavar="E",
                        help="epochs that only train what is behind the backbone; default: 1 with "
                        "--init, else 0")
@@ -204,7 +204,9 @@ def parse(made: Parser, recipes: dict, argv=None) -> argparse.Namespace:
         if args.probe_data and not args.probe_every:
             made.error(f"--probe-data {args.probe_data} is measured with --probe-every alone")
         args.lr_divided = args.init is not None and args.lr is made.get_default("lr")
-        args.lr /= 10 if args.lr_divided else 1
+        for rate in ("lr", "lr_biases", "start_lr", "final_lr") if args.lr_divided else ():
+            if rate in args and getattr(args, rate) is made.get_default(rate):
+                setattr(args, rate, getattr(args, rate) / 10)
         if args.freeze_backbone_epochs is None:
             args.freeze_backbone_epochs = int(args.init is not None)
         if args.freeze_backbone_epochs >= args.epochs:

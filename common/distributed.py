@@ -235,19 +235,20 @@ def same_error_on_all_ranks(writing: str | None = None):
     Args:
         writing: the folder that the body writes to; a failure then names path and free bytes.
     """
-    message = None
+    kind = message = None
     try:
         yield
     except RunError as error:
-        message = str(error)
+        kind, message = type(error), str(error)
     except OSError as error:
         reason = error.strerror or str(error).split("\n")[0]
-        message = f"{error.filename or writing or 'input or output'}: {reason}"
+        kind, message = RunError, f"{error.filename or writing or 'input or output'}: {reason}"
         if writing is not None:
             message = f"cannot write {message} ({free_bytes(writing):,} bytes free)"
-    messages = [m for m in all_gather_objects(message) if m is not None]
-    if messages:
-        raise RunError(messages[0])
+    failures = [(k, m) for k, m in all_gather_objects((kind, message)) if k is not None]
+    if failures:
+        kind, message = failures[0]
+        raise kind(message)
 
 
 def free_bytes(folder: str) -> int:

@@ -133,8 +133,8 @@ def resolve_checkpoint(name: str, flag: str = "--checkpoint") -> Checkpoint:
     path = os.path.join(name, "backbone.pth") if os.path.isdir(name) else name
     if not os.path.isfile(path):
         raise RunError(
-            f"{flag} {name}: no file {path}; give a run folder, a weights file, "
-            "random or pixels"
+            f"{flag} {name}: no file {path}; give a run folder or a weights file"
+            + (", random or pixels" if flag == "--checkpoint" else "")
         )
     described = os.path.join(os.path.dirname(path), "run.json")
     settings = {}
@@ -206,6 +206,17 @@ def assumed(checkpoint: Checkpoint, settings: dict) -> str:
     return line
 
 
+def print_doubts(checkpoint: Checkpoint, settings: dict) -> None:
+    """Say what is assumed of weights, and warn where they were trained on other numbers."""
+    if line := assumed(checkpoint, settings):
+        comm.print_main(line)
+    for name in ("mean", "std"):
+        said, now = checkpoint.settings.get(name, settings[name]), settings[name]
+        if list(said) != list(now) and len({*said, *now}) > 1:
+            comm.print_main(f"warning: {as_flag(name, settings)}, and {checkpoint.name} was "
+                            f"trained with {as_flag(name, checkpoint.settings)}")
+
+
 # ------------------------------------------------------------------------------------------ sources
 
 RANDOM_INITIALISATIONS = 5
@@ -244,13 +255,7 @@ class Source:
                 torch.manual_seed(self.args.seed + number)
                 yield freeze(build(settings), None, self.world)
         else:
-            if line := assumed(checkpoint, settings):
-                comm.print_main(line)
-            for name in ("mean", "std"):
-                said, now = checkpoint.settings.get(name, settings[name]), settings[name]
-                if list(said) != list(now) and len({*said, *now}) > 1:
-                    comm.print_main(f"warning: {as_flag(name, settings)}, and {checkpoint.name} "
-                                    f"was trained with {as_flag(name, checkpoint.settings)}")
+            print_doubts(checkpoint, settings)
             yield freeze(build(settings), checkpoint.weights, self.world)
 
     def features(self, backbone: nn.Module | None) -> "Features":
@@ -502,7 +507,7 @@ class Chunks(torch.utils.data.Dataset):
 @torch.no_grad()
 def extract(
     function, images, view, world: World, *, batch_size: int, workers: int,
-    labels: Tensor | None = None,
+    labels: Tensor | None = None, start_worker=end_if_unsent,
 ) -> dict[str, Tensor]:
     """Apply `function` to one view of every image, each process taking a contiguous part.
 
@@ -513,6 +518,7 @@ def extract(
         function: images (n, C, H, W) on the device to rows (n, D) by name; called without gradient.
         view: an `augment.View` that draws no random numbers.
         labels: (len(images),), where the function takes those of its images as well.
+        start_worker: what a loader process calls first.
 
     Returns:
         By name, float32 rows (len(images), D) on the CPU in data-set order, equal on every process.
@@ -528,7 +534,7 @@ def extract(
     with fork_workers(workers) as context:
         loader = iter(torch.utils.data.DataLoader(
             Chunks(images, view), sampler=local, batch_size=None, num_workers=workers,
-            pin_memory=world.device.type == "cuda", worker_init_fn=end_if_unsent,
+            pin_memory=world.device.type == "cuda", worker_init_fn=start_worker,
             multiprocessing_context=context))
     found = {}
     with comm.same_error_on_all_ranks():

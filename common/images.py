@@ -24,6 +24,10 @@ HELD_OUT = ("val", "test")  # folders that are not trained on
 BUILT_IN = ("digits", *TORCHVISION, "fake")
 
 
+class NoSplit(RunError):
+    """The images are not divided into a training and a test split."""
+
+
 class RefusedImage(RunError):
     """An image that must not be replaced by another one, but stop the run."""
 
@@ -206,7 +210,7 @@ def open_images(
             read = array_file if data.endswith(".npy") else text_list
             images = read(data, channels)
         elif os.path.isfile(data):
-            raise RunError(f"--data {data}: one file has no {split} split; give a folder with "
+            raise NoSplit(f"--data {data}: one file has no {split} split; give a folder with "
                            "train/ and val/ or test/, and class folders in them")
         else:
             raise RunError(f"--data {data}: no such file or folder, and no built-in name "
@@ -274,7 +278,7 @@ def folder(root: str, split: str, channels: int) -> FileImages:
     if split == "pretrain" and found and train_is_a_class(root):
         found = []
     if split != "pretrain" and not found:
-        raise RunError(f"--data {root}: no {' or '.join(names)} folder in it to evaluate with")
+        raise NoSplit(f"--data {root}: no {' or '.join(names)} folder in it to evaluate with")
     top = found[0] if found else os.path.normpath(root)
     held_out = [] if found else [n for n in HELD_OUT if holds_images(os.path.join(root, n))]
     paths = sorted(os.path.join(parent, file)

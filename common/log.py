@@ -88,13 +88,15 @@ class Log:
         self.last_step, self.last_time, self.last_wait_seconds = step, now, wait_seconds
 
     def append(self, line: dict):
-        """Write a line of numbers, one of which is the step."""
+        """Write a line of numbers, one of which is the step; null for what is not finite."""
+        line = {name: value if math.isfinite(value) else None for name, value in line.items()}
         with comm.same_error_on_all_ranks(writing=self.path):
             if self.world.is_main:
                 with open(self.path, "a") as file:
                     file.write(json.dumps(line) + "\n")
                 for name in line.keys() - {"step"} if self.board else ():
-                    self.board.add_scalar(name, line[name], line["step"])
+                    if line[name] is not None:
+                        self.board.add_scalar(name, line[name], line["step"])
                 if self.board:
                     self.board.flush()
 

@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from common import augment, distributed as comm, features
-from common.distributed import RunError, World
-from common.images import open_images
+from common.distributed import World
+from common.images import NoSplit, open_images
 from common.knn import count_right
-from common.workers import default_workers
+from common.workers import default_workers, start_worker
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # what eval_knn.py takes first
 RANKED = 4096  # images whose features are ranked, at most
@@ -33,11 +33,11 @@ class Probe:
         self.settings = features.settings_of(args)
         data = args.probe_data or args.data
         try:
-            self.splits = [open_images(data, split, args.in_chans, root=args.data_root)
-                           for split in ("train", "test")]
+            self.splits = [open_images(data, split, args.in_chans, root=args.data_root,
+                                       download=args.download) for split in ("train", "test")]
             if any(split.labels is None or split.labels.ndim > 1 for split in self.splits):
-                raise RunError(f"--data {data}: no class folders, so no labels")
-        except RunError as error:
+                raise NoSplit(f"--data {data}: no class folders, so no labels")
+        except NoSplit as error:
             if args.probe_data:
                 raise
             comm.print_main(f"probe: effective rank alone, for there are no labels ({error})")
@@ -65,7 +65,7 @@ class Probe:
         view = features.central_view(self.settings, augment.CenterCrop, "bicubic")
         function = functools.partial(features.layers, backbone)
         (rows,) = features.extract(function, images, view, self.world, workers=workers,
-                                   batch_size=256).values()
+                                   batch_size=256, start_worker=start_worker).values()
         return rows
 
     def accuracy(self, train, test) -> float:

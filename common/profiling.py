@@ -62,6 +62,8 @@ def profiled(steps: int, state: dict, loader, folder: str, world: World):
 
     def after_step() -> bool:
         done[0] += 1
+        if done[0] in (WARM_UP, WARM_UP + steps) and world.device.type == "cuda":
+            torch.cuda.synchronize()
         if done[0] == WARM_UP:
             started[:] = time.perf_counter(), loader.wait_seconds
             profiler.start()
@@ -73,8 +75,14 @@ def profiled(steps: int, state: dict, loader, folder: str, world: World):
             report(profiler, steps, seconds, loader.wait_seconds - started[1], folder, world)
         return True
 
-    with named_ranges(state):
-        yield after_step
+    try:
+        with named_ranges(state):
+            yield after_step
+    finally:
+        if WARM_UP <= done[0] < WARM_UP + steps:
+            profiler.stop()
+        if done[0] < WARM_UP + steps:
+            comm.print_main("warning: stopped before the profile was complete; no trace.json")
 
 
 def report(profiler, steps: int, seconds: float, waited: float, folder: str, world: World) -> None:

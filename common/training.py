@@ -11,6 +11,9 @@ A run saves between two steps: at every epoch's end, every --save-every-minutes,
 
 import contextlib
 import hashlib
+import math
+import os
+import time
 
 import torch
 from torch import nn
@@ -21,7 +24,7 @@ from common.distributed import RunError
 from common.loader import Loader, check_batch_size
 from common.log import Log
 from common.probe import Probe
-from common.profiling import profiled
+from common.profiling import WARM_UP, profiled
 
 
 class Training:
@@ -93,6 +96,7 @@ class Training:
         if new and self.initial:
             for trunk in trunks:
                 trunk.load_state_dict(self.initial)
+        self.initial = None
         self.freeze(trunks, (self.option("freeze_backbone_epochs") or 0) * self.steps_per_epoch)
         self.watch_gradients()
 
@@ -103,6 +107,8 @@ class Training:
             self.frozen = [(part, part.training) for trunk in trunks for part in trunk.modules()]
             for trunk in trunks:
                 trunk.eval()
+        elif steps:
+            self.thaw()
 
     def thaw(self) -> None:
         """Train the backbones from now on."""
@@ -110,7 +116,7 @@ class Training:
             part.training = training
         self.frozen = []
         for optimizer in self.state.values():
-            if isinstance(optimizer, torch.optim.SGD):  # fused, it wants all buffers or none
+            if isinstance(optimizer, torch.optim.SGD) and optimizer.state:  # all buffers or none
                 for p in [p for group in optimizer.param_groups for p in group["params"]]:
                     optimizer.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
 
@@ -187,17 +193,27 @@ class Training:
 
     def measure(self, export) -> None:
         """Probe the backbone, and write what is found."""
-        numbers = self.probe.measure(export)
-        epoch = self.step // self.steps_per_epoch
+        started, epoch = time.perf_counter(), self.step // self.steps_per_epoch
+        try:
+            numbers = self.probe.measure(export)
+        except RunError as error:  # on every process: an image that training replaces by another
+            numbers = {"probe_effective_rank": math.nan}
+            comm.print_main(f"warning: no probe after epoch {epoch}: {error}")
+        else:
+            knn = f"k-NN top-1 {numbers['probe_knn']:.4f}, " if "probe_knn" in numbers else ""
+            comm.print_main(f"probe after epoch {epoch}: {knn}effective rank "
+                            f"{numbers['probe_effective_rank']:.1f}")
         self.writer.append({"step": self.step, "epoch": epoch, **numbers})
-        knn = f"k-NN top-1 {numbers['probe_knn']:.4f}, " if "probe_knn" in numbers else ""
-        comm.print_main(f"probe after epoch {epoch}: {knn}effective rank "
-                        f"{numbers['probe_effective_rank']:.1f}")
+        self.writer.last_time += time.perf_counter() - started
 
     def profiler(self):
         """`profiling.profiled`, or without `--profile` nothing."""
         if not self.option("profile"):
             return contextlib.nullcontext(lambda: False)
+        left = self.total_steps - self.step
+        if self.args.profile + WARM_UP > left:
+            raise RunError(f"--profile {self.args.profile} needs {self.args.profile + WARM_UP} "
+                           f"steps, and {left} are left; lower it")
         return profiled(self.args.profile, self.state, self.loader, self.args.output, self.world)
 
     def first_epoch(self, views):
@@ -244,12 +260,16 @@ def starting_weights(args) -> tuple[dict, str]:
     given = features.resolve_checkpoint(args.init, "--init")
     if given.weights is None:
         raise RunError(f"--init {args.init}: give a run folder or a weights file")
+    if os.path.realpath(os.path.dirname(given.weights)) == os.path.realpath(args.output):
+        raise RunError(f"--init {args.init} is in --output, where it would be replaced; choose "
+                       "another --output")
     settings = features.settings_of(args)
     for name in ("arch", features.of_this_kind(settings), "in_chans"):
         if given.settings.get(name, settings[name]) != settings[name]:
             flag = f"--{name.replace('_', '-')}"
             raise RunError(f"{flag} {settings[name]}, and --init {args.init} is of {flag} "
                            f"{given.settings[name]}; a backbone starts from one of its own kind")
+    features.print_doubts(given, settings)
     backbone = features.build(settings)
     wanted = getattr(backbone, "grid", None)
     weights.load_backbone(backbone, given.weights)

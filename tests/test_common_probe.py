@@ -1,14 +1,17 @@
 import json
 import shutil
 import signal
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import drill
 import eval_knn
 from common import features
+from common.checkpoint import Run
 from common.distributed import RunError
 from helpers import SCRIPTS, lines, parsed, state_of
 
@@ -63,6 +66,43 @@ def test_no_optimiser_touches_what_is_frozen(tmp_path):
     heads = [name for name in state["model"] if name.startswith("projector")
              and not name.endswith(("running_mean", "running_var", "num_batches_tracked"))]
     assert 0 < len(state["optimizer"]["state"]) < len(heads) + 1
+
+
+@pytest.mark.parametrize("script", ["moco", "simsiam", "dino"])
+def test_it_goes_on_exactly_from_where_the_freeze_ends(script, tmp_path):
+    """Fused SGD takes the buffers of all parameters or of none."""
+    flags = ["--epochs", "2", "--lr", "0.1"]
+    source = trained(script, tmp_path / "source")
+    whole = trained(script, tmp_path / "whole", "--init", source, *flags)
+    module, args = parsed(script, "--output", tmp_path / "cut", "--init", source, *flags)
+    with mock.patch.object(Run, "agree", lambda run, ends: (True, ends)):
+        module.main(args)
+    assert torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)["step"] == 2
+    module.main(args)
+    assert same(backbone(tmp_path / "cut"), backbone(whole))
+
+
+def test_all_rates_of_a_recipe_are_divided_and_a_given_one_is_not():
+    for script, names in (("swav", ("lr", "final_lr")), ("barlow_twins", ("lr", "lr_biases"))):
+        usual = parsed(script, "--epochs", "2")[1]
+        divided = parsed(script, "--epochs", "2", "--init", "x")[1]
+        given = parsed(script, "--epochs", "2", "--init", "x", "--lr", "0.5")[1]
+        for name in names:
+            assert getattr(divided, name) == pytest.approx(getattr(usual, name) / 10)
+        assert given.lr == 0.5 and getattr(given, names[1]) == getattr(usual, names[1])
+
+
+def test_a_run_does_not_start_from_what_it_would_replace(tmp_path):
+    trained("simclr", tmp_path)
+    with pytest.raises(RunError, match="is in --output, where it would be replaced"):
+        trained("simclr", tmp_path, "--init", tmp_path, "--epochs", "2", "--no-resume")
+
+
+def test_other_normalisation_than_the_weights_is_warned_of(tmp_path, capsys):
+    source = trained("simclr", tmp_path / "source")
+    trained("simclr", tmp_path / "end", "--init", source, "--epochs", "2", "--mean", "0.1", "0.2",
+            "0.3")
+    assert "warning: --mean 0.1 0.2 0.3, and" in capsys.readouterr().out
 
 
 def test_it_goes_on_after_a_stop_wherever_the_file_has_gone(tmp_path):
@@ -200,6 +240,34 @@ def test_other_labelled_images_may_be_probed(tmp_path, image_folder, capsys):
                 image_folder / "train" / "cats")
 
 
+def test_an_older_runs_probe_is_not_taken_for_this_ones(tmp_path):
+    trained("simclr", tmp_path, "--probe-every", "1", "--seed", "1")
+    before = next(line for line in lines(tmp_path) if line["step"] == 0)
+    trained("simclr", tmp_path, "--probe-every", "1", "--no-resume")
+    found = [line for line in lines(tmp_path) if line["step"] == 0]
+    assert len(found) == 1 and found != [before]
+
+
+def test_an_image_that_training_replaces_does_not_end_a_run_in_its_probe(tmp_path, capsys):
+    for number in range(8):
+        pixels = np.random.default_rng(number).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    (tmp_path / "3.png").write_text("spoiled")
+    trained("simclr", tmp_path / "run", "--data", tmp_path, "--batch-size", "4", "--limit", "8",
+            "--probe-every", "1")
+    assert "warning: no probe after epoch 0: " in capsys.readouterr().out
+    found = [line for line in lines(tmp_path / "run") if "loss" not in line]
+    assert [line["probe_effective_rank"] for line in found] == [None, None]
+
+
+def test_only_images_without_splits_are_measured_without_labels(tmp_path):
+    with pytest.raises(RunError, match="pass --download"):
+        trained("simclr", tmp_path / "run", "--probe-data", "svhn", "--data-root", tmp_path,
+                "--probe-every", "1")
+    with pytest.raises(SystemExit):
+        parsed("simclr", "--probe-data", "digits")
+
+
 def test_killed_in_a_probe_it_goes_on_with_the_probe(pool, tmp_path):
     flags = ["--recipe", "digits", *drill.SMALL, "--epochs", "2", "--warmup-epochs", "0",
              "--probe-every", "1"]
@@ -286,6 +354,15 @@ def test_a_profile_names_the_parts_of_a_step_and_stops(tmp_path, capsys):
     assert same(backbone(tmp_path / "cut"), backbone(whole))
 
 
+def test_a_profile_that_does_not_come_is_told(tmp_path, capsys):
+    flags = ["--limit", "64", "--batch-size", "8"]
+    with pytest.raises(RunError, match="--profile 4 needs 9 steps, and 8 are left"):
+        trained("simclr", tmp_path / "short", *flags, "--profile", "4")
+    with mock.patch.object(Run, "agree", lambda run, ends: (True, True)):
+        trained("simclr", tmp_path / "stopped", *flags, "--profile", "3")
+    assert "stopped before the profile was complete" in capsys.readouterr().out
+
+
 def test_tensorboard_is_asked_for_before_the_first_step(tmp_path, monkeypatch):
     import sys
 
@@ -315,6 +392,9 @@ def test_kept_backbones_stay_and_a_new_run_removes_them(tmp_path):
     kept = sorted(path.name for path in tmp_path.glob("backbone-*.pth"))
     assert kept == ["backbone-epoch0002.pth", "backbone-epoch0004.pth"]
     assert not same(backbone(tmp_path, kept[0]), backbone(tmp_path, kept[1]))
-    trained("simclr", tmp_path, "--no-resume")
-    assert not list(tmp_path.glob("backbone-*.pth"))
-    assert state_of(tmp_path)["model"]
+    other, odd = tmp_path / "lr1", tmp_path / "lr[12]"  # which is no pattern
+    for folder in (other, odd):
+        shutil.copytree(tmp_path, folder, ignore=shutil.ignore_patterns("lr*"))
+    trained("simclr", odd, "--no-resume")
+    assert not list(odd.glob("backbone-*.pth")) and list(other.glob("backbone-*.pth"))
+    assert state_of(odd)["model"] and state_of(other)["model"]
