@@ -59,9 +59,9 @@ RECIPES = {
     "digits": IMAGENET | dict(
         arch="resnet_tiny", stem="small", image_size=16, mean=[0.5], std=[0.5],
         views="digits", crop_scale=[0.6, 1.0], blur=False,
-        projector_dim=256, embedding_dim=64, predictor_dim=256, momentum=0.96,
+        projector_dim=256, embedding_dim=64, predictor_dim=256, momentum=0.97,
         trust_coefficient=0.003,
-        epochs=60, batch_size=128, lr=5.0, weight_decay=1e-6, warmup_epochs=5,
+        epochs=90, batch_size=64, lr=5.0, weight_decay=1e-6, warmup_epochs=5,
     ),
 }
 

@@ -51,7 +51,7 @@ RECIPES = {
         arch="resnet_tiny", stem="small", image_size=16, mean=[0.5], std=[0.5],
         views="digits", crop_scale=[0.6, 1.0], blur=False,
         projector_dim=128, embedding_dim=128, predictor_dim=32,
-        epochs=60, batch_size=128, lr=1.0, weight_decay=1e-3, warmup_epochs=5,
+        epochs=100, batch_size=128, lr=1.0, weight_decay=5e-4, warmup_epochs=5,
     ),
 }
 
