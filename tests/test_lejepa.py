@@ -36,7 +36,7 @@ def test_the_imagenette_recipe_is_the_official_minimal_example():
         (["--drop-path", "0.1"], "--arch is resnet_tiny"),
         (["--jitter", "0.4", "0.4", "0.2", "0"], "--jitter 0.4 0.4 0.2 0"),
         (["--jitter", "0.4", "0.2", "0", "0"], "--jitter 0.4 0.2 0 0"),
-        (["--solarize", "0.2"], "--solarize 0.2"),
+        (["--solarize", "0.2"], "--solarize 0.2 are not for --views digits"),
         (["--arch", "vit_micro", "--crop-sizes", "18"], "--crop-sizes 18"),
     ],
 )
