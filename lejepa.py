@@ -2,10 +2,10 @@
 
 1. Make two global crops and some local ones, smaller in pixels and in area, of every image.
 2. Embed all of them, one pass per crop size: backbone h, projector z.
-3. Draw directions, anew in each step and equal on all processes, and project the embeddings on
-   them. SIGReg asks of each view and direction how far the numbers, over the images of all
-   processes, are from a standard normal. Where every direction is normal, the embeddings are an
-   isotropic Gaussian: they have not collapsed, and no two dimensions say the same.
+3. Draw directions, anew in each step and equal on all processes. For each view and direction SIGReg
+   measures how far the projections of all processes' images are from a standard normal. Where every
+   direction is normal, the embeddings are an isotropic Gaussian: they have not collapsed, and no
+   two dimensions carry the same information.
 4. Pull all crops of an image to the mean of its global ones. There are no negatives, no teacher, no
    predictor, and the gradient goes everywhere.
 
@@ -37,7 +37,7 @@ IMAGENET = dict(  # official README; batch, epochs of warm-up and D are ours, it
     arch="vit_large", stem="imagenet", patch_size=14, drop_path=0.1, in_chans=3,
     mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225],
     views="photo", num_crops=[2, 6], crop_sizes=[224, 98], crop_scales=[0.3, 1.0, 0.05, 0.3],
-    jitter=[0.4, 0.4, 0.2, 0.1], blur=True,
+    jitter=[0.4, 0.4, 0.2, 0.1], blur=True, solarize=0.2,
     projector_dim=2048, embedding_dim=128, num_directions=1024, lambda_=0.05,
     epochs=100, batch_size=512, lr=5e-4 / 2, weight_decay=0.05, warmup_epochs=10, sync_bn=True,
 )
@@ -47,7 +47,8 @@ RECIPES = {
     # The official minimal example, on Imagenette: 90.7 % with a linear probe trained beside it.
     "imagenette": IMAGENET | dict(
         arch="vit_small", patch_size=8, num_crops=[4], crop_sizes=[128], crop_scales=[0.08, 1.0],
-        jitter=[0.8, 0.8, 0.8, 0.2], embedding_dim=16, num_directions=256, lambda_=0.02,
+        jitter=[0.8, 0.8, 0.8, 0.2], solarize=0.1,  # as there: .2 times torchvision's own .5
+        embedding_dim=16, num_directions=256, lambda_=0.02,
         epochs=800, batch_size=256, lr=2e-3, warmup_epochs=1,
     ),
     # Ours, the authors give none: their rate and decay of ResNets, the example's crops and lambda.
@@ -62,7 +63,7 @@ RECIPES = {
     "digits": IMAGENET | dict(
         arch="resnet_tiny", stem="small", patch_size=4, drop_path=0.0, mean=[0.5], std=[0.5],
         views="digits", num_crops=[2], crop_sizes=[16], crop_scales=[0.6, 1.0],
-        jitter=[0.5, 0.5, 0.0, 0.0], blur=False,
+        jitter=[0.5, 0.5, 0.0, 0.0], blur=False, solarize=0.0,
         projector_dim=256, embedding_dim=64, num_directions=128, lambda_=0.01,
         epochs=60, batch_size=128, lr=4e-3, weight_decay=5e-4, warmup_epochs=5,
     ),
@@ -80,6 +81,8 @@ def parse_args(argv=None):
     group.add_argument("--jitter", type=cli.not_negative, nargs=4, metavar="X",
                        help="strength of changes of brightness, contrast, saturation and hue")
     group.add_argument("--blur", action=cli.Switch, help="Gaussian blur of the views")
+    group.add_argument("--solarize", type=cli.fraction, metavar="P",
+                       help="how often a view is solarised")
     group.add_argument("--projector-dim", type=cli.pos_int, help="hidden width of the projector")
     group.add_argument("--embedding-dim", type=cli.pos_int, help="D, size of an embedding")
     group.add_argument("--num-directions", type=cli.pos_int,
@@ -87,6 +90,11 @@ def parse_args(argv=None):
     group.add_argument("--lambda", dest="lambda_", metavar="LAMBDA", type=cli.fraction,
                        help="weight of SIGReg; the rest to 1 is that of the invariance; .01 to .1")
     args = cli.parse(parser, RECIPES, argv)
+    x = args.jitter[0]
+    if args.views == "digits" and (args.jitter != [x, x, 0, 0] or args.solarize):
+        given = " ".join(f"{value:g}" for value in args.jitter)
+        parser.error(f"--jitter {given} --solarize {args.solarize:g} are not for --views digits; "
+                     f"pass --jitter {x:g} {x:g} 0 0 --solarize 0")
     if args.arch not in backbones.VITS and cli.peek(argv, "--drop-path", float):
         parser.error(f"--drop-path is for transformers, and --arch is {args.arch}")
     if args.arch in backbones.VITS and any(size % args.patch_size for size in args.crop_sizes):
@@ -99,7 +107,7 @@ def parse_args(argv=None):
 # -------------------------------------------------------------------------------------------- views
 
 
-def photo_views(crops, jitter, blur):
+def photo_views(crops, jitter, blur, solarize):
     """Crops of the same kind but for their size and area."""
     views = []
     for count, size, scale in crops:
@@ -109,7 +117,7 @@ def photo_views(crops, jitter, blur):
             augment.ColorJitter(*jitter, p=0.8),
             augment.Grayscale(p=0.2),
             augment.GaussianBlur(sigma=(0.1, 2.0), p=0.5 if blur else 0.0),
-            augment.Solarize(threshold=128 / 255, p=0.2),
+            augment.Solarize(threshold=128 / 255, p=solarize),
         ]
         views += [(size, steps)] * count
     return views
@@ -205,7 +213,7 @@ def chance_loss(num_views: int, num_global: int, lambda_: float) -> float:
 @torch.no_grad()
 def indicators(z: Tensor, gaussian: Tensor, distance: Tensor) -> dict[str, Tensor]:
     """Collapse indicators, logged; z (N, D) are the embeddings of one view."""
-    unit = F.normalize(z.float(), dim=1)
+    unit = F.normalize(comm.upcast(z), dim=1)
     return {
         "sigreg": gaussian,  # to about 1
         "invariance": distance,  # to 0
@@ -218,9 +226,9 @@ def indicators(z: Tensor, gaussian: Tensor, distance: Tensor) -> dict[str, Tenso
 
 def build_views(args):
     if args.views == "digits":
-        views = augment.digit_views(cli.crops(args), args.jitter[0], args.blur)
+        views = augment.digit_views(cli.crops(args), jitter=args.jitter[0], blur=args.blur)
     else:
-        views = photo_views(cli.crops(args), args.jitter, args.blur)
+        views = photo_views(cli.crops(args), args.jitter, args.blur, args.solarize)
     return augment.normalized(views, args.in_chans, args.mean, args.std)
 
 

@@ -91,8 +91,8 @@ def photo_views(image_size, crop_scale, blur):
 class SimSiam(nn.Module):
     """Backbone, projector H -> hidden -> hidden -> D and predictor D -> hidden -> D.
 
-    Batch norm follows every layer but the last one; it takes away the bias before it, so that one
-    is not trained.
+    Batch norm follows every layer but the predictor's last; the projector's last one cancels the
+    bias before it, which is therefore not trained.
     """
 
     def __init__(self, backbone: nn.Module, projector_dim: int, embedding_dim: int,
@@ -158,10 +158,11 @@ def indicators(z: Tensor) -> dict[str, Tensor]:
 
 
 def build_views(args):
+    size, scale, blur = args.image_size, args.crop_scale, args.blur
     if args.views == "digits":
-        views = augment.digit_views([(2, args.image_size, args.crop_scale)], 0.5, args.blur)
+        views = augment.digit_views([(2, size, scale)], jitter=0.5, blur=blur)
     else:
-        views = photo_views(args.image_size, args.crop_scale, args.blur)
+        views = photo_views(size, scale, blur)
     return augment.normalized(views, args.in_chans, args.mean, args.std)
 
 

@@ -166,7 +166,7 @@ def lejepa(args) -> Method:
     brightness, contrast, saturation, hue = args.jitter
     colours = VICRegViewTransform(
         cj_strength=1.0, cj_bright=brightness, cj_contrast=contrast, cj_sat=saturation, cj_hue=hue,
-        solarize_prob=0.2, gaussian_blur=0.0, normalize=normalize(args),
+        solarize_prob=args.solarize, gaussian_blur=0.0, normalize=normalize(args),
     ).transform.transforms[1:]  # without its crop
     transform = MultiCropTranform(
         crop_sizes=args.crop_sizes, crop_counts=args.num_crops,

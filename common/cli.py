@@ -134,7 +134,8 @@ def method_parser(script: str, description: str, archs, *, crops: str, batch_nor
         archs: names of the backbones that the method can train.
         crops: "one" kind of crop; "multi": groups of crops of several sizes.
         batch_norm: whether a backbone can have it, and so a stem.
-        decay: what decays, for the help: "weights" (not biases and norms) or "all" parameters.
+        decay: what decays, for the help: "weights" (not biases and norms), "all" parameters, or
+            "both": as the optimiser has it.
     """
     made = parser(script, description)
     group = made.add_argument_group("images")
@@ -165,9 +166,10 @@ def method_parser(script: str, description: str, archs, *, crops: str, batch_nor
     group.add_argument("--epochs", type=pos_int, help="passes over the images")
     group.add_argument("--batch-size", type=pos_int, help="global batch, over all processes")
     group.add_argument("--lr", type=positive, help="learning rate per 256 images")
-    group.add_argument("--weight-decay", type=not_negative, help="weight decay of " + (
-        "all parameters" if decay == "all" else "weights, not of biases and norms"))
-    group.add_argument("--warmup-epochs", type=nonneg_int, help="warm-up from 0 or --start-lr")
+    decayed = {"weights": "weights, not of biases and norms", "all": "all parameters",
+               "both": "weights; with adamw of biases and norms too"}[decay]
+    group.add_argument("--weight-decay", type=not_negative, help=f"weight decay of {decayed}")
+    group.add_argument("--warmup-epochs", type=nonneg_int, help="epochs of linear warm-up")
     group.add_argument("--seed", type=nonneg_int, default=0, help="random seed")
     return made, made.add_argument_group("method")
 
@@ -309,6 +311,7 @@ def _number(kind, accept, wanted):
 
 nonneg_int = _number(int, lambda v: 0 <= v < 2**63, "a whole number of at least 0")
 pos_int = _number(int, lambda v: v >= 1, "a whole number of at least 1")
+two_or_more = _number(int, lambda v: v >= 2, "a whole number of at least 2")
 positive = _number(float, lambda v: 0 < v < math.inf, "a number above 0")
 not_negative = _number(float, lambda v: 0 <= v < math.inf, "a number of at least 0")
 fraction = _number(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")

@@ -19,6 +19,14 @@ def test_the_imagenet_recipe_is_the_papers():
     assert args.lr_biases == 0.0048 / 16  # the official gradient was 1/16 of the true one
 
 
+def test_one_dimension_has_nothing_off_the_diagonal_and_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        barlow_twins.parse_args(["--embedding-dim", "1"])
+    printed = capsys.readouterr().err
+    assert "'1' is not a whole number of at least 2" in printed and printed.count("\n") == 1
+    assert barlow_twins.parse_args(["--embedding-dim", "2"]).embedding_dim == 2
+
+
 # -------------------------------------------------------------------------------------------- views
 
 

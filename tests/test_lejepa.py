@@ -34,6 +34,9 @@ def test_the_imagenette_recipe_is_the_official_minimal_example():
     [
         (["--lambda", "1.5"], "1.5"),
         (["--drop-path", "0.1"], "--arch is resnet_tiny"),
+        (["--jitter", "0.4", "0.4", "0.2", "0"], "--jitter 0.4 0.4 0.2 0"),
+        (["--jitter", "0.4", "0.2", "0", "0"], "--jitter 0.4 0.2 0 0"),
+        (["--solarize", "0.2"], "--solarize 0.2 are not for --views digits"),
         (["--arch", "vit_micro", "--crop-sizes", "18"], "--crop-sizes 18"),
     ],
 )
@@ -44,7 +47,22 @@ def test_what_does_not_fit_is_refused(flags, named, capsys):
     assert named in printed and printed.count("\n") == 1
 
 
+def test_digits_are_shaded_as_strongly_as_jitter_says():
+    flags = ["--jitter", "0.3", "0.3", "0", "0", "--solarize", "0"]
+    for view in lejepa.build_views(lejepa.parse_args(flags)):
+        (jitter,) = [step for step in view.colour if type(step).__name__ == "ColorJitter"]
+        assert (jitter.brightness, jitter.contrast) == (0.3, 0.3)
+
+
 # -------------------------------------------------------------------------------------------- views
+
+
+@pytest.mark.parametrize("flags, p", [([], 0.2 * 0.5), (["--solarize", "0.3"], 0.3)])
+def test_the_minimal_example_solarizes_one_view_in_ten(flags, p):
+    views = lejepa.build_views(lejepa.parse_args(["--recipe", "imagenette", *flags]))
+    chances = [step.p for view in views for step in view.colour
+               if type(step).__name__ == "Solarize"]
+    assert chances == [p] * 4
 
 
 def test_all_crops_have_the_same_colours():

@@ -18,8 +18,27 @@ def test_the_imagenet_recipe_is_the_papers():
     assert (args.batch_size, args.epochs, args.lr, args.weight_decay) == (2048, 1000, 0.2, 1e-6)
     assert (args.sim_weight, args.std_weight, args.cov_weight) == WEIGHTS
     assert (args.warmup_epochs, args.sync_bn) == (10, True)
-    args = vicreg.parse_args(["--recipe", "imagenet_100_epochs"])
+    args = vicreg.parse_args(["--recipe", "imagenet_100"])
     assert (args.batch_size, args.epochs, args.lr) == (2048, 100, 0.3)
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--solarize", "0", "0.3"], "--solarize 0 0.3"),
+        (["--recipe", "cifar10", "--views", "digits"], "--solarize 0.1 0.1"),
+        (["--embedding-dim", "1"], "'1' is not a whole number of at least 2"),
+    ],
+)
+def test_what_does_not_fit_is_refused(flags, named, capsys):
+    with pytest.raises(SystemExit):
+        vicreg.parse_args(flags)
+    printed = capsys.readouterr().err
+    assert named in printed and printed.count("\n") == 1
+
+
+def test_the_remedy_of_the_refusal_is_accepted():
+    assert vicreg.parse_args(["--views", "digits", "--solarize", "0", "0"]).solarize == [0, 0]
 
 
 # -------------------------------------------------------------------------------------------- views
@@ -142,10 +161,11 @@ def test_the_views_are_alike_and_their_order_of_images_and_dimensions_is_free():
         torch.testing.assert_close(vicreg.vicreg_loss(a, b, *WEIGHTS), loss, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_loss_computes_in_float32_at_least(dtype):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_loss_computes_in_float32_at_least_whatever_the_autocast(dtype):
     z1, z2 = (torch.from_numpy(z).to(dtype) for z in embeddings())
-    loss = vicreg.vicreg_loss(z1, z2, *WEIGHTS)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = vicreg.vicreg_loss(z1, z2, *WEIGHTS)
     expected = loops(z1.double().numpy(), z2.double().numpy(), *WEIGHTS)
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(expected, rel=1e-4)
 
