@@ -11,8 +11,7 @@ curves: the numbers in the logs of runs, finished or not, one panel each (needs 
     python visualize.py views npid_pirl --image jigsaw.png --method pirl
     python visualize.py attention --checkpoint runs/dino-digits-vit_micro --image attention.png
     python visualize.py reconstruction --checkpoint runs/mae-digits-vit_micro --image mae.png
-    python visualize.py curves runs/simclr-digits-resnet_tiny runs/moco-digits-resnet_tiny \\
-        --image curves.png
+    python visualize.py curves runs/simclr runs/moco --image curves.png
 """
 
 import importlib
