@@ -49,8 +49,8 @@ class RankBatches(torch.utils.data.Dataset):
         self.first = rank * self.share
         self.steps_per_epoch = len(images) // batch_size
 
-    def __getitem__(self, number: int):
-        epoch, step = divmod(number, self.steps_per_epoch)
+    def __getitem__(self, item: int):
+        epoch, step = divmod(item, self.steps_per_epoch)
         ordered_as = epoch if self.order_epoch is None else self.order_epoch
         order = rng.epoch_order(self.seed, ordered_as, len(self.images))
         problems = {}
@@ -77,7 +77,7 @@ class RankBatches(torch.utils.data.Dataset):
                 parameters.append(torch.from_numpy(colour))
             parts.append((crops.flatten(0, 1), torch.cat(parameters)))
         index = torch.tensor(index)
-        drawn = None if self.draw is None else self.draw(index, step=number)
+        drawn = None if self.draw is None else self.draw(index, step=item)
         return parts, index, drawn, problems
 
     def read_or_replace(self, order: np.ndarray, step: int, slot: int, problems: dict):
