@@ -264,3 +264,16 @@ def test_a_slot_without_any_readable_image_stops_the_run(tmp_path):
     images = open_images(str(tmp_path), "pretrain", 3)
     with pytest.raises(RunError, match=r"could stand in slot .*2\.png"):
         batches(loader(images, batch_size=4))
+
+
+def index_and_step(index, step):
+    return torch.stack([index, torch.full_like(index, step)])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_a_method_draws_for_a_batch_is_drawn_for_its_indices_and_step(workers):
+    images = ArrayImages(random_images(), None, 3)
+    made = loader(images, workers=workers, start_step=3, draw=index_and_step)
+    for step, batch in enumerate(batches(made), start=3):
+        assert torch.equal(batch.drawn, index_and_step(batch.index, step))
+    assert step == 9 and next(loader(images).epoch(0)).drawn is None
