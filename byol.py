@@ -54,7 +54,7 @@ RECIPES = {
         mean=[0.4914, 0.4822, 0.4465], std=[0.247, 0.2435, 0.2616], blur=False,
         momentum=0.99, batch_size=256, lr=1.0, weight_decay=1e-5,
     ),
-    # Ours, chosen on the built-in digits: a minute on two cores.
+    # Ours, chosen on the built-in digits: some minutes on two cores.
     "digits": IMAGENET | dict(
         arch="resnet_tiny", stem="small", image_size=16, mean=[0.5], std=[0.5],
         views="digits", crop_scale=[0.6, 1.0], blur=False,

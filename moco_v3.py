@@ -59,7 +59,7 @@ RECIPES = {
         crop_scale=[0.08, 1.0], blur=False,
         temperature=0.2, momentum=0.99, batch_size=256, weight_decay=1e-6,
     ),
-    # Ours, chosen on the built-in digits: a minute on two cores.
+    # Ours, chosen on the built-in digits: some minutes on two cores.
     "digits": IMAGENET | dict(
         arch="resnet_tiny", stem="small", image_size=16, patch_size=4, mean=[0.5], std=[0.5],
         views="digits", crop_scale=[0.6, 1.0], blur=False,
