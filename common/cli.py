@@ -83,7 +83,8 @@ def parser(script: str, description: str) -> Parser:
     run.add_argument("--probe-every", type=pos_int, metavar="EPOCHS",
                      help="log the k-NN accuracy of eval_knn.py, from step 0 on; without labels "
                      "the effective rank of the features alone")
-    run.add_argument("--probe-data", metavar="SOURCE", help="its labelled images; default: --data")
+    run.add_argument("--probe-data", metavar="SOURCE",
+                     help="labelled images to probe on; default: --data")
     run.add_argument("--tensorboard", action=Switch, default=False,
                      help="write the log's numbers to an event file as well")
     run.add_argument("--profile", type=pos_int, metavar="STEPS",
@@ -212,8 +213,8 @@ def parse(made: Parser, recipes: dict, argv=None) -> argparse.Namespace:
         if args.freeze_backbone_epochs is None:
             args.freeze_backbone_epochs = int(args.init is not None)
         if args.freeze_backbone_epochs >= args.epochs:
-            made.error(f"--freeze-backbone-epochs {args.freeze_backbone_epochs} leaves nothing of "
-                       f"--epochs {args.epochs}; pass more --epochs")
+            made.error(f"--freeze-backbone-epochs {args.freeze_backbone_epochs} (1 with --init) "
+                       f"leaves nothing of --epochs {args.epochs}; pass more --epochs, or 0")
     if args.batch_size % processes():
         above = math.ceil(args.batch_size / processes()) * processes()
         made.error(f"--batch-size {args.batch_size} does not divide among {processes()} processes; "

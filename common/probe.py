@@ -37,6 +37,8 @@ class Probe:
                                        download=args.download) for split in ("train", "test")]
             if any(split.labels is None or split.labels.ndim > 1 for split in self.splits):
                 raise NoSplit(f"--data {data}: no class folders, so no labels")
+            comm.print_main(f"probe: all {len(self.splits[0])} training and {len(self.splits[1])} "
+                            f"test images of {data}")
         except NoSplit as error:
             if args.probe_data:
                 raise

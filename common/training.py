@@ -157,6 +157,10 @@ class Training:
         if self.folder.stopping:  # a stop signal came during `first_epoch`
             return
         args = self.args
+        left = self.total_steps - self.step
+        if self.option("profile") and args.profile + WARM_UP > left:
+            raise RunError(f"--profile {args.profile} needs {args.profile} + {WARM_UP} steps, and "
+                           f"{left} are left of the run; pass more --epochs or a smaller profile")
         self.loader = self.load(self.views, epochs=args.epochs, start_step=self.step,
                                 draw=self.draw)
         self.writer = Log(args.output, self.world, batch_size=args.batch_size,
@@ -210,10 +214,6 @@ class Training:
         """`profiling.profiled`, or without `--profile` nothing."""
         if not self.option("profile"):
             return contextlib.nullcontext(lambda: False)
-        left = self.total_steps - self.step
-        if self.args.profile + WARM_UP > left:
-            raise RunError(f"--profile {self.args.profile} needs {self.args.profile + WARM_UP} "
-                           f"steps, and {left} are left; lower it")
         return profiled(self.args.profile, self.state, self.loader, self.args.output, self.world)
 
     def first_epoch(self, views):
@@ -269,10 +269,10 @@ def starting_weights(args) -> tuple[dict, str]:
             flag = f"--{name.replace('_', '-')}"
             raise RunError(f"{flag} {settings[name]}, and --init {args.init} is of {flag} "
                            f"{given.settings[name]}; a backbone starts from one of its own kind")
-    features.print_doubts(given, settings)
     backbone = features.build(settings)
     wanted = getattr(backbone, "grid", None)
     weights.load_backbone(backbone, given.weights)
+    features.print_doubts(given, settings)
     state = backbone.state_dict()
     if wanted and backbone.grid != wanted:
         first, table = state["pos_embed"][:, :1], state["pos_embed"][:, 1:]
