@@ -268,12 +268,12 @@ def read_log(folder: str) -> list[dict]:
 
 def curves_picture(args) -> Image.Image:
     """Every logged number over the steps, a panel each, a colour for every run."""
+    logs = {folder: read_log(folder) for folder in args.runs}
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise comm.RunError("curves are drawn by matplotlib, which is not installed; "
                             "pip install -r requirements-extra.txt") from None
-    logs = {folder: read_log(folder) for folder in args.runs}
     logged = {name: None for lines in logs.values() for line in lines for name in line}
     panels = [name for name in FIRST if name in logged]
     panels += [name for name in logged if name not in FIRST + SPEED]

@@ -54,7 +54,8 @@ def setup(device: str = "auto", deterministic: bool = False) -> World:
     local_size = max(env_int("LOCAL_WORLD_SIZE", 1), local_rank + 1)
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     # Slurm's --gpus-per-task=1 shows each process its own GPU alone.
-    one_each = kind == "cuda" and torch.cuda.device_count() == 1 and env_int("WORLD_SIZE", 1) > 1
+    several = min(local_size, env_int("WORLD_SIZE", 1)) > 1
+    one_each = kind == "cuda" and several and torch.cuda.device_count() == 1
     target = torch.device(kind)
     if kind == "cuda":
         target = torch.device(kind, 0 if one_each else local_rank)
