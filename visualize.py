@@ -193,6 +193,9 @@ def attention_picture(args) -> Image.Image:
     settings = settings_of(args, "dino.py")
     backbone = features.build(settings)
     weights.load_backbone(backbone, features.resolve_checkpoint(args.checkpoint).weights)
+    if backbone.cls_token is None:
+        raise comm.RunError(f"--checkpoint {args.checkpoint} has no class token, whose attention "
+                            "is drawn")
     images = some_images(args, settings)
     heads = backbone.eval().attention(images)[:, :, 1:]  # (n, heads, L)
     low, high = heads.amin(2, keepdim=True), heads.amax(2, keepdim=True)

@@ -5,6 +5,7 @@ state dict of a ResNet has torchvision's keys and that of a transformer timm's, 
 loads there as it is.
 """
 
+import math
 from collections import OrderedDict
 
 import torch
@@ -37,7 +38,7 @@ NAMES = (*RESNETS, *VITS)
 def build_backbone(
     arch: str, *, in_chans: int, stem: str | None = None, zero_init_residual: bool | None = None,
     image_size: int | tuple[int, int] | None = None, patch_size: int | None = None,
-    positions: str | None = None, drop_path: float | None = None,
+    positions: str | None = None, drop_path: float | None = None, **parts,
 ) -> nn.Module:
     """Build a backbone without its classifier; `num_features` is the width of its output.
 
@@ -48,7 +49,8 @@ def build_backbone(
             images of 64 px and less), or "small-pad2" (the same with a padding of 2 instead of 1,
             as solo-learn has it; for weights that were trained so).
         zero_init_residual: of a ResNet: start every residual block as the identity (last scale 0).
-        image_size, patch_size, positions, drop_path: of a transformer, see `VisionTransformer`.
+        image_size, patch_size, positions, drop_path, **parts: of a transformer, see
+            `VisionTransformer`.
 
     Raises:
         ValueError: something that this kind of backbone needs is not given.
@@ -62,7 +64,7 @@ def build_backbone(
     if missing:
         raise ValueError(f"{arch} needs {', '.join(missing)}")
     if arch in VITS:
-        return VisionTransformer(*VIT_SIZES[arch], in_chans=in_chans, **needed)
+        return VisionTransformer(*VIT_SIZES[arch], in_chans=in_chans, **needed, **parts)
     if arch in SMALL:
         model = SmallResNet(*SMALL[arch], zero_init_residual)
     else:
@@ -136,6 +138,10 @@ class VisionTransformer(nn.Module):
         positions: "learned", or "sincos" (fixed: a parameter that never has a gradient).
         drop_path: chance of the last block's two branches to be left out for a sample in training;
             it rises linearly from 0 at the first block. Drawn from torch's generator of the device.
+        uniform_drop_path: the same chance in every block.
+        layer_scale: start value of a trained scale of every channel of every branch, or None.
+        class_token: without it, the feature is the mean of the patches.
+        registers: tokens without a position beside the class token, left out of the result.
 
     With `recompute` set to True, the backward computes each block anew instead of keeping what is
     in it: the same numbers for much less memory.
@@ -149,45 +155,60 @@ class VisionTransformer(nn.Module):
 
     def __init__(
         self, dim: int, depth: int, num_heads: int, *, image_size, patch_size: int, in_chans: int,
-        positions: str, drop_path: float,
+        positions: str, drop_path: float, uniform_drop_path: bool = False,
+        layer_scale: float | None = None, class_token: bool = True, registers: int = 0,
     ):
         super().__init__()
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.num_features, self.patch_size, self.recompute = dim, patch_size, False
         self.grid = self.grid_of(height, width)  # (rows, columns) that pos_embed is made for
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], dim))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
+        self.reg_token = nn.Parameter(torch.zeros(1, registers, dim)) if registers else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, class_token + math.prod(self.grid), dim))
         proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
         self.patch_embed = nn.Sequential(OrderedDict(proj=proj))
-        rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
-        self.blocks = nn.ModuleList(Block(dim, num_heads, rate) for rate in rates)
+        first = drop_path if uniform_drop_path else 0
+        rates = torch.linspace(first, drop_path, depth, device="cpu").tolist()
+        self.blocks = nn.ModuleList(Block(dim, num_heads, rate, layer_scale) for rate in rates)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
         init_linears(self, lambda weight: nn.init.trunc_normal_(weight, std=0.02))
-        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        for token in (self.cls_token, self.reg_token):
+            if token is not None:
+                nn.init.trunc_normal_(token, std=0.02)
         if positions == "sincos":
             self.pos_embed.requires_grad_(False)
-            self.pos_embed[0, 1:] = sincos_positions(dim, *self.grid)  # the class token's is 0
+            self.pos_embed[0, class_token:] = sincos_positions(dim, *self.grid)  # the token's is 0
         else:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def forward(self, images: Tensor) -> Tensor:
-        """The class token's features (N, num_features)."""
-        return self.tokens(images)[0][:, 0]
+        """The class token's features (N, num_features), or the mean of the patches'."""
+        x = self.tokens(images)[0]
+        return x.mean(1) if self.cls_token is None else x[:, 0]
 
     def tokens(self, images: Tensor, last: int = 1) -> list[Tensor]:
-        """All tokens (N, 1 + L, D) after each of the last blocks, normalised; class token first."""
+        """All tokens (N, 1 + L, D) after each of the last blocks, normalised; class token first.
+
+        Without a class token (N, L, D).
+        """
         return self.encode(self.embed(images), last)
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Patches of images as tokens (N, L, D), row by row, with their positions added."""
-        rows, columns = self.grid_of(*images.shape[2:])
+    def embed(self, images: Tensor, mask: Tensor | None = None,
+              mask_token: Tensor | None = None) -> Tensor:
+        """Patches of images as tokens (N, L, D), row by row, with their positions added.
+
+        Where the bool mask (N, L) is True, the mask token (1, 1, D) is in the patch's place.
+        """
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)
-        return patches + resample_positions(self.pos_embed[:, 1:], self.grid, (rows, columns))
+        if mask is not None:
+            patches = torch.where(mask[:, :, None], mask_token.to(patches.dtype), patches)
+        positions = self.pos_embed[:, -math.prod(self.grid):]  # the class token's may come first
+        return patches + resample_positions(positions, self.grid, self.grid_of(*images.shape[2:]))
 
     def encode(self, patches: Tensor, last: int = 1) -> list[Tensor]:
         """`tokens` of patches that are embedded already: all of an image's, or some (N, L, D)."""
-        x = self.with_class_token(patches)
+        x = self.with_first_tokens(patches)
         outputs = []
         for number, block in enumerate(self.blocks):
             if self.recompute and torch.is_grad_enabled():
@@ -195,25 +216,42 @@ class VisionTransformer(nn.Module):
             else:
                 x = block(x)
             if number >= len(self.blocks) - last:
-                outputs.append(self.norm(x))
+                outputs.append(self.without_registers(self.norm(x)))
         return outputs
 
     def attention(self, images: Tensor) -> Tensor:
         """How much each head of the last block lets the class token look at all tokens.
 
         Returns:
-            (N, heads, 1 + L), which sums to 1 over the tokens; the class token is the first.
+            (N, heads, 1 + L); the class token is the first. Sums to 1 over the tokens, with what
+            registers have, which are left out.
         """
-        x = self.with_class_token(self.embed(images))
+        x = self.with_first_tokens(self.embed(images))
         for block in self.blocks[:-1]:
             x = block(x)
         last = self.blocks[-1]
         q, k, _ = last.attn.heads_of(last.norm1(x))  # (N, heads, 1 + L, D / heads)
-        return (q[:, :, :1] @ k.transpose(2, 3) * q.shape[-1] ** -0.5).softmax(3)[:, :, 0]
+        heads = (q[:, :, :1] @ k.transpose(2, 3) * q.shape[-1] ** -0.5).softmax(3)[:, :, 0]
+        return self.without_registers(heads, dim=2)
 
-    def with_class_token(self, patches: Tensor) -> Tensor:
-        first = (self.cls_token + self.pos_embed[:, :1]).expand(len(patches), -1, -1)
-        return torch.cat([first, patches], dim=1)
+    def with_first_tokens(self, patches: Tensor) -> Tensor:
+        """Class token and registers, if there are any, before patches (N, L, D)."""
+        first = []
+        if self.cls_token is not None:
+            has_position = self.pos_embed.shape[1] > math.prod(self.grid)
+            first.append(self.cls_token + self.pos_embed[:, :1] if has_position else self.cls_token)
+        if self.reg_token is not None:
+            first.append(self.reg_token)
+        return torch.cat([*(x.expand(len(patches), -1, -1) for x in first), patches], dim=1)
+
+    def without_registers(self, x: Tensor, dim: int = 1) -> Tensor:
+        """Leave out the registers among tokens; they stand behind the class token."""
+        if self.reg_token is None:
+            return x
+        first = int(self.cls_token is not None)
+        sizes = [first, self.reg_token.shape[1], x.shape[dim] - first - self.reg_token.shape[1]]
+        before, _, patches = x.split(sizes, dim)
+        return torch.cat([before, patches], dim)
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches in an image."""
@@ -226,19 +264,22 @@ class VisionTransformer(nn.Module):
 class Block(nn.Module):
     """Attention, then a two-layer perceptron, each on normalised tokens and added to its input."""
 
-    def __init__(self, dim: int, num_heads: int, drop_path: float):
+    def __init__(self, dim: int, num_heads: int, drop_path: float,
+                 layer_scale: float | None = None):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
+        self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = nn.Sequential(OrderedDict(
             fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim),
         ))
+        self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.drop_path = drop_path
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.dropped(self.attn(self.norm1(x)))
-        return x + self.dropped(self.mlp(self.norm2(x)))
+        x = x + self.dropped(self.ls1(self.attn(self.norm1(x))))
+        return x + self.dropped(self.ls2(self.mlp(self.norm2(x))))
 
     def dropped(self, branch: Tensor) -> Tensor:
         """Stochastic depth: a branch is left out for whole samples, the others make up for it."""
@@ -246,6 +287,17 @@ class Block(nn.Module):
             return branch
         kept = branch.new_empty(len(branch), 1, 1).bernoulli_(1 - self.drop_path)
         return branch * kept / (1 - self.drop_path)
+
+
+class LayerScale(nn.Module):
+    """A trained factor for every channel (Touvron et al., arXiv 2103.17239)."""
+
+    def __init__(self, dim: int, start: float):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), start))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
 
 
 class Attention(nn.Module):

@@ -413,12 +413,14 @@ def layer_names(backbone: nn.Module) -> list[str]:
 
     A ResNet has `conv1` (after batch norm and ReLU, before the pool), its stages `res2` to `res5`,
     and `avgpool`, the mean of `res5`. A transformer has `patches`, the mean of the last patch
-    tokens, `cls`, the last class token, and `cls2` and up: those of so many last blocks side by
-    side.
+    tokens, and if it has a class token, `cls`, the last one, and `cls2` and up: those of so many
+    last blocks side by side.
     """
     if isinstance(backbone, Pixels):
         return ["pixels"]
     if isinstance(backbone, backbones.VisionTransformer):
+        if backbone.cls_token is None:
+            return ["patches"]
         return [*(f"cls{n}" for n in range(len(backbone.blocks), 1, -1)), "patches", "cls"]
     return list(RESNET_LAYERS)
 
@@ -445,7 +447,8 @@ def layers(backbone: nn.Module, images: Tensor, names=None) -> dict[str, Tensor]
     if isinstance(backbone, backbones.VisionTransformer):
         depths = {name: int(name[3:]) for name in plain if name[3:].isdecimal()}
         tokens = backbone.tokens(images, max(depths.values(), default=1))
-        rows = {"patches": tokens[-1][:, 1:].mean(1), "cls": tokens[-1][:, 0]}
+        patches = tokens[-1][:, int(backbone.cls_token is not None):]
+        rows = {"patches": patches.mean(1), "cls": tokens[-1][:, 0]}
         rows |= {name: torch.cat([t[:, 0] for t in tokens[-n:]], 1) for name, n in depths.items()}
         return {name: rows[name] for name in plain}
     maps = resnet_maps(backbone, images, plain.values())

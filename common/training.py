@@ -275,7 +275,7 @@ def starting_weights(args) -> tuple[dict, str]:
     features.print_doubts(given, settings)
     state = backbone.state_dict()
     if wanted and backbone.grid != wanted:
-        first, table = state["pos_embed"][:, :1], state["pos_embed"][:, 1:]
+        first, table = state["pos_embed"].tensor_split([-math.prod(backbone.grid)], dim=1)
         table = backbones.resample_positions(table, backbone.grid, wanted)
         state["pos_embed"] = torch.cat([first, table], dim=1)
         comm.print_main("positions resampled from {} x {} patches to {} x {}".format(

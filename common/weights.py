@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import distributed as comm
+from common import backbones, distributed as comm
 from common.distributed import RunError
 
 # Released files: a description; the keys that lead to the state dict; the prefix of the backbone's
@@ -77,7 +77,8 @@ def load_backbone(backbone: nn.Module, path: str) -> None:
     if layout == "MoCo v3" and small and backbone.blocks[0].attn.num_heads != 12:
         raise RunError(f"{path} (MoCo v3) has 12 attention heads, which no tensor shows; pass "
                        "--arch vit_small_12heads")
-    fit_positions(backbone, found.get("pos_embed"))
+    if hasattr(backbone, "pos_embed"):
+        fit_transformer(backbone, found)
     wanted = backbone.state_dict()
     for key in wanted:  # a counter that older files do not have and no forward uses
         if key.endswith("num_batches_tracked"):
@@ -99,15 +100,32 @@ def load_backbone(backbone: nn.Module, path: str) -> None:
                     f"loaded{', left out: ' if ignored else ''}{' '.join(ignored)}")
 
 
-def fit_positions(backbone: nn.Module, table) -> None:
-    """Give a transformer room for positions of another image size; it interpolates them itself."""
-    current = getattr(backbone, "pos_embed", None)
-    if current is None or getattr(table, "shape", current.shape)[::2] != current.shape[::2]:
+def fit_transformer(backbone: nn.Module, found: dict) -> None:
+    """Give a transformer the parts and positions that the tensors of a file are for.
+
+    Layer scales; registers; no class token, or one without a position; positions of another image
+    size, which the backbone interpolates itself.
+    """
+    dim, current = backbone.num_features, backbone.pos_embed
+    table, registers = (found.get(name) for name in ("pos_embed", "reg_token"))
+    if "blocks.0.ls1.gamma" in found:
+        for block in backbone.blocks:
+            block.ls1, block.ls2 = (backbones.LayerScale(dim, 1.0) for _ in range(2))
+    if getattr(registers, "ndim", 0) == 3:
+        backbone.reg_token = nn.Parameter(torch.zeros(1, registers.shape[1], dim))
+    if getattr(table, "ndim", 0) != 3 or table.shape[::2] != current.shape[::2]:
         return
-    side = math.isqrt(table.shape[1] - 1)
-    if table.shape != current.shape and side**2 == table.shape[1] - 1:
-        backbone.pos_embed = nn.Parameter(torch.zeros_like(table), current.requires_grad)
-        backbone.grid = (side, side)
+    for first in (1, 0):  # rows before those of the patches
+        patches = table.shape[1] - first
+        side = math.isqrt(patches)
+        known = patches == math.prod(backbone.grid)
+        if known or side**2 == patches:
+            if table.shape != current.shape:
+                backbone.grid = backbone.grid if known else (side, side)
+                backbone.pos_embed = nn.Parameter(torch.zeros_like(table), current.requires_grad)
+            if not first and "cls_token" not in found:
+                backbone.cls_token = None
+            return
 
 
 def load_tensors(path: str) -> dict:

@@ -419,3 +419,49 @@ def test_blocks_computed_twice_give_the_same_gradients_and_keep_less():
         found.append([out, *(p.grad for p in net.parameters())])
     assert kept == [1, 1, 1, 2]
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+# ---------------------------------------------------------------- parts that not every one has
+
+
+@pytest.mark.parametrize("parts", (
+    dict(layer_scale=1e-5), dict(registers=2), dict(class_token=False),
+    dict(uniform_drop_path=True),
+))
+def test_a_transformer_with_other_parts_in_timms_layout(parts):
+    """Same features as timm's of the same parts, from timm's state dict."""
+    made = backbones.build_backbone("vit_micro", in_chans=1, image_size=16, patch_size=4,
+                                    positions="learned", drop_path=0.2, **parts).eval()
+    timm = pytest.importorskip("timm")
+    theirs = timm.models.VisionTransformer(
+        img_size=16, patch_size=4, in_chans=1, embed_dim=96, depth=4, num_heads=3, num_classes=0,
+        init_values=parts.get("layer_scale"), reg_tokens=parts.get("registers", 0),
+        class_token=parts.get("class_token", True), fc_norm=False,
+        no_embed_class="registers" in parts,
+        global_pool="token" if parts.get("class_token", True) else "avg").eval()
+    with torch.no_grad():
+        for p in made.parameters():
+            p.add_(torch.randn_like(p) / 10)
+    state = made.state_dict()
+    if "registers" in parts:  # timm adds the class token's position to the token
+        first, state["pos_embed"] = state["pos_embed"].split([1, 16], dim=1)
+        state["cls_token"] = state["cls_token"] + first
+    theirs.load_state_dict(state)
+    images = torch.randn(3, 1, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(made(images), theirs(images), rtol=1e-5, atol=1e-5)
+    rates = [block.drop_path for block in made.blocks]
+    rising = [0, 0.2 / 3, 0.4 / 3, 0.2]
+    assert rates == pytest.approx([0.2] * 4 if "uniform_drop_path" in parts else rising)
+
+
+def test_a_mask_token_replaces_patches_before_positions():
+    vit = backbones.build_backbone("vit_micro", in_chans=1, image_size=8, patch_size=4,
+                                   positions="learned", drop_path=0.0)
+    images, token = torch.randn(2, 1, 8, 8), torch.randn(1, 1, 96)
+    mask = torch.tensor([[True, False, False, True], [False] * 4])
+    found, plain = vit.embed(images, mask, token), vit.embed(images)
+    assert torch.equal(found[0, 0], token[0, 0] + vit.pos_embed[0, 1])
+    assert torch.equal(found[0, 3], token[0, 0] + vit.pos_embed[0, 4])
+    assert torch.equal(found[0, 1:3], plain[0, 1:3])
+    assert torch.equal(found[1], plain[1])
