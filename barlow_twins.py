@@ -58,7 +58,7 @@ RECIPES = {
 
 
 def parse_args(argv=None):
-    parser, group = cli.method_parser(__file__, __doc__, backbones.RESNETS, crops="one")
+    parser, group = cli.method_parser(__file__, __doc__, backbones.POOLED, crops="one")
     group.add_argument("--views", choices=("photo", "digits"), help="kind of augmentation")
     group.add_argument("--blur", action=cli.Switch, help="Gaussian blur of the views")
     group.add_argument("--projector-dim", type=cli.pos_int, help="hidden width of the projector")
@@ -196,7 +196,7 @@ def main(args):
 
     # Model
     backbone = backbones.build_backbone(args.arch, stem=args.stem, in_chans=args.in_chans,
-                                        zero_init_residual=True)
+                                        image_size=args.image_size, zero_init_residual=True)
     model = BarlowTwins(backbone, args.projector_dim, args.embedding_dim)
     model = comm.prepare(model, world, args.sync_bn)
     if args.compile:

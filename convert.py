@@ -13,6 +13,7 @@ The source is a run folder, a `backbone.pth`, or a file in any layout that the e
     python convert.py dino_deitsmall16_pretrain.pth --arch vit_small --to timm dino-vit-small.pth
 """
 
+import math
 import os
 import pickle
 import re
@@ -20,7 +21,7 @@ import sys
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common import backbones, checkpoint, cli, distributed as comm, features, weights
 
@@ -65,6 +66,14 @@ def to_detectron2(state: dict[str, Tensor]) -> dict[str, np.ndarray]:
     return renamed
 
 
+def fold_class_position(state: dict[str, Tensor], backbone: nn.Module) -> None:
+    """Add the class token's position to the token: timm has none for it beside registers."""
+    first = state["pos_embed"].shape[1] - math.prod(backbone.grid)
+    if first:
+        state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :first]
+        state["pos_embed"] = state["pos_embed"][:, first:]
+
+
 def advice(to: str, settings: dict) -> list[str]:
     """What to do with the file, and what it needs beside itself."""
     mean, std = (list(settings[name]) * (settings["in_chans"] if len(settings[name]) == 1 else 1)
@@ -96,9 +105,9 @@ def main(args):
     args.data = source.settings.get("data", "folder")  # what is not described is as for photos
     settings = features.evaluation_settings(args, [source])
     arch = settings["arch"]
-    if arch in backbones.VITS and args.to != "timm":
-        raise comm.RunError(f"{arch} goes --to timm only: {args.to} has no transformer in this "
-                            "layout")
+    only = "timm" if arch in backbones.VITS else arch.partition(":")[0] if ":" in arch else args.to
+    if args.to != only:
+        raise comm.RunError(f"{arch} goes --to {only} only: {args.to} has no model in its layout")
     plain = re.fullmatch(r"resnet(18|34|50|101|152)", arch)
     if args.to == "detectron2" and (not plain or settings["stem"] != "imagenet"):
         raise comm.RunError(f"{arch} with the {settings['stem']} stem does not go to detectron2: "
@@ -114,7 +123,10 @@ def main(args):
     if arch in backbones.VITS:
         known["patch_size"] = settings["patch_size"]
     known |= {name: value for name, value in vars(args).items() if value is not None}
-    state = checkpoint.described(backbone.state_dict(), known | source.settings)
+    state = backbone.state_dict()
+    if args.to == "timm" and getattr(backbone, "reg_token", None) is not None:
+        fold_class_position(state, backbone)
+    state = checkpoint.described(state, known | source.settings)
 
     folder = os.path.dirname(args.out) or "."
     with comm.same_error_on_all_ranks(writing=folder):

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import augment, backbones, cli, distributed as comm, optim, rng
+from common import augment, backbones, cli, distributed as comm, optim
 from common.images import open_images
 from common.training import Training
 
@@ -136,7 +136,7 @@ def parse_args(argv=None):
         sizes = " ".join(map(str, args.crop_sizes))
         parser.error(f"--crop-sizes {sizes} are not all multiples of --patch-size "
                      f"{args.patch_size}")
-    if args.arch in backbones.RESNETS and args.grad_checkpoint:
+    if args.arch not in backbones.VITS and args.grad_checkpoint:
         parser.error(f"--grad-checkpoint would count the batches of --arch {args.arch} twice in "
                      "its batch norm; it is for transformers")
     return args
@@ -217,11 +217,7 @@ class DINO(nn.Module):
 
 def make_teacher(student: nn.Module) -> nn.Module:
     """A copy that is never trained and has no stochastic depth; in train mode like the student."""
-    teacher = copy.deepcopy(student).requires_grad_(False)
-    for layer in teacher.modules():
-        if isinstance(layer, backbones.Block):
-            layer.drop_path = 0.0
-    return teacher
+    return backbones.without_dropping(copy.deepcopy(student).requires_grad_(False))
 
 
 # --------------------------------------------------------------------------------------------- loss
@@ -367,8 +363,6 @@ def main(args):
             optim.set_lr(optimizer, lr_of_step[step])
             optimizer.param_groups[0]["weight_decay"] = decay_of_step[step]
             optimizer.zero_grad(set_to_none=True)
-            draws = rng.philox(args.seed, rng.DEPTH, step, world.rank)
-            torch.manual_seed(int(draws.integers(2**63)))  # of stochastic depth
             with autocast():
                 with torch.no_grad():
                     _, targets = teacher(batch.views[:num_global])  # 2. targets

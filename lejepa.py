@@ -270,8 +270,6 @@ def main(args):
         for step, batch in run.steps(export=model.backbone):  # 1. global and local crops
             optim.set_lr(optimizer, lr_of_step[step])
             optimizer.zero_grad(set_to_none=True)
-            draws = rng.philox(args.seed, rng.DEPTH, step, world.rank)
-            torch.manual_seed(int(draws.integers(2**63)))  # of stochastic depth
             with autocast():
                 z = ddp_model(batch.views)  # 2. embeddings
             directions = draw_directions(args.seed, step, z.shape[2], args.num_directions)

@@ -67,7 +67,7 @@ RECIPES = {
 def parse_args(argv=None):
     version = {1: V1, 2: V2}.get(cli.peek(argv, "--version"), {})
     recipes = {name: recipe | version for name, recipe in RECIPES.items()}
-    parser, group = cli.method_parser(__file__, __doc__, backbones.RESNETS, crops="one",
+    parser, group = cli.method_parser(__file__, __doc__, backbones.POOLED, crops="one",
                                       decay="all")
     group.add_argument("--version", type=int, choices=(1, 2),
                        help="sets views, head, temperature, schedule as in that paper")
@@ -272,12 +272,12 @@ def main(args):
 
     # Model
     backbone = backbones.build_backbone(args.arch, stem=args.stem, in_chans=args.in_chans,
-                                        zero_init_residual=False)
+                                        image_size=args.image_size, zero_init_residual=False)
     model = MoCo(backbone, args.mlp_head, args.embedding_dim)
     model = comm.prepare(model, world, args.sync_bn)
     if not args.sync_bn:
         model = group_batchnorm(model, args.bn_groups // world.size)
-    key_encoder = copy.deepcopy(model).requires_grad_(False)
+    key_encoder = backbones.without_dropping(copy.deepcopy(model).requires_grad_(False))
     if args.compile:
         backbones.compile(model.backbone, key_encoder.backbone)
     queue = F.normalize(torch.randn(args.queue_length, args.embedding_dim).to(world.device), dim=1)

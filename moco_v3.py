@@ -148,7 +148,7 @@ class MoCoV3(nn.Module):
     def __init__(self, backbone: nn.Module, hidden_dim: int, embedding_dim: int):
         super().__init__()
         self.backbone = backbone
-        vit = not backbones.is_resnet(backbone)
+        vit = isinstance(backbone, backbones.VisionTransformer)
         dims = [backbone.num_features, *[hidden_dim] * (2 if vit else 1), embedding_dim]
         self.projector = mlp(*dims, norm_at_end=True)
         self.predictor = mlp(embedding_dim, hidden_dim, embedding_dim, norm_at_end=vit)
@@ -160,7 +160,7 @@ class MoCoV3(nn.Module):
 
 def make_key_encoder(model: nn.Module) -> nn.Module:
     """A copy without predictor that is never trained; in train mode like the model."""
-    key_encoder = copy.deepcopy(model).requires_grad_(False)
+    key_encoder = backbones.without_dropping(copy.deepcopy(model).requires_grad_(False))
     key_encoder.predictor = nn.Identity()
     return key_encoder
 

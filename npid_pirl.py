@@ -94,7 +94,7 @@ def parse_args(argv=None):
     recipes = RECIPES
     if cli.peek(argv, "--method", str) == "pirl":
         recipes = {name: recipe | PIRL[name] for name, recipe in RECIPES.items()}
-    parser, group = cli.method_parser(__file__, __doc__, backbones.RESNETS, crops="one")
+    parser, group = cli.method_parser(__file__, __doc__, backbones.POOLED, crops="one")
     group.add_argument("--method", choices=("npid", "pirl"), default="npid",
                        help="pirl adds the jigsaw, and sets what its paper sets")
     group.add_argument("--views", choices=("npid", "npid_plus", "pirl", "digits"),
@@ -395,7 +395,7 @@ def main(args):
 
     # Model
     backbone = backbones.build_backbone(args.arch, stem=args.stem, in_chans=args.in_chans,
-                                        zero_init_residual=False)
+                                        image_size=args.image_size, zero_init_residual=False)
     model = NPID(backbone, args.method == "pirl", args.mlp_head, args.embedding_dim)
     model = comm.prepare(model, world, args.sync_bn)
     if args.compile:

@@ -54,7 +54,7 @@ RECIPES = {
 
 
 def parse_args(argv=None):
-    parser, group = cli.method_parser(__file__, __doc__, backbones.RESNETS, crops="multi")
+    parser, group = cli.method_parser(__file__, __doc__, backbones.POOLED, crops="multi")
     group.add_argument("--views", choices=("photo", "digits"), help="kind of augmentation")
     group.add_argument("--jitter-strength", type=cli.not_negative, help="strength of colour jitter")
     group.add_argument("--blur", action=cli.Switch, help="Gaussian blur of the views")
@@ -71,6 +71,9 @@ def parse_args(argv=None):
     if args.grad_cache and args.sync_bn:
         parser.error("--grad-cache has batch statistics of each chunk, which --sync-bn excludes; "
                      "pass --no-sync-bn")
+    if args.grad_cache and ":" in args.arch:
+        parser.error(f"--grad-cache embeds images twice, which may differ by the stochastic depth "
+                     f"of --arch {args.arch}")
     return args
 
 
@@ -222,7 +225,7 @@ def main(args):
 
     # Model
     backbone = backbones.build_backbone(args.arch, stem=args.stem, in_chans=args.in_chans,
-                                        zero_init_residual=True)
+                                        image_size=args.image_size, zero_init_residual=True)
     model = SimCLR(backbone, args.projector_dim, args.embedding_dim)
     model = comm.prepare(model, world, args.sync_bn)
     if args.compile:

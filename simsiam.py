@@ -57,7 +57,7 @@ RECIPES = {
 
 
 def parse_args(argv=None):
-    parser, group = cli.method_parser(__file__, __doc__, backbones.RESNETS, crops="one",
+    parser, group = cli.method_parser(__file__, __doc__, backbones.POOLED, crops="one",
                                       decay="all")
     group.add_argument("--views", choices=("photo", "digits"), help="kind of augmentation")
     group.add_argument("--blur", action=cli.Switch, help="Gaussian blur of the views")
@@ -176,7 +176,7 @@ def main(args):
 
     # Model
     backbone = backbones.build_backbone(args.arch, stem=args.stem, in_chans=args.in_chans,
-                                        zero_init_residual=True)
+                                        image_size=args.image_size, zero_init_residual=True)
     model = SimSiam(backbone, args.projector_dim, args.embedding_dim, args.predictor_dim)
     model = comm.prepare(model, world, args.sync_bn)
     if args.compile:

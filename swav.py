@@ -74,7 +74,7 @@ RECIPES = {
 
 
 def parse_args(argv=None):
-    parser, group = cli.method_parser(__file__, __doc__, backbones.RESNETS, crops="multi",
+    parser, group = cli.method_parser(__file__, __doc__, backbones.POOLED, crops="multi",
                                       decay="all")
     group.add_argument("--views", choices=("photo", "digits"), help="kind of augmentation")
     group.add_argument("--jitter-strength", type=cli.not_negative, help="strength of colour jitter")
@@ -283,7 +283,7 @@ def main(args):
 
     # Model
     backbone = backbones.build_backbone(args.arch, stem=args.stem, in_chans=args.in_chans,
-                                        zero_init_residual=False)
+                                        image_size=args.image_size, zero_init_residual=False)
     model = SwAV(backbone, args.projector_dim, args.embedding_dim, args.num_prototypes)
     model = comm.prepare(model, world, args.sync_bn)
     if args.compile:

@@ -2,9 +2,13 @@
 
 Every backbone maps images (N, C, H, W) to pooled features (N, num_features). Without a head, the
 state dict of a ResNet has torchvision's keys and that of a transformer timm's, so `backbone.pth`
-loads there as it is.
+loads there as it is. `torchvision:NAME` and `timm:NAME` are the other trunks of these libraries,
+for the pooled feature alone.
 """
 
+import copy
+import difflib
+import functools
 import math
 from collections import OrderedDict
 
@@ -13,6 +17,8 @@ import torchvision
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock
+
+from common.distributed import RunError
 
 TORCHVISION = (
     "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d",
@@ -32,7 +38,36 @@ STEMS = {  # kernel, stride and padding of a ResNet's first layer; a pool follow
 }
 RESNETS = (*SMALL, *TORCHVISION)
 VITS = tuple(VIT_SIZES)
-NAMES = (*RESNETS, *VITS)
+FOREIGN = ("torchvision:NAME", "timm:NAME")  # any NAME of the library
+POOLED = (*RESNETS, *FOREIGN)  # for methods that see pooled features alone
+NAMES = (*RESNETS, *VITS, *FOREIGN)
+
+
+def check_name(arch: str, archs: tuple = NAMES) -> str:
+    """Return a backbone's name if it is one of `archs`.
+
+    Raises:
+        RunError: it is not, with names that are alike; or timm is not installed.
+    """
+    library = arch.partition(":")[0]
+    if f"{library}:NAME" in FOREIGN and f"{library}:NAME" not in archs:
+        raise RunError(f"{arch} gives a pooled feature alone, and this needs what is inside of a "
+                       f"backbone; choose from {' '.join(archs)}")
+    known = [name for name in archs if name not in FOREIGN]
+    if "torchvision:NAME" in archs:
+        models = torchvision.models.list_models(module=torchvision.models)
+        known += [f"torchvision:{name}" for name in models]
+    if library == "timm":
+        try:
+            import timm
+        except ImportError as error:
+            raise RunError(f"{arch}: timm is not installed; pip install timm") from error
+        known = [f"timm:{name}" for name in timm.list_models()]
+    if arch in known:
+        return arch
+    alike = difflib.get_close_matches(arch, known)
+    raise RunError(f"{arch!r} is not a backbone; " + (
+        f"did you mean {' or '.join(alike)}?" if alike else f"choose from {' '.join(archs)}"))
 
 
 def build_backbone(
@@ -50,12 +85,15 @@ def build_backbone(
             as solo-learn has it; for weights that were trained so).
         zero_init_residual: of a ResNet: start every residual block as the identity (last scale 0).
         image_size, patch_size, positions, drop_path, **parts: of a transformer, see
-            `VisionTransformer`.
+            `VisionTransformer`; of another library's trunk the image size alone.
 
     Raises:
         ValueError: something that this kind of backbone needs is not given.
+        RunError: the other library has no such trunk, or it does not take images of this size.
     """
-    if arch in VITS:
+    if ":" in arch:
+        needed = dict(image_size=image_size)
+    elif arch in VITS:
         needed = dict(image_size=image_size, patch_size=patch_size, positions=positions,
                       drop_path=drop_path)
     else:
@@ -63,6 +101,8 @@ def build_backbone(
     missing = [name for name, value in needed.items() if value is None]
     if missing:
         raise ValueError(f"{arch} needs {', '.join(missing)}")
+    if ":" in arch:
+        return build_foreign(arch, in_chans, image_size)
     if arch in VITS:
         return VisionTransformer(*VIT_SIZES[arch], in_chans=in_chans, **needed, **parts)
     if arch in SMALL:
@@ -122,6 +162,130 @@ def is_resnet(backbone: nn.Module) -> bool:
     return isinstance(backbone, torchvision.models.ResNet | SmallResNet)
 
 
+# -------------------------------------------------------------- trunks of torchvision and of timm
+
+
+def build_foreign(arch: str, in_chans: int, image_size: int | tuple[int, int]) -> nn.Module:
+    """Build `torchvision:NAME` or `timm:NAME` with its own start values, without its classifier.
+
+    It keeps the library's names of tensors, and has two attributes beside `num_features`:
+    `foreign`, which is `arch`, and `classifier_names`, of what its files hold and it does not.
+    Stochastic depth is the library's default: torchvision's often has some, timm's none.
+    """
+    check_name(arch)
+    library, _, name = arch.partition(":")
+    if library == "timm":
+        import timm
+
+        make = functools.partial(timm.create_model, name, num_classes=0, in_chans=in_chans)
+        model = first_accepted(
+            arch, image_size, make, dict(img_size=image_size, dynamic_img_size=True),
+            dict(img_size=image_size), {})
+        names = model.default_cfg["classifier"] or ()
+        model.classifier_names = (names,) if isinstance(names, str) else tuple(names)
+    else:
+        sides = (image_size, image_size) if isinstance(image_size, int) else image_size
+        make = functools.partial(torchvision.models.get_model, name)
+        model = first_accepted(arch, image_size, make, dict(image_size=image_size),
+                               dict(input_size=sides), {})
+        take_classifier_off(model, arch)
+        if in_chans != 3:
+            change_channels(model, in_chans)
+    model.foreign, model.sizes = arch, set()
+    model.num_features = check_sizes(model, in_chans, {image_size})
+    return model
+
+
+def first_accepted(arch: str, image_size, make, *options: dict):
+    """Call a function that makes a model with the first options that it knows; the last are none.
+
+    Raises:
+        RunError: it knows them, and they do not fit.
+    """
+    for each in options:
+        try:
+            return make(**each)
+        except TypeError:  # an option that it does not know
+            if not each:
+                raise
+        except Exception as error:  # a size that does not fit raises whatever a model likes
+            raise RunError(refusal(arch, image_size, error)) from error
+
+
+def take_classifier_off(model: nn.Module, arch: str) -> None:
+    """Make a torchvision model end before its last linear layer, and the dropout beside it."""
+    linear = [(name, layer) for name, layer in model.named_modules()
+              if isinstance(layer, nn.Linear)]
+    name, last = linear[-1] if linear else ("", None)
+    if last is None or last.out_features != 1000:
+        raise RunError(f"{arch} does not end in a linear classifier; choose another trunk")
+    parent = model.get_submodule(name.rpartition(".")[0])
+    setattr(parent, name.rpartition(".")[2], nn.Identity())
+    for layer in parent.children():
+        if isinstance(layer, nn.Dropout):
+            layer.p = 0.0
+    model.classifier_names = (name,)
+
+
+@torch.no_grad()
+def change_channels(model: nn.Module, in_chans: int) -> None:
+    """Give a model a first convolution for so many channels, with weights of the same spread."""
+    name, old = next((name, layer) for name, layer in model.named_modules()
+                     if isinstance(layer, nn.Conv2d))
+    new = nn.Conv2d(in_chans, old.out_channels, old.kernel_size, old.stride, old.padding,
+                    bias=old.bias is not None)
+    new.weight.normal_().mul_(old.weight.std())
+    if old.bias is not None:
+        new.bias.copy_(old.bias)
+    parent, _, place = name.rpartition(".")
+    setattr(model.get_submodule(parent), place, new)
+
+
+def check_sizes(backbone: nn.Module, in_chans: int, sizes: set) -> int | None:
+    """Check that another library's trunk takes images of all sizes, without computing anything.
+
+    Args:
+        sizes: sides in pixels, or (height, width).
+
+    Returns:
+        The width of its features.
+
+    Raises:
+        RunError: images of a size do not pass, or what comes out is not features (N, D).
+    """
+    width = getattr(backbone, "num_features", None)
+    for size in sizes - backbone.sizes if hasattr(backbone, "foreign") else ():
+        sides = (size, size) if isinstance(size, int) else size
+        try:
+            shadow = copy.deepcopy(backbone).to("meta").train()
+            features = shadow(torch.empty(2, in_chans, *sides, device="meta"))
+        except Exception as error:
+            raise RunError(refusal(backbone.foreign, size, error)) from error
+        if not isinstance(features, Tensor) or features.ndim != 2:
+            raise RunError(f"{backbone.foreign} does not give features (N, D); choose another "
+                           "trunk")
+        backbone.sizes |= {size, sides}
+        width = features.shape[1]
+    return width
+
+
+def refusal(arch: str, image_size: int | tuple[int, int], error: Exception) -> str:
+    reason = str(error).partition("\n")[0].rstrip(".")
+    sides = "x".join(map(str, image_size)) if isinstance(image_size, tuple) else image_size
+    return (f"{arch} does not take images of {sides} px ({reason}); try another size, as a rule a "
+            "larger one or a multiple of 32")
+
+
+def without_dropping(module: nn.Module) -> nn.Module:
+    """Switch stochastic depth and dropout off for good, as teachers have it; the module itself."""
+    for layer in module.modules():
+        if isinstance(layer, Block):
+            layer.drop_path = 0.0
+        elif isinstance(layer, nn.Dropout | torchvision.ops.StochasticDepth):
+            layer.p = 0.0
+    return module
+
+
 # ----------------------------------------------------------------------------- vision transformers
 
 
@@ -129,7 +293,9 @@ class VisionTransformer(nn.Module):
     """A plain vision transformer: class token and patches, pre-norm blocks, a last layer norm.
 
     Images may have another size at any time, if its sides are multiples of the patch: the position
-    embedding is then interpolated.
+    embedding is then interpolated, with antialiasing if there are registers. This is how DINOv2's
+    weights are used by their authors, with registers and without; timm antialiases always, which
+    makes other features of weights without registers away from their own size (518 px).
 
     Args:
         dim, depth, num_heads: width of the tokens, number of blocks, attention heads of each.
@@ -204,7 +370,8 @@ class VisionTransformer(nn.Module):
         if mask is not None:
             patches = torch.where(mask[:, :, None], mask_token.to(patches.dtype), patches)
         positions = self.pos_embed[:, -math.prod(self.grid):]  # the class token's may come first
-        return patches + resample_positions(positions, self.grid, self.grid_of(*images.shape[2:]))
+        wanted, antialias = self.grid_of(*images.shape[2:]), self.reg_token is not None
+        return patches + resample_positions(positions, self.grid, wanted, antialias)
 
     def encode(self, patches: Tensor, last: int = 1) -> list[Tensor]:
         """`tokens` of patches that are embedded already: all of an image's, or some (N, L, D)."""
@@ -346,7 +513,8 @@ def sincos_positions(dim: int, rows: int, columns: int) -> Tensor:
     return torch.cat(halves, dim=1).to(torch.get_default_dtype())
 
 
-def resample_positions(positions: Tensor, grid: tuple, wanted: tuple) -> Tensor:
+def resample_positions(positions: Tensor, grid: tuple, wanted: tuple,
+                       antialias: bool = False) -> Tensor:
     """Bicubic interpolation of position embeddings (1, L, D) from one grid of patches to another.
 
     To the exact size wanted, where DINO's code adds 0.1 to the scale against a rounding error.
@@ -357,7 +525,7 @@ def resample_positions(positions: Tensor, grid: tuple, wanted: tuple) -> Tensor:
     down, across = (
         nn.functional.interpolate(
             torch.eye(old, dtype=positions.dtype, device=positions.device)[None, :, :, None],
-            size=(new, 1), mode="bicubic",
+            size=(new, 1), mode="bicubic", antialias=antialias,
         )[0, :, :, 0].T  # (new, old)
         for old, new in zip(grid, wanted, strict=True)
     )

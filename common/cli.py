@@ -6,11 +6,13 @@ where data come from and how a run is carried out, and the parsing that lets a r
 
 import argparse
 import copy
+import difflib
 import math
 import os
+import re
 import sys
 
-from common import distributed as comm
+from common import backbones, distributed as comm
 
 # Settings that do not change what is computed beyond rounding: they may differ when a run resumes.
 RUN_FLAGS = {
@@ -30,6 +32,9 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message):
+        for flag in re.findall(r"--[\w-]+", message.partition("unrecognized arguments: ")[2]):
+            known = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            message += f"; {flag}: did you mean {known[0]}?" if known else ""
         if comm.prints():
             print(f"{self.prog}: error: {message} (--help lists the flags)", file=sys.stderr)
         raise SystemExit(2)
@@ -116,6 +121,26 @@ def channel_flags(group) -> None:
     group.add_argument("--std", type=positive, nargs="+", help="standard deviation of each channel")
 
 
+def arch_flag(group, archs) -> None:
+    """The backbone, one of some names (`backbones.check_name`)."""
+    def arch(text):
+        try:
+            return backbones.check_name(text, archs)
+        except comm.RunError as error:
+            raise argparse.ArgumentTypeError(error) from error
+
+    group.add_argument("--arch", type=arch, help=f"backbone: {' '.join(archs)}")
+
+
+def check_arch_flags(made: Parser, args: argparse.Namespace, argv) -> None:
+    """Refuse flags of another kind of backbone."""
+    for flag, archs, kind in (("--stem", backbones.RESNETS, "ResNets"),
+                              ("--patch-size", backbones.VITS, "our own transformers")):
+        value = args.arch and args.arch not in archs and peek(argv, flag, str)
+        if value:
+            made.error(f"{flag} {value} is for {kind}, and --arch is {args.arch}")
+
+
 def run_flags(group) -> None:
     """The flags of a script that trains, saves and resumes."""
     group.add_argument("--resume", action=Switch, default=True,
@@ -159,7 +184,7 @@ def method_parser(script: str, description: str, archs, *, crops: str, batch_nor
     group.add_argument("--freeze-backbone-epochs", type=nonneg_int, metavar="E",
                        help="epochs that only train what is behind the backbone; default: 1 with "
                        "--init, else 0")
-    group.add_argument("--arch", choices=archs, help="backbone")
+    arch_flag(group, archs)
     if batch_norm:
         group.add_argument("--stem", choices=("imagenet", "small"),
                            help="stem of a ResNet; small: 3x3 stride 1, no pool")
@@ -201,7 +226,9 @@ def parse(made: Parser, recipes: dict, argv=None) -> argparse.Namespace:
     if args.output is None:
         source = os.path.basename(os.path.normpath(args.data))
         source = source.removesuffix(".txt").removesuffix(".npy")
-        args.output = os.path.join("runs", f"{made.prog.removesuffix('.py')}-{source}-{args.arch}")
+        parts = made.prog.removesuffix(".py"), source, args.arch.replace(":", "-")
+        args.output = os.path.join("runs", "-".join(parts))
+    check_arch_flags(made, args, argv)
 
     if "init" in args:
         if args.probe_data and not args.probe_every:

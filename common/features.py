@@ -76,7 +76,7 @@ def parser(
 
 def backbone_flags(group) -> None:
     """What a backbone is, where nothing describes its weights."""
-    group.add_argument("--arch", choices=backbones.NAMES, help="backbone")
+    cli.arch_flag(group, backbones.NAMES)
     group.add_argument("--stem", choices=tuple(backbones.STEMS),
                        help="small: 3x3 stride 1, no pool; small-pad2: solo-learn's, padded by 2")
     group.add_argument("--patch-size", type=cli.pos_int, help="side of a transformer's patches")
@@ -85,6 +85,7 @@ def backbone_flags(group) -> None:
 def parse(made: cli.Parser, argv=None) -> argparse.Namespace:
     """Parse an evaluation's flags, with the checks that hold for all of them."""
     args = made.parse_args(argv)
+    cli.check_arch_flags(made, args, argv)
     if args.save_features and (args.features or len(args.checkpoint) > 1
                                or args.checkpoint == ["random"]):
         given = " ".join(args.features or args.checkpoint)
@@ -163,7 +164,7 @@ def evaluation_settings(args, checkpoints: list[Checkpoint], data: str | None = 
     source = data or args.data or described.get("data") or "digits"
     settings = (DIGITS if source == "digits" else FOLDER) | described | given | {"data": source}
     for checkpoint in checkpoints:
-        for name in ("arch", "in_chans", of_this_kind(settings)):
+        for name in ("arch", "in_chans", *of_this_kind(settings)):
             trained = checkpoint.settings.get(name, settings[name])
             if name in given and trained != settings[name]:
                 flag = f"--{name.replace('_', '-')}"
@@ -172,7 +173,7 @@ def evaluation_settings(args, checkpoints: list[Checkpoint], data: str | None = 
     for name in ("mean", "std"):
         settings[name] = cli.per_channel(name, settings[name], settings["in_chans"], name in given)
     size, patch = settings["image_size"], settings["patch_size"]
-    if settings["arch"].startswith("vit") and size % patch:
+    if settings["arch"] in backbones.VITS and size % patch:
         raise RunError(f"--image-size {size} is not a multiple of --patch-size {patch}")
     return settings
 
@@ -182,9 +183,11 @@ def settings_of(args) -> dict:
     return DIGITS | {name: value for name, value in vars(args).items() if name in DIGITS}
 
 
-def of_this_kind(settings: dict) -> str:
-    """The setting that only this kind of backbone has."""
-    return "patch_size" if settings["arch"].startswith("vit") else "stem"
+def of_this_kind(settings: dict) -> list[str]:
+    """The setting that only this kind of backbone has, if there is one."""
+    if settings["arch"] in backbones.VITS:
+        return ["patch_size"]
+    return ["stem"] if settings["arch"] in backbones.RESNETS else []
 
 
 def as_flag(name: str, settings: dict) -> str:
@@ -195,7 +198,7 @@ def as_flag(name: str, settings: dict) -> str:
 
 def assumed(checkpoint: Checkpoint, settings: dict) -> str:
     """One line of what is assumed of weights that do not say it; "" where they do."""
-    names = ["arch", of_this_kind(settings), "image_size", "in_chans", "mean", "std"]
+    names = ["arch", *of_this_kind(settings), "image_size", "in_chans", "mean", "std"]
     names = [name for name in names if name not in checkpoint.settings]
     if not names:
         return ""
@@ -357,10 +360,13 @@ class Pixels(nn.Module):
 
 def build(settings: dict) -> nn.Module:
     """Build a backbone for weights from a file, or to be taken untrained."""
-    return backbones.build_backbone(
+    size = settings["image_size"]
+    backbone = backbones.build_backbone(
         settings["arch"], in_chans=settings["in_chans"], stem=settings.get("stem"),
         zero_init_residual=False, patch_size=settings["patch_size"], positions="sincos",
-        image_size=settings.get("trained_size", settings["image_size"]), drop_path=0.0)
+        image_size=settings.get("trained_size", size), drop_path=0.0)
+    backbones.check_sizes(backbone, settings["in_chans"], {size})
+    return backbone
 
 
 def freeze(backbone: nn.Module, path: str | None, world: World) -> nn.Module:
@@ -414,7 +420,7 @@ def layer_names(backbone: nn.Module) -> list[str]:
     A ResNet has `conv1` (after batch norm and ReLU, before the pool), its stages `res2` to `res5`,
     and `avgpool`, the mean of `res5`. A transformer has `patches`, the mean of the last patch
     tokens, and if it has a class token, `cls`, the last one, and `cls2` and up: those of so many
-    last blocks side by side.
+    last blocks side by side. A trunk of another library has `features` alone.
     """
     if isinstance(backbone, Pixels):
         return ["pixels"]
@@ -422,7 +428,7 @@ def layer_names(backbone: nn.Module) -> list[str]:
         if backbone.cls_token is None:
             return ["patches"]
         return [*(f"cls{n}" for n in range(len(backbone.blocks), 1, -1)), "patches", "cls"]
-    return list(RESNET_LAYERS)
+    return list(RESNET_LAYERS) if backbones.is_resnet(backbone) else ["features"]
 
 
 def layers(backbone: nn.Module, images: Tensor, names=None) -> dict[str, Tensor]:
@@ -442,8 +448,8 @@ def layers(backbone: nn.Module, images: Tensor, names=None) -> dict[str, Tensor]
         if layer not in known or (name != layer and layer not in GRIDS):
             raise RunError(f"no layer {name}; there are {' '.join(known)}, and with -grid "
                            f"{' '.join(GRIDS)}")
-    if isinstance(backbone, Pixels):
-        return {"pixels": backbone(images)}
+    if known[0] in ("pixels", "features"):
+        return {known[0]: backbone(images)}
     if isinstance(backbone, backbones.VisionTransformer):
         depths = {name: int(name[3:]) for name in plain if name[3:].isdecimal()}
         tokens = backbone.tokens(images, max(depths.values(), default=1))

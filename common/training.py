@@ -18,7 +18,7 @@ import time
 import torch
 from torch import nn
 
-from common import backbones, cli, distributed as comm, features, weights
+from common import backbones, cli, distributed as comm, features, rng, weights
 from common.checkpoint import Run
 from common.distributed import RunError
 from common.loader import Loader, check_batch_size
@@ -93,9 +93,14 @@ class Training:
         self.state, new = state, self.folder.checkpoint is None
         self.step = self.folder.start(state)
         trunks = [part.backbone for part in state.values() if hasattr(part, "backbone")]
-        if new and self.initial:
-            for trunk in trunks:
-                trunk.load_state_dict(self.initial)
+        for trunk in trunks:
+            backbones.check_sizes(trunk, args.in_chans, {view.size for view in self.views})
+            if new and self.initial:
+                try:
+                    trunk.load_state_dict(self.initial)
+                except RuntimeError as error:
+                    reason = " ".join(str(error).partition("\n")[2].split())
+                    raise RunError(f"--init {args.init} does not fit: {reason}") from error
         self.initial = None
         self.freeze(trunks, (self.option("freeze_backbone_epochs") or 0) * self.steps_per_epoch)
         self.watch_gradients()
@@ -175,6 +180,7 @@ class Training:
                     if self.frozen and self.step == self.frozen_steps:
                         self.thaw()
                     self.grad_norm = None
+                    self.seed_step()
                     yield self.step, batch
                     self.step += 1
                     if recorded():
@@ -189,6 +195,14 @@ class Training:
                         return
                     if self.every("probe_every"):
                         self.measure(export)
+
+    def seed_step(self) -> None:
+        """Make what a step draws from torch's generators (stochastic depth, dropout) its own.
+
+        A function of the seed, the step and the process: resuming draws the same.
+        """
+        draws = rng.philox(self.args.seed, rng.DEPTH, self.step, self.world.rank)
+        torch.manual_seed(int(draws.integers(2**63)))
 
     def every(self, name: str) -> bool:
         """Whether a flag of so many epochs is given, and so many are just done."""
@@ -264,7 +278,7 @@ def starting_weights(args) -> tuple[dict, str]:
         raise RunError(f"--init {args.init} is in --output, where it would be replaced; choose "
                        "another --output")
     settings = features.settings_of(args)
-    for name in ("arch", features.of_this_kind(settings), "in_chans"):
+    for name in ("arch", *features.of_this_kind(settings), "in_chans"):
         if given.settings.get(name, settings[name]) != settings[name]:
             flag = f"--{name.replace('_', '-')}"
             raise RunError(f"{flag} {settings[name]}, and --init {args.init} is of {flag} "
@@ -276,7 +290,8 @@ def starting_weights(args) -> tuple[dict, str]:
     state = backbone.state_dict()
     if wanted and backbone.grid != wanted:
         first, table = state["pos_embed"].tensor_split([-math.prod(backbone.grid)], dim=1)
-        table = backbones.resample_positions(table, backbone.grid, wanted)
+        table = backbones.resample_positions(table, backbone.grid, wanted,
+                                             antialias=backbone.reg_token is not None)
         state["pos_embed"] = torch.cat([first, table], dim=1)
         comm.print_main("positions resampled from {} x {} patches to {} x {}".format(
             *backbone.grid, *wanted))

@@ -32,7 +32,7 @@ LAYOUTS = (
     ("VISSL, teacher of DINO", "loss.teacher", r"(trunk\.)?(_feature_blocks\.)?", r"heads\."),
     ("VISSL", "classy_state_dict.base_model.model.trunk", r"(_feature_blocks\.)?", None),
     ("VISSL, converted", "model_state_dict", r"(trunk\.)?(_feature_blocks\.)?", r"heads\.|fc\."),
-    ("DINO, teacher", "teacher", r"backbone\.", None),
+    ("DINO, teacher", "teacher", r"backbone\.", r"mask_token$"),
     ("MoCo", "state_dict", r"encoder_q\.", r"fc\."),
     ("MoCo v3", "state_dict", r"base_encoder\.", r"(fc|head)\."),
     ("lightly, teacher", "state_dict", r"teacher_backbone\.(vit\.)?", r"(fc|head)\.|mask_token$"),
@@ -43,19 +43,22 @@ LAYOUTS = (
     ("MAE", "model", "", r"decoder_|mask_token$|head\."),
     ("state_dict with a head, as SwAV's or lemniscate's", "state_dict", "",
      r"projection_head\.|prototypes|(fc|head)\."),
-    ("plain state dict", "", "", r"projection_head\.|prototypes|(fc|head)\."),
+    ("plain state dict", "", "", r"projection_head\.|prototypes|(fc|head)\.|mask_token$"),
 )
-# Other names of the same tensors: torchvision's ResNet as a Sequential (lightly), OpenMMLab's
-# transformer, and the last norm of a transformer fine-tuned with pooled patches.
+# Other names of the same tensors: torchvision's ResNet as a Sequential (lightly), DINOv2's
+# registers and blocks in chunks, OpenMMLab's transformer, and the last norm of a transformer
+# fine-tuned with pooled patches.
 RENAMED = (
     (r"0\.", "conv1."), (r"1\.", "bn1."), (r"4\.", "layer1."), (r"5\.", "layer2."),
     (r"6\.", "layer3."), (r"7\.", "layer4."),
+    (r"register_tokens$", "reg_token"), (r"blocks\.\d+\.(\d+)\.", r"blocks.\1."),
     (r"patch_embed\.projection\.", "patch_embed.proj."), (r"(ln1|fc_norm)\.", "norm."),
     (r"layers\.(\d+)\.attn\.", r"blocks.\1.attn."),
     (r"layers\.(\d+)\.ln([12])\.", r"blocks.\1.norm\2."),
     (r"layers\.(\d+)\.ffn\.layers\.0\.0\.", r"blocks.\1.mlp.fc1."),
     (r"layers\.(\d+)\.ffn\.layers\.1\.", r"blocks.\1.mlp.fc2."),
 )
+PARTS = re.compile(r"^reg_token$|\.ls[12]\.gamma$")  # what `fit_transformer` adds
 
 
 def load_backbone(backbone: nn.Module, path: str) -> None:
@@ -72,12 +75,13 @@ def load_backbone(backbone: nn.Module, path: str) -> None:
         raise RunError(f"{path} is the state of a run in training; name its folder, or the "
                        "backbone.pth in it")
     wanted = backbone.state_dict()
-    layout, found, ignored = detect_layout(loaded, wanted, path)
-    small = hasattr(backbone, "blocks") and backbone.num_features == 384
-    if layout == "MoCo v3" and small and backbone.blocks[0].attn.num_heads != 12:
-        raise RunError(f"{path} (MoCo v3) has 12 attention heads, which no tensor shows; pass "
-                       "--arch vit_small_12heads")
-    if hasattr(backbone, "pos_embed"):
+    layout, found, ignored = detect_layout(loaded, wanted, path,
+                                           getattr(backbone, "classifier_names", ()))
+    if isinstance(backbone, backbones.VisionTransformer):
+        small = backbone.num_features == 384
+        if layout == "MoCo v3" and small and backbone.blocks[0].attn.num_heads != 12:
+            raise RunError(f"{path} (MoCo v3) has 12 attention heads, which no tensor shows; pass "
+                           "--arch vit_small_12heads")
         fit_transformer(backbone, found)
     wanted = backbone.state_dict()
     for key in wanted:  # a counter that older files do not have and no forward uses
@@ -250,8 +254,11 @@ def what_it_is(path: str, start: bytes) -> str | None:
     return None
 
 
-def detect_layout(loaded: dict, wanted: dict, path: str) -> tuple[str, dict, list[str]]:
+def detect_layout(loaded: dict, wanted: dict, path: str, classifiers: tuple[str, ...] = ()
+                  ) -> tuple[str, dict, list[str]]:
     """Find the layout of a file by its keys: words, tensors under our names, and what is left out.
+
+    Heads are left out: those of the layout, and layers that are named in `classifiers`.
 
     Raises:
         RunError: no layout has a tensor of the backbone.
@@ -267,7 +274,9 @@ def detect_layout(loaded: dict, wanted: dict, path: str) -> tuple[str, dict, lis
             plain = WRAPPERS.sub("", str(key))
             start = re.match(prefix, plain) if isinstance(key, str) else None
             name = rename_key(plain[start.end() :], wanted) if start else None
-            if name is None or (name not in wanted and heads and re.match(heads, name)):
+            layer = name and name.rpartition(".")[0]
+            if name is None or name not in wanted and (
+                    layer in classifiers or heads and re.match(heads, name)):
                 ignored.append(str(key))
             elif name in found:
                 raise RunError(f"{path} ({words}) has two tensors {name}")
@@ -298,7 +307,7 @@ def rename_key(name: str, wanted: dict) -> str:
         return name
     for pattern, ours in RENAMED:
         renamed, times = re.subn(f"^{pattern}", ours, name)
-        if times and renamed in wanted:
+        if times and (renamed in wanted or PARTS.search(renamed) and "pos_embed" in wanted):
             return renamed
     return name
 
