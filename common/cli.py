@@ -16,7 +16,8 @@ from common import distributed as comm
 RUN_FLAGS = {
     "accum_steps", "amp", "compile", "data_root", "deterministic", "device", "download",
     "grad_checkpoint", "keep_every", "log_every", "lr_divided", "output", "probe_data",
-    "probe_every", "profile", "recipe", "resume", "save_every_minutes", "tensorboard", "workers",
+    "probe_every", "profile", "recipe", "resume", "save_every_minutes", "tensorboard",
+    "test_data", "workers",
 }
 Switch = argparse.BooleanOptionalAction  # --flag and --no-flag
 MANY = 6  # choices that are listed once, in the help text
@@ -107,6 +108,16 @@ def source_flags(group) -> None:
                        help="folder of torchvision's data sets")
     group.add_argument("--download", action=Switch, default=False,
                        help="fetch a torchvision data set that is not there")
+
+
+def test_flags(group) -> None:
+    """Other test images, and fewer training images of every class."""
+    group.add_argument("--test-data", metavar="SOURCE",
+                       help="tested on instead of the test split: a folder whose class folders "
+                       "are named as in training, or a list of lines `path label`; --data may "
+                       "then be such a folder or list as well")
+    group.add_argument("--limit-per-class", type=pos_int, metavar="K",
+                       help="number of training images of every class, evenly spaced")
 
 
 def channel_flags(group) -> None:
