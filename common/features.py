@@ -693,6 +693,21 @@ def share_right(scores: Tensor, truth: Tensor, k: int) -> Tensor:
     return ((k - above).double() / equal).clamp(0, 1)
 
 
+def mean_per_class(right: Tensor, labels: np.ndarray) -> float:
+    """The mean of the classes' accuracies, of those that have an image.
+
+    Args:
+        right: (C,), how many images of each class are correct. labels: (N,), of all images.
+    """
+    counts = np.bincount(labels, minlength=len(right))
+    return float((right.cpu().numpy()[counts > 0] / counts[counts > 0]).mean())
+
+
+def mean_per_class_is_usual(protocol: str) -> bool:
+    """Whether the number usually told of a protocol's images is the mean of their classes'."""
+    return protocol.split(" ")[0].rstrip(":") in MEAN_PER_CLASS
+
+
 # -------------------------------------------------------------------------------------------- files
 
 
