@@ -279,7 +279,8 @@ class Source:
         splits = [
             Split(extract(function, images, self.view, self.world, workers=self.workers,
                           batch_size=self.args.batch_size),
-                  np.asarray(images.labels, dtype=np.int64), images.index)
+                  None if images.labels is None else np.asarray(images.labels, dtype=np.int64),
+                  images.index) if images is not None else None
             for images in (self.train, self.test)
         ]
         found = Features(self.checkpoint.name, self.protocol, *splits)
@@ -331,6 +332,23 @@ def open_splits(
     return [train, test]
 
 
+def open_unlabelled(data: str, channels: int, *, limit_per_class=None, **options) -> list:
+    """Open the images of pre-training, with their labels if they have some, and the test split.
+
+    Args:
+        options: of `open_splits`. The test split is None where the images have no such splits.
+    """
+    sources = {name: options[name] for name in ("root", "download", "limit") if name in options}
+    images = open_images(data, "pretrain", channels, **sources)
+    try:
+        train, test = open_splits(data, channels, **options)
+    except NoSplit:
+        if options.get("test_data"):
+            raise
+        return [images, None]
+    return [train if train.identity() == images.identity() else images, test]
+
+
 def check_labels(source: str, images, several_classes: bool) -> None:
     """Stop at images without labels, or with several where one is wanted."""
     if images.labels is None:
@@ -358,7 +376,7 @@ def rows_per_class(images, most: int) -> np.ndarray:
 
 
 def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
-            several_classes: bool = False):
+            several_classes: bool = False, unlabelled: bool = False):
     """Yield a `Source` for each of what `--checkpoint` or `--features` name.
 
     Args:
@@ -366,6 +384,7 @@ def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
         interpolation, crop: of the view, which is this step and the normalisation. The shorter side
             becomes `--resize`, else the image size up to 96 px, 8/7 of it above.
         several_classes: whether labels (N, C) are taken as well, of images that show several.
+        unlabelled: take the images of pre-training, whose labels and test split may be None.
 
     Raises:
         RunError: something named is not there, does not fit or has no labels.
@@ -386,7 +405,7 @@ def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
         channels, size = settings["in_chans"], settings["image_size"]
         settings["trained_size"] = checkpoint.settings.get("image_size", size)
         if channels not in opened:
-            opened[channels] = open_splits(
+            opened[channels] = (open_unlabelled if unlabelled else open_splits)(
                 settings["data"], channels, test_data=args.test_data, root=args.data_root,
                 download=args.download, limit=args.limit, limit_per_class=args.limit_per_class,
                 several_classes=several_classes)
@@ -408,7 +427,8 @@ def described(data: str, args, train, test) -> str:
     where = f" (of {args.test_data})" if args.test_data else ""
     notes = [NOTES.get(data), "its usual number is the mean per class" * (data in MEAN_PER_CLASS)]
     notes = "".join(f" ({note})" for note in notes if note)
-    return (f"{data}{notes}: {len(train)} training{few} and {len(test)} test images{where}")
+    tested = f" and {len(test)} test images{where}" if test is not None else " images"
+    return f"{data}{notes}: {len(train)} training{few}{tested}"
 
 
 def central_view(settings: dict, crop, interpolation: str, resize: int | None = None):
@@ -716,18 +736,18 @@ class Split:
     """Features of one split, in data-set order, no image twice."""
 
     layers: dict[str, Tensor]  # float32 (N, D) on the CPU, by name
-    labels: np.ndarray  # int64 (N,), or (N, C) where an image may have several
+    labels: np.ndarray | None  # int64 (N,), or (N, C) where an image may have several
     index: np.ndarray  # int64 (N,), rising: which images of the data set
 
 
 @dataclass(frozen=True)
 class Features:
-    """Features of both splits under one backbone."""
+    """Features of both splits under one backbone; without a test split if `sources` allows it."""
 
     checkpoint: str
     protocol: str  # what the images were, in words
     train: Split
-    test: Split
+    test: Split | None
 
 
 def write(features: Features, path: str, world: World) -> None:
@@ -736,6 +756,8 @@ def write(features: Features, path: str, world: World) -> None:
     Raises:
         RunError: the file cannot be written.
     """
+    if features.test is None or features.train.labels is None:
+        raise RunError(f"--save-features {path}: the images have no labels, or no test split")
     arrays = {"checkpoint": np.array(features.checkpoint), "protocol": np.array(features.protocol)}
     for name, split in (("train", features.train), ("test", features.test)):
         arrays |= {f"{name}/{layer}": rows.numpy() for layer, rows in split.layers.items()}
