@@ -9,8 +9,8 @@
    under the same centroids, if there is one (`assignments-test.npy`, `labels-test.txt`).
 
 A new network then learns them (`finetune.py --checkpoint random --labels`), often a better one than
-the first, for it does not fit the pretext any more. Labels of the images are not needed; where there
-are some, their normalised mutual information (NMI) with the clusters is told.
+the first, for it does not fit the pretext any more. Labels of the images are not needed; where
+there are some, their normalised mutual information (NMI) with the clusters is told.
 
 Differs from VISSL: every image counts in k-means, there at most 256 a cluster; a cluster that loses
 its images keeps its centroid, there a large one is split. 16,000 clusters of ImageNet want a GPU.
@@ -120,7 +120,6 @@ def write(folder: str, ending: str, assignment: np.ndarray | None, images) -> No
     """Write assignments and the list, each whole or not at all; those of an earlier run go."""
     array, listed = (os.path.join(folder, name)
                      for name in (f"assignments{ending}.npy", f"labels{ending}.txt"))
-    os.makedirs(folder, exist_ok=True)
     for path in filter(os.path.exists, (array, listed)):
         os.remove(path)
     if assignment is None:
@@ -129,7 +128,7 @@ def write(folder: str, ending: str, assignment: np.ndarray | None, images) -> No
         np.save(file, assignment)
     if isinstance(images, FileImages):
         names = [os.path.abspath(images.name(i)) for i in range(len(images))]
-        if broken := [name for name in names if len(name.splitlines()) > 1]:
+        if broken := [name for name in names if "\n" in name or "\r" in name]:
             raise comm.RunError(f"{broken[0]!r} does not go into a list; rename it")
         with atomic_write(listed) as file:
             for name, label in zip(names, assignment.tolist(), strict=True):
@@ -151,6 +150,8 @@ def describe(assignment: np.ndarray, labels: np.ndarray | None, num_clusters: in
 
 def main(args):
     world = comm.setup(args.device, deterministic=True)
+    with comm.same_error_on_all_ranks(writing=args.output):
+        os.makedirs(args.output, exist_ok=True)
     # 1. Features
     (source,) = features.sources(args, world, interpolation="bilinear", unlabelled=True)
     found = source.features(next(source.backbones()))
