@@ -72,7 +72,7 @@ PROTOCOLS = {name: dict(zip(COLUMNS, row, strict=True)) for name, *row in (
 DECAYS = [float(f"{10 ** (half / 2 - 6):.1e}") for half in range(13)]  # 1e-6, 3.2e-6, ... 1
 AUTO_ONLY = ("weight_decays", "folds", "features", "save_features")
 PAPERS_ONLY = ("epochs", "train_batch_size", "lr", "flip")
-NOT_MIRRORED = ("digits", "mnist", "svhn")  # a mirrored digit is another sign
+NOT_MIRRORED = ("digits", "mnist", "svhn", "gtsrb", "sst2")  # a mirrored sign is another sign
 INIT = {"zero": nn.init.zeros_, "normal": partial(nn.init.normal_, std=0.01),
         "truncated": partial(nn.init.trunc_normal_, std=0.01)}  # "torch": as torch has it
 PLAIN = "-mlp"  # behind a layer's name: its head has no batch norm; VISSL's name for such a head

@@ -72,7 +72,7 @@ def parser(script: str, description: str) -> Parser:
     made = Parser(prog, description=description, formatter_class=HelpFormatter, allow_abbrev=False)
     data = made.add_argument_group("data")
     data.add_argument("--data", default="digits", metavar="SOURCE",
-                      help="digits (built in), cifar10 cifar100 stl10 svhn mnist (torchvision), "
+                      help="digits (built in), cifar10 and other names of torchvision's sets, "
                       "fake (noise), a folder of images, a text list, or a .npy (docs/guide.md)")
     source_flags(data)
     data.add_argument("--limit", type=pos_int, metavar="N", help="number of images, evenly spaced")

@@ -23,7 +23,15 @@ from torch import Tensor, nn
 from common import augment, backbones, cli, distributed as comm, weights
 from common.checkpoint import atomic_write
 from common.distributed import RunError, World
-from common.images import MEAN_PER_CLASS, NOTES, NoSplit, of_each_class, open_images, some
+from common.images import (
+    MEAN_PER_CLASS,
+    NOTES,
+    FileImages,
+    NoSplit,
+    of_each_class,
+    open_images,
+    some,
+)
 from common.workers import default_workers, end_if_unsent, fork_workers
 
 # ------------------------------------------------------------------------------------- command line
@@ -327,6 +335,9 @@ def open_splits(
             told = str(error).replace(f"--data {test_data}", f"--test-data {test_data}")
             raise type(error)(told) from error
         check_labels(f"--test-data {test_data}", test, False)
+        if shared := shared_files(train, test):
+            comm.print_main(f"warning: {len(shared)} of the {len(test)} test images are training "
+                            f"images too: {some(shared)}")
     if limit_per_class:
         train = train.subset(rows_per_class(train, limit_per_class))
     return [train, test]
@@ -347,6 +358,15 @@ def open_unlabelled(data: str, channels: int, *, limit_per_class=None, **options
             raise
         return [images, None]
     return [train if train.identity() == images.identity() else images, test]
+
+
+def shared_files(train, test) -> set[str]:
+    """Files that are among both images."""
+    if not (isinstance(train, FileImages) and isinstance(test, FileImages)):
+        return set()
+    tested, trained = ({os.path.abspath(images.name(i)) for i in range(len(images))}
+                       for images in (test, train))
+    return tested & trained
 
 
 def check_labels(source: str, images, several_classes: bool) -> None:

@@ -292,6 +292,13 @@ def test_test_images_that_do_not_fit_are_refused(data, test, said, photos):
         features.open_splits(str(photos / data), 3, test_data=test)
 
 
+def test_a_test_image_that_was_trained_on_is_told(photos, capsys):
+    lines(photos / "some.txt", ["all/b/0.jpg 1", "new/b/1.jpg 1"])
+    features.open_splits(str(photos / "all"), 3, test_data=str(photos / "some.txt"))
+    assert f"1 of the 2 test images are training images too: {photos}/all/b/0.jpg" in (
+        capsys.readouterr().out)
+
+
 def test_a_list_alone_has_no_test_images(photos):
     with pytest.raises(NoSplit, match="or --test-data"):
         features.open_splits(str(photos / "all.txt"), 3)
