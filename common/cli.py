@@ -16,8 +16,7 @@ from common import distributed as comm
 RUN_FLAGS = {
     "accum_steps", "amp", "compile", "data_root", "deterministic", "device", "download",
     "grad_checkpoint", "keep_every", "log_every", "lr_divided", "output", "probe_data",
-    "probe_every", "profile", "recipe", "resume", "save_every_minutes", "tensorboard",
-    "test_data", "workers",
+    "probe_every", "profile", "recipe", "resume", "save_every_minutes", "tensorboard", "workers",
 }
 Switch = argparse.BooleanOptionalAction  # --flag and --no-flag
 MANY = 6  # choices that are listed once, in the help text

@@ -249,6 +249,9 @@ def open_images(
         RunError: there is no such source, it holds no image, or a class that is not in `classes`.
     """
     named = torchvision_images if data in TORCHVISION else labelled_set
+    if data in LABELLED and os.path.isdir(data) and os.path.normpath(root) != ".":
+        comm.print_main(f"warning: --data {data} is torchvision's set; for the folder pass "
+                        f"./{data}")
     if data in (*TORCHVISION, *LABELLED) and download:
         with comm.same_error_on_all_ranks(writing=root):  # one process a machine fetches
             if comm.env_int("LOCAL_RANK", 0) == 0:

@@ -231,6 +231,15 @@ def test_a_set_that_is_not_there_is_one_line(name, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_a_folder_of_a_sets_name_is_reached_by_its_path(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    class_folders(tmp_path, {TRAIN: "cars/train"})
+    with pytest.raises(RunError, match="--data cars: not .whole."):
+        open_images("cars", "train", 3)
+    assert "for the folder pass ./cars" in capsys.readouterr().out
+    assert len(open_images("./cars", "train", 3)) == 6
+
+
 def test_a_set_with_a_part_missing_is_one_line(tmp_path, monkeypatch):
     food101(tmp_path, monkeypatch)
     (tmp_path / "food-101/meta/test.json").unlink()
