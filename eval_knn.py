@@ -84,7 +84,7 @@ def evaluate(given: features.Features, args, world) -> dict:
     num_classes = int(max(train.labels.max(), test.labels.max())) + 1
     settings = list(dict.fromkeys(itertools.product(args.k, args.temperature)))  # each once
 
-    def accuracies(bank, queries, chosen, settings):
+    def accuracies(bank, queries, chosen, settings, by_class=None):
         """Share of right and of undecided ones for each (k, T), with these rows of the bank."""
         self_index = None
         if args.leave_one_out:  # where each query stands among the chosen rows, if it does
@@ -92,17 +92,22 @@ def evaluate(given: features.Features, args, world) -> dict:
             self_index[chosen] = torch.arange(len(self_index[chosen]), device=world.device)
             self_index = self_index[shard]
         counts = count_right(bank[chosen], labels[chosen], queries, truth, settings, num_classes,
-                             self_index, args.chunk)
+                             self_index, args.chunk, by_class)
         return (comm.sum_over_processes(counts) / m).tolist()
 
-    results, shots = [], {}
+    results, means, shots = [], [], {}
     members, everything = class_members(train.labels), slice(None)
     for number, (layer, rows) in enumerate(train.layers.items()):
         bank = torch.nn.functional.normalize(rows.to(world.device), dim=1)
         queries = torch.nn.functional.normalize(test.layers[layer][shard].to(world.device), dim=1)
-        found, undecided = accuracies(bank, queries, everything, settings)
-        for (k, temperature), top1 in zip(settings, found, strict=True):
+        by_class = truth.new_zeros(len(settings), num_classes, dtype=torch.float64)
+        found, undecided = accuracies(bank, queries, everything, settings, by_class)
+        by_class = comm.sum_over_processes(by_class)
+        for (k, temperature), top1, right in zip(settings, found, by_class, strict=True):
             results.append({"layer": layer, "k": k, "temperature": temperature, "top1": top1})
+            means.append(features.mean_per_class(right, test.labels))
+            if features.mean_per_class_is_usual(given.protocol):
+                results[-1]["mean_per_class"] = means[-1]
         shares = {k: share for (k, _), share in zip(settings, undecided, strict=True)}
         for k, share in shares.items():
             if share:
@@ -115,8 +120,8 @@ def evaluate(given: features.Features, args, world) -> dict:
                 few = torch.from_numpy(few_label_bank(members, count, args.seed, draw))
                 draws += accuracies(bank, queries, few.to(world.device), settings[:1])[0]
             shots[str(count)] = {"mean": statistics.fmean(draws), "std": statistics.pstdev(draws)}
-    return {"top1": results[0]["top1"], "results": results, "shots": shots,
-            "num_train": n, "num_test": m}
+    return {"top1": results[0]["top1"], "mean_per_class": means[0], "results": results,
+            "shots": shots, "num_train": n, "num_test": m}
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -137,21 +142,26 @@ def main(args):
     settings = {(r["k"], r["temperature"]): f"k {r['k']} T {r['temperature']:g}"
                 for r in table[0]["results"]}
     columns = list(settings.values()) if len(settings) > 1 else ["all labels"]
+    measures = ["top1"]
+    if all("mean_per_class" in r for row in table for r in row["results"]):
+        measures = ["top1", "mean_per_class"]
+        columns = [name for column in columns for name in (column, "mean per class")]
     few = [f"{shots} a class" for shots in table[0]["shots"]]
-    features.print_table(["checkpoint", *columns, *few], table_rows(table))
+    features.print_table(["checkpoint", *columns, *few], table_rows(table, measures))
     line = {"eval": "knn", **table[-1], "checkpoints": table}
     if args.leave_one_out:
         line["leave_one_out"] = args.leave_one_out
     features.print_json(line)
 
 
-def table_rows(table: list[dict]) -> list[list[str]]:
-    """A row for each checkpoint and layer: the top-1 of every k and T, then of the few labels."""
+def table_rows(table: list[dict], measures: list[str]) -> list[list[str]]:
+    """A row for each checkpoint and layer: these of every k and T, then top-1 of few labels."""
     rows = []
     for entry in table:
         layers = {}
         for r in entry["results"]:
-            layers.setdefault(r["layer"], []).append(f"{r['top1']:.3f}")
+            layers.setdefault(r["layer"], []).extend(
+                f"{r[name]:.3f}" for name in measures)
         for number, (layer, cells) in enumerate(layers.items()):
             shots = entry["shots"].values() if number == 0 else ()
             name = f"{entry['checkpoint']} {layer}" if len(layers) > 1 else entry["checkpoint"]

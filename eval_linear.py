@@ -72,7 +72,7 @@ PROTOCOLS = {name: dict(zip(COLUMNS, row, strict=True)) for name, *row in (
 DECAYS = [float(f"{10 ** (half / 2 - 6):.1e}") for half in range(13)]  # 1e-6, 3.2e-6, ... 1
 AUTO_ONLY = ("weight_decays", "folds", "features", "save_features")
 PAPERS_ONLY = ("epochs", "train_batch_size", "lr", "flip")
-NOT_MIRRORED = ("digits", "mnist", "svhn")  # a mirrored digit is another sign
+NOT_MIRRORED = ("digits", "mnist", "svhn", "gtsrb", "sst2")  # a mirrored sign is another sign
 INIT = {"zero": nn.init.zeros_, "normal": partial(nn.init.normal_, std=0.01),
         "truncated": partial(nn.init.trunc_normal_, std=0.01)}  # "torch": as torch has it
 PLAIN = "-mlp"  # behind a layer's name: its head has no batch norm; VISSL's name for such a head
@@ -131,8 +131,16 @@ def auto_probe(found: features.Features, args, world) -> dict:
             decays=sorted(args.weight_decays), num_classes=num_classes, seed=args.seed, world=world,
         )})
     best = max(results, key=lambda result: result["validation"])
-    return {"top1": best["top1"], "top5": best["top5"], "results": results,
-            "num_train": len(chosen), "num_test": len(truth)}
+    return summary(best, results, found.protocol, len(chosen), len(truth))
+
+
+def summary(counts: dict, results: list[dict], protocol: str, num_train: int, num_test: int):
+    """What is told of one backbone: the result that counts, and all of them."""
+    usual = features.mean_per_class_is_usual(protocol)
+    shown = [{name: value for name, value in result.items() if usual or name != "mean_per_class"}
+             for result in results]
+    return {**{name: counts[name] for name in ("top1", "top5", "mean_per_class")},
+            "results": shown, "num_train": num_train, "num_test": num_test}
 
 
 # -------------------------------------------------------------------------- protocols of the papers
@@ -268,6 +276,7 @@ def paper_probe(source: features.Source, backbone, mark: str, args, world) -> di
         train_batch_size=batch_size, flip=flip, train_fraction=args.train_fraction, seed=args.seed,
         num_classes=num_classes, **shown)
     fraction = "" if args.train_fraction == 1 else f"-{args.train_fraction:g}"
+    fraction += f"-{args.limit_per_class}-a-class" if args.limit_per_class else ""
     folder = os.path.join(args.output, f"{args.protocol}{fraction}-{mark}")
     run_args = argparse.Namespace(**vars(args) | dict(
         output=folder, batch_size=batch_size, epochs=epochs, lr=base_lr, workers=source.workers))
@@ -304,9 +313,11 @@ def paper_probe(source: features.Source, backbone, mark: str, args, world) -> di
     results = []
     for name, rows in hits.items():
         top1, top5 = rows.double().mean(0).tolist()
-        results.append({"layer": name, "top1": top1, "top5": top5})
-    return {"top1": results[-1]["top1"], "top5": results[-1]["top5"], "results": results,
-            "num_train": len(train), "num_test": len(test)}
+        right = torch.zeros(num_classes, dtype=torch.float64)
+        right.index_add_(0, test_labels, rows[:, 0].double())
+        results.append({"layer": name, "top1": top1, "top5": top5,
+                        "mean_per_class": features.mean_per_class(right, test.labels)})
+    return summary(results[-1], results, source.protocol, len(train), len(test))
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -338,6 +349,8 @@ def main(args):
         table.append({"checkpoint": source.name, **features.mean_of(runs)})
 
     columns = {"top-1": "{top1:.3f}", "top-5": "{top5:.3f}"}
+    if all("mean_per_class" in r for row in table for r in row["results"]):
+        columns |= {"mean per class": "{mean_per_class:.3f}"}
     if not protocol:
         columns |= {"validation": "{validation:.3f}", "weight decay": "{weight_decay:.2g}"}
     features.print_table(["checkpoint", *columns], [

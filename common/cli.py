@@ -76,7 +76,7 @@ def parser(script: str, description: str) -> Parser:
     made = Parser(prog, description=description, formatter_class=HelpFormatter, allow_abbrev=False)
     data = made.add_argument_group("data")
     data.add_argument("--data", default="digits", metavar="SOURCE",
-                      help="digits (built in), cifar10 cifar100 stl10 svhn mnist (torchvision), "
+                      help="digits (built in), cifar10 and other names of torchvision's sets, "
                       "fake (noise), a folder of images, a text list, or a .npy (docs/guide.md)")
     source_flags(data)
     data.add_argument("--limit", type=pos_int, metavar="N", help="number of images, evenly spaced")
@@ -112,6 +112,16 @@ def source_flags(group) -> None:
                        help="folder of torchvision's data sets")
     group.add_argument("--download", action=Switch, default=False,
                        help="fetch a torchvision data set that is not there")
+
+
+def test_flags(group) -> None:
+    """Other test images, and fewer training images of every class."""
+    group.add_argument("--test-data", metavar="SOURCE",
+                       help="tested on instead of the test split: a folder whose class folders "
+                       "are named as in training, or a list of lines `path label`; --data may "
+                       "then be such a folder or list as well")
+    group.add_argument("--limit-per-class", type=pos_int, metavar="K",
+                       help="number of training images of every class, evenly spaced")
 
 
 def channel_flags(group) -> None:

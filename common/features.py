@@ -23,7 +23,15 @@ from torch import Tensor, nn
 from common import augment, backbones, cli, distributed as comm, weights
 from common.checkpoint import atomic_write
 from common.distributed import RunError, World
-from common.images import open_images
+from common.images import (
+    MEAN_PER_CLASS,
+    NOTES,
+    FileImages,
+    NoSplit,
+    of_each_class,
+    open_images,
+    some,
+)
 from common.workers import default_workers, end_if_unsent, fork_workers
 
 # ------------------------------------------------------------------------------------- command line
@@ -57,6 +65,7 @@ def parser(
     group = made.add_argument_group("images (default: as the first run among the checkpoints)")
     group.add_argument("--data", help="labelled images, with a train and a test split")
     cli.source_flags(group)
+    cli.test_flags(group)
     group.add_argument("--image-size", type=cli.pos_int, help="side in pixels")
     group.add_argument("--resize", type=cli.pos_int,
                        help=f"shorter side before the central crop; default: {resize}")
@@ -91,10 +100,12 @@ def parse(made: cli.Parser, argv=None) -> argparse.Namespace:
         given = " ".join(args.features or args.checkpoint)
         made.error(f"--save-features takes the features of one --checkpoint, not of {given}")
     if args.features:
-        for name in (*DIGITS, "resize", "limit", "workers"):
+        for name in (*DIGITS, "test_data", "resize", "limit", "limit_per_class", "workers"):
             if getattr(args, name) is not None:
                 made.error(f"--{name.replace('_', '-')} does not go with --features, whose images "
                            "and backbone are fixed")
+    if args.limit and args.limit_per_class:
+        made.error(f"--limit {args.limit} and --limit-per-class {args.limit_per_class}: give one")
     return args
 
 
@@ -279,7 +290,8 @@ class Source:
         splits = [
             Split(extract(function, images, self.view, self.world, workers=self.workers,
                           batch_size=self.args.batch_size),
-                  np.asarray(images.labels, dtype=np.int64), images.index)
+                  None if images.labels is None else np.asarray(images.labels, dtype=np.int64),
+                  images.index) if images is not None else None
             for images in (self.train, self.test)
         ]
         found = Features(self.checkpoint.name, self.protocol, *splits)
@@ -288,8 +300,106 @@ class Source:
         return found
 
 
+def open_splits(
+    data: str, channels: int, *, test_data: str | None = None, limit_per_class: int | None = None,
+    several_classes: bool = False, limit: int | None = None, **options,
+) -> list:
+    """Open the labelled images to train and to test on.
+
+    Args:
+        data: a source with both splits (`images.open_images`); with `test_data` it may be all of
+            the training images: a folder of class folders or a list `path label`.
+        test_data: a folder or list that is tested on instead. Its class folders are those of the
+            same name among the training images (of a list: named by their numbers), its labels
+            the same numbers.
+        limit_per_class: number of evenly spaced training images of every class, if not all.
+        several_classes: whether labels (N, C) are taken as well.
+        limit, options: of `open_images`; `limit` is of each split.
+
+    Raises:
+        NoSplit: there are no labels, or several of an image.
+        RunError: a source cannot be opened; a class is unknown, or without a training image.
+    """
+    options |= dict(limit=limit)
+    train = open_images(data, "train", channels, whole=test_data is not None, **options)
+    check_labels(f"--data {data}", train, several_classes and not test_data)
+    if test_data is None:
+        test = open_images(data, "test", channels, **options)
+        check_labels(f"--data {data}", test, several_classes)
+    else:
+        if not os.path.exists(test_data):
+            raise RunError(f"--test-data {test_data}: no such folder or list")
+        numbers = {str(label): label for label in np.unique(train.labels).tolist()}
+        if train.class_names is not None:
+            numbers = {name: label for label, name in enumerate(train.class_names)}
+        try:
+            test = open_images(test_data, "test", channels, whole=True, classes=numbers, **options)
+        except RunError as error:
+            told = str(error).replace(f"--data {test_data}", f"--test-data {test_data}")
+            raise type(error)(told) from error
+        check_labels(f"--test-data {test_data}", test, False)
+        if shared := shared_files(train, test):
+            comm.print_main(f"warning: {len(shared)} of the {len(test)} test images are training "
+                            f"images too: {some(shared)}")
+    if limit_per_class:
+        train = train.subset(rows_per_class(train, limit_per_class))
+    return [train, test]
+
+
+def open_unlabelled(data: str, channels: int, *, limit_per_class=None, **options) -> list:
+    """Open the images of pre-training, with their labels if they have some, and the test split.
+
+    Args:
+        options: of `open_splits`. The test split is None where the images have no such splits.
+    """
+    sources = {name: options[name] for name in ("root", "download", "limit") if name in options}
+    images = open_images(data, "pretrain", channels, **sources)
+    try:
+        train, test = open_splits(data, channels, **options)
+    except NoSplit:
+        if options.get("test_data"):
+            raise
+        return [images, None]
+    return [train if train.identity() == images.identity() else images, test]
+
+
+def shared_files(train, test) -> set[str]:
+    """Files that are among both images."""
+    if not (isinstance(train, FileImages) and isinstance(test, FileImages)):
+        return set()
+    tested, trained = ({os.path.abspath(images.name(i)) for i in range(len(images))}
+                       for images in (test, train))
+    return tested & trained
+
+
+def check_labels(source: str, images, several_classes: bool) -> None:
+    """Stop at images without labels, or with several where one is wanted."""
+    if images.labels is None:
+        raise NoSplit(f"{source}: no class folders, so no labels")
+    if images.labels.ndim > 1 and not several_classes:
+        raise NoSplit(f"{source}: its images show several classes; that is for eval_svm.py, "
+                      "without --test-data")
+    if images.labels.ndim == 1 and images.labels.min() < 0:
+        raise RunError(f"{source}: label {images.labels.min()}; the least is 0")
+
+
+def rows_per_class(images, most: int) -> np.ndarray:
+    """Rising rows of so many images of every class, or of all that a class has, which is told."""
+    if images.labels.ndim > 1:
+        raise RunError(f"--limit-per-class {most}: the images show several classes")
+    names = images.class_names or list(map(str, range(images.labels.max() + 1)))
+    counts = np.bincount(images.labels, minlength=len(names))
+    if images.class_names is not None and not counts.all():
+        empty = [names[label] for label in np.flatnonzero(counts == 0)]
+        raise RunError(f"--limit-per-class {most}: no training image of {some(empty)}")
+    if few := [names[label] for label in np.flatnonzero((counts > 0) & (counts < most))]:
+        comm.print_main(f"warning: --limit-per-class {most}: all there are of {some(few)}, "
+                        "which have fewer")
+    return of_each_class(images.labels, most)
+
+
 def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
-            several_classes: bool = False):
+            several_classes: bool = False, unlabelled: bool = False):
     """Yield a `Source` for each of what `--checkpoint` or `--features` name.
 
     Args:
@@ -297,6 +407,7 @@ def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
         interpolation, crop: of the view, which is this step and the normalisation. The shorter side
             becomes `--resize`, else the image size up to 96 px, 8/7 of it above.
         several_classes: whether labels (N, C) are taken as well, of images that show several.
+        unlabelled: take the images of pre-training, whose labels and test split may be None.
 
     Raises:
         RunError: something named is not there, does not fit or has no labels.
@@ -317,24 +428,30 @@ def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
         channels, size = settings["in_chans"], settings["image_size"]
         settings["trained_size"] = checkpoint.settings.get("image_size", size)
         if channels not in opened:
-            options = dict(root=args.data_root, download=args.download, limit=args.limit)
-            opened[channels] = [open_images(settings["data"], split, channels, **options)
-                                for split in ("train", "test")]
-            if any(images.labels is None for images in opened[channels]):
-                raise RunError(f"--data {settings['data']}: no class folders, so no labels")
-            if opened[channels][0].labels.ndim > 1 and not several_classes:
-                raise RunError(f"--data {settings['data']}: its images show several classes; that "
-                               "is for eval_svm.py")
+            opened[channels] = (open_unlabelled if unlabelled else open_splits)(
+                settings["data"], channels, test_data=args.test_data, root=args.data_root,
+                download=args.download, limit=args.limit, limit_per_class=args.limit_per_class,
+                several_classes=several_classes)
         train, test = opened[channels]
         view = central_view(settings, crop, interpolation, args.resize)
-        protocol = (f"{settings['data']}: {len(train)} training and {len(test)} test images of "
-                    f"{size} px, {view.geometry[0]}")
+        protocol = described(settings["data"], args, train, test)
+        protocol += f" of {size} px, {view.geometry[0]}"
         if protocol not in said:
             comm.print_main(protocol)
             said.add(protocol)
         arch = f" ({settings['arch']})" if checkpoint.name == "random" else ""
         yield Source(checkpoint.name + arch, args, world, checkpoint, settings, train, test, view,
                      protocol)
+
+
+def described(data: str, args, train, test) -> str:
+    """What the images of an evaluation are, in words."""
+    few = f" ({args.limit_per_class} a class)" if args.limit_per_class else ""
+    where = f" (of {args.test_data})" if args.test_data else ""
+    notes = [NOTES.get(data), "its usual number is the mean per class" * (data in MEAN_PER_CLASS)]
+    notes = "".join(f" ({note})" for note in notes if note)
+    tested = f" and {len(test)} test images{where}" if test is not None else " images"
+    return f"{data}{notes}: {len(train)} training{few}{tested}"
 
 
 def central_view(settings: dict, crop, interpolation: str, resize: int | None = None):
@@ -625,6 +742,21 @@ def share_right(scores: Tensor, truth: Tensor, k: int) -> Tensor:
     return ((k - above).double() / equal).clamp(0, 1)
 
 
+def mean_per_class(right: Tensor, labels: np.ndarray) -> float:
+    """The mean of the classes' accuracies, of those that have an image.
+
+    Args:
+        right: (C,), how many images of each class are correct. labels: (N,), of all images.
+    """
+    counts = np.bincount(labels, minlength=len(right))
+    return float((right.cpu().numpy()[counts > 0] / counts[counts > 0]).mean())
+
+
+def mean_per_class_is_usual(protocol: str) -> bool:
+    """Whether the number usually told of a protocol's images is the mean of their classes'."""
+    return protocol.split(" ")[0].rstrip(":") in MEAN_PER_CLASS
+
+
 # -------------------------------------------------------------------------------------------- files
 
 
@@ -633,18 +765,18 @@ class Split:
     """Features of one split, in data-set order, no image twice."""
 
     layers: dict[str, Tensor]  # float32 (N, D) on the CPU, by name
-    labels: np.ndarray  # int64 (N,), or (N, C) where an image may have several
+    labels: np.ndarray | None  # int64 (N,), or (N, C) where an image may have several
     index: np.ndarray  # int64 (N,), rising: which images of the data set
 
 
 @dataclass(frozen=True)
 class Features:
-    """Features of both splits under one backbone."""
+    """Features of both splits under one backbone; without a test split if `sources` allows it."""
 
     checkpoint: str
     protocol: str  # what the images were, in words
     train: Split
-    test: Split
+    test: Split | None
 
 
 def write(features: Features, path: str, world: World) -> None:
@@ -653,6 +785,8 @@ def write(features: Features, path: str, world: World) -> None:
     Raises:
         RunError: the file cannot be written.
     """
+    if features.test is None or features.train.labels is None:
+        raise RunError(f"--save-features {path}: the images have no labels, or no test split")
     arrays = {"checkpoint": np.array(features.checkpoint), "protocol": np.array(features.protocol)}
     for name, split in (("train", features.train), ("test", features.test)):
         arrays |= {f"{name}/{layer}": rows.numpy() for layer, rows in split.layers.items()}

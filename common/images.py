@@ -9,6 +9,7 @@ import zlib
 from xml.etree import ElementTree
 
 import numpy as np
+import torch
 import torchvision
 from PIL import Image, ImageOps
 
@@ -20,8 +21,34 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 # Folders of a system or an archiver, ignored like names that begin with a dot.
 NO_DATA = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
 TORCHVISION = {name.lower(): name for name in ("CIFAR10", "CIFAR100", "STL10", "SVHN", "MNIST")}
+# Sets of image files: torchvision's class; its splits to train on, validation images among them as
+# in the tables of transfer, and to test on. None: it has no splits, see `divide`.
+LABELLED = {
+    "food101": ("Food101", ["train"], ["test"]),
+    "flowers102": ("Flowers102", ["train", "val"], ["test"]),
+    "pets": ("OxfordIIITPet", ["trainval"], ["test"]),
+    "dtd": ("DTD", ["train", "val"], ["test"]),
+    "aircraft": ("FGVCAircraft", ["trainval"], ["test"]),
+    "cars": ("StanfordCars", ["train"], ["test"]),
+    "sun397": ("SUN397", None, None),
+    "caltech101": ("Caltech101", None, None),
+    "eurosat": ("EuroSAT", None, None),
+    "gtsrb": ("GTSRB", ["train"], ["test"]),
+    "pcam": ("PCAM", ["train", "val"], ["test"]),
+    "clevr-count": ("CLEVRClassification", ["train"], ["val"]),
+    "country211": ("Country211", ["train", "valid"], ["test"]),
+    "sst2": ("RenderedSST2", ["train", "val"], ["test"]),
+}
+# Sets whose usual number is the mean of the classes' accuracies (Kornblith et al., 1805.08974).
+MEAN_PER_CLASS = ("aircraft", "caltech101", "flowers102", "pets")
+NOTES = {  # where a split is not the usual one of the name
+    "sun397": "50 + 50 images a class, evenly spaced: ours, not one of the official lists",
+    "caltech101": "30 training images a class, evenly spaced, without the background class: ours",
+    "eurosat": "every fifth image of a class tested: ours",
+    "clevr-count": "tested on the validation split, for the test split has no labels",
+}
 HELD_OUT = ("val", "test")  # folders that are not trained on
-BUILT_IN = ("digits", *TORCHVISION, "fake")
+BUILT_IN = ("digits", *TORCHVISION, *LABELLED, "fake")
 
 
 class NoSplit(RunError):
@@ -42,6 +69,7 @@ class Images:
     """
 
     classes = None  # names of the columns of labels (N, C)
+    class_names = None  # of labels (N,), where they have names: label 0 is that of the first
 
     def __init__(self, items: np.ndarray, labels: np.ndarray | None, channels: int):
         self.items, self.labels, self.channels = items, labels, channels
@@ -159,6 +187,33 @@ class FileImages(Images):
         return list(pixels.split()) if self.channels == 4 else [pixels]
 
 
+class DecodedImages(Images):
+    """Images that a torchvision data set reads itself, as pairs (image, label).
+
+    Args:
+        loaded: the data set. name: of it.
+        channels: 1 (L), 3 (RGB) or 4 (RGBA).
+    """
+
+    reads_files = True
+
+    def __init__(self, loaded, labels: np.ndarray, channels: int, name: str):
+        if channels not in MODES:
+            raise RunError(f"--in-chans {channels}: {name} gives 1 (L), 3 (RGB) or 4 (RGBA)")
+        super().__init__(np.arange(len(labels)), labels, channels)
+        self.loaded, self.set = loaded, name
+
+    def name(self, index: int) -> str:
+        return f"image {self.items[index]} of {self.set}"
+
+    def identity(self) -> str:
+        return f"{len(self)} images of {self.set}, crc32 of the rows {zlib.crc32(self.items):08x}"
+
+    def read(self, index: int) -> list[Image.Image]:
+        pixels = self.loaded[self.items[index]][0].convert(MODES[self.channels])
+        return list(pixels.split()) if self.channels == 4 else [pixels]
+
+
 def is_deep(image: Image.Image) -> bool:
     """Whether an opened file has more than 8 bits a channel.
 
@@ -176,7 +231,7 @@ def is_deep(image: Image.Image) -> bool:
 
 def open_images(
     data: str, split: str, channels: int, *, root: str = "data", download: bool = False,
-    limit: int | None = None,
+    limit: int | None = None, whole: bool = False, classes: dict[str, int] | None = None,
 ):
     """Open the images of one split of a data source.
 
@@ -187,37 +242,68 @@ def open_images(
         root: the folder of torchvision's data sets.
         download: fetch a torchvision data set that is not there.
         limit: number of evenly spaced images to take, if not all.
+        whole: a list, or a folder without a folder for this split, is all of the split.
+        classes: numbers of the classes by name, where other images have fixed them.
 
     Raises:
-        RunError: there is no such source, or it holds no image.
+        RunError: there is no such source, it holds no image, or a class that is not in `classes`.
     """
-    if data in TORCHVISION and download:
+    named = torchvision_images if data in TORCHVISION else labelled_set
+    if data in LABELLED and os.path.isdir(data) and os.path.normpath(root) != ".":
+        comm.print_main(f"warning: --data {data} is torchvision's set; for the folder pass "
+                        f"./{data}")
+    if data in (*TORCHVISION, *LABELLED) and download:
         with comm.same_error_on_all_ranks(writing=root):  # one process a machine fetches
             if comm.env_int("LOCAL_RANK", 0) == 0:
-                torchvision_images(data, split, channels, root, download=True)
+                named(data, split, channels, root, download=True)
     with comm.same_error_on_all_ranks():
         if data == "digits":
             images = digits(split, channels)
         elif data == "fake":
             images = fake(split, channels)
-        elif data in TORCHVISION:
-            images = torchvision_images(data, split, channels, root, download=False)
+        elif data in (*TORCHVISION, *LABELLED):
+            images = named(data, split, channels, root, download=False)
         elif split != "pretrain" and os.path.isdir(os.path.join(data, "Annotations")):
             images = voc(data, split, channels)
         elif os.path.isdir(data):
-            images = folder(data, split, channels)
-        elif os.path.isfile(data) and split == "pretrain":
+            images = folder(data, split, channels, whole, classes)
+        elif os.path.isfile(data) and (split == "pretrain" or whole):
             read = array_file if data.endswith(".npy") else text_list
             images = read(data, channels)
         elif os.path.isfile(data):
             raise NoSplit(f"--data {data}: one file has no {split} split; give a folder with "
-                           "train/ and val/ or test/, and class folders in them")
+                           "train/ and val/ or test/, and class folders in them, or --test-data")
         else:
             raise RunError(f"--data {data}: no such file or folder, and no built-in name "
                            f"({' '.join(BUILT_IN)})")
-    if limit is not None and limit < len(images):
-        images = images.subset(np.arange(limit) * len(images) // limit)
+        if classes is not None and images.labels is not None and images.labels.ndim == 1:
+            unknown = sorted(set(images.labels.tolist()) - set(classes.values()))
+            if unknown:
+                raise RunError(f"--data {data}: labels that no training image has, such as "
+                               f"{unknown[0]}")
+    if limit is not None:
+        images = images.subset(evenly(len(images), limit))
     return images
+
+
+def evenly(count: int, most: int) -> np.ndarray:
+    """At most so many of the numbers up to count, evenly spaced."""
+    taken = min(count, most)
+    return np.arange(taken) * count // taken
+
+
+def of_each_class(labels: np.ndarray, most: int) -> np.ndarray:
+    """Rising rows of at most so many images of every class, evenly spaced among its images."""
+    members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    return np.sort(np.concatenate([rows[evenly(len(rows), most)] for rows in members]))
+
+
+def every_fifth(labels: np.ndarray) -> np.ndarray:
+    """Whether an image is one of the fifth, tenth, ... of its class: bool (N,)."""
+    found = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        found[np.flatnonzero(labels == label)[4::5]] = True
+    return found
 
 
 def digits(split: str, channels: int) -> ArrayImages:
@@ -228,10 +314,8 @@ def digits(split: str, channels: int) -> ArrayImages:
     from sklearn.datasets import load_digits
 
     loaded = load_digits()
-    labels, tested = loaded.target, np.zeros(len(loaded.target), dtype=bool)
-    for label in range(10):
-        tested[np.flatnonzero(labels == label)[4::5]] = True
-    chosen = tested == (split == "test")
+    labels = loaded.target
+    chosen = every_fifth(labels) == (split == "test")
     small = (loaded.images[chosen] * (255 / 16)).round().astype(np.uint8)
     large = [Image.fromarray(i).resize((16, 16), Image.Resampling.BICUBIC) for i in small]
     images = np.stack([np.asarray(i) for i in large])[..., None]
@@ -260,14 +344,93 @@ def torchvision_images(name: str, split: str, channels: int, root: str, download
     if name in ("stl10", "svhn"):
         images = images.transpose(0, 2, 3, 1)
     labels = np.asarray(loaded.labels if name in ("stl10", "svhn") else loaded.targets)
-    return ArrayImages(images, labels, channels)
+    images = ArrayImages(images, labels, channels)
+    images.class_names = getattr(loaded, "classes", None)
+    return images
 
 
-def folder(root: str, split: str, channels: int) -> FileImages:
+def labelled_set(name: str, split: str, channels: int, root: str, download: bool):
+    """A data set of torchvision's whose images are files, sorted by path, or PCAM's array.
+
+    Raises:
+        RunError: it is not there, not whole, or cannot be read.
+    """
+    made, *splits = LABELLED[name]
+    which = splits[split == "test"]
+    root = os.path.normpath(os.path.expanduser(root))
+    options = [dict(split=one) for one in which] if which else [{}]
+    try:
+        parts = [getattr(torchvision.datasets, made)(root, download=download, **one)
+                 for one in options]
+        if name == "pcam":
+            labels = np.concatenate([pcam_labels(root, one) for one in which])
+            return DecodedImages(torch.utils.data.ConcatDataset(parts), labels, channels, name)
+        pairs = sorted((str(path), label) for part in parts for path, label in listed(part))
+    except (RuntimeError, OSError, ValueError, KeyError) as error:
+        reason = str(error).split("\n")[0].split(". You can use")[0]
+        raise RunError(f"--data {name}: not (whole) under --data-root {root} ({reason}); pass "
+                       "--download to fetch it, or name the folder that has it") from error
+    if not pairs:
+        raise RunError(f"--data {name}: no image under --data-root {root}")
+    paths, labels = zip(*pairs, strict=True)
+    images = FileImages(paths, np.array(labels, dtype=np.int64), channels, root)
+    images.class_names = getattr(parts[0], "classes", getattr(parts[0], "categories", None))
+    if name == "clevr-count":
+        images.labels = images.labels - 3  # scenes have 3 to 10 objects
+    if not which:
+        images = images.subset(divide(name, images.labels)[split == "test"])
+    return images
+
+
+def listed(loaded) -> list[tuple[str, int]]:
+    """Paths and labels of a torchvision data set of files, without reading them."""
+    for name in ("samples", "_samples"):
+        if hasattr(loaded, name):
+            return getattr(loaded, name)
+    if hasattr(loaded, "categories"):  # Caltech101
+        folders = [os.path.join(loaded.root, "101_ObjectCategories", c) for c in loaded.categories]
+        return [(os.path.join(folders[label], f"image_{number:04d}.jpg"), label)
+                for label, number in zip(loaded.y, loaded.index, strict=True)]
+    paths = loaded._images if hasattr(loaded, "_images") else loaded._image_files
+    return list(zip(paths, loaded._labels, strict=True))
+
+
+def pcam_labels(root: str, split: str) -> np.ndarray:
+    """The labels of a split of PCAM, of which torchvision reads one at a time."""
+    import h5py  # torchvision needs it for this set, and has said so
+
+    split = {"val": "valid"}.get(split, split)
+    path = os.path.join(root, "pcam", f"camelyonpatch_level_2_split_{split}_y.h5")
+    with h5py.File(path) as file:
+        return np.asarray(file["y"][:], dtype=np.int64).ravel()
+
+
+def divide(name: str, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to train and to test on of a set without splits: the usual numbers of every class.
+
+    Caltech101: 30 to train on, the rest to test on. SUN397: 50 and 50, as in each of the official
+    lists, which torchvision does not have. EuroSAT: four fifths and one (Helber et al.,
+    1709.00029). Which images they are is not random: evenly spaced by name.
+    """
+    if name == "eurosat":
+        tested = every_fifth(labels)
+        return np.flatnonzero(~tested), np.flatnonzero(tested)
+    train = of_each_class(labels, 30 if name == "caltech101" else 50)
+    rest = np.setdiff1d(np.arange(len(labels)), train)
+    return train, rest if name == "caltech101" else rest[of_each_class(labels[rest], 50)]
+
+
+def folder(
+    root: str, split: str, channels: int, whole: bool = False, numbers: dict | None = None,
+) -> FileImages:
     """Image files below a folder, or below its `train`, `val` or `test` folder if it has one.
 
     Labels are the class folders; pre-training never looks at them. A file beside class folders has
     no label and is left out with them, as are hidden files and folders in any case.
+
+    Args:
+        whole: without such a folder, all is the split.
+        numbers: of the classes by name, if not in the order of the training split's folders.
 
     Raises:
         RunError: no image; no such split; a class of the test split that is not in the training
@@ -275,9 +438,10 @@ def folder(root: str, split: str, channels: int) -> FileImages:
     """
     names = HELD_OUT if split == "test" else ("train",)
     found = [os.path.join(root, n) for n in names if os.path.isdir(os.path.join(root, n))]
-    if split == "pretrain" and found and train_is_a_class(root):
+    whole = whole or split == "pretrain"
+    if whole and split != "test" and found and train_is_a_class(root):
         found = []
-    if split != "pretrain" and not found:
+    if not whole and not found:
         raise NoSplit(f"--data {root}: no {' or '.join(names)} folder in it to evaluate with")
     top = found[0] if found else os.path.normpath(root)
     held_out = [] if found else [n for n in HELD_OUT if holds_images(os.path.join(root, n))]
@@ -299,16 +463,22 @@ def folder(root: str, split: str, channels: int) -> FileImages:
         paths = [path for path, parts in zip(paths, inside, strict=True) if len(parts) > 1]
     classes = [parts[0] for parts in inside if len(parts) > 1]
     # A class has the same number in every split: that of the training split.
-    train = os.path.join(root, "train")
-    known = subfolders(train) if os.path.isdir(train) else sorted(set(classes))
-    unknown, empty = set(classes) - set(known), set(known) - set(classes)
+    train = top if whole else os.path.join(root, "train")
+    known = None
+    if numbers is None:
+        known = subfolders(train) if os.path.isdir(train) else sorted(set(classes))
+        known = [name for name in known if found or name not in HELD_OUT]
+        numbers = {name: label for label, name in enumerate(known)}
+    unknown, empty = set(classes) - set(numbers), set(numbers) - set(classes)
     if unknown:
+        train = "the training set" if whole else train
         raise RunError(f"--data {root}: class folders of {top} that {train} does not have: "
                        f"{some(unknown)}; a class has one name in both")
     if empty and split == "train":
         comm.print_main(f"warning: class folders of {train} without an image: {some(empty)}")
-    number = {name: label for label, name in enumerate(known)}
-    return FileImages(paths, np.array([number[name] for name in classes]), channels, top)
+    images = FileImages(paths, np.array([numbers[name] for name in classes]), channels, top)
+    images.class_names = known
+    return images
 
 
 def train_is_a_class(root: str) -> bool:

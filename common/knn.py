@@ -43,11 +43,15 @@ def knn_predict(
 
 def count_right(
     bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, settings: list, num_classes: int,
-    self_index: Tensor | None, chunk: int,
+    self_index: Tensor | None, chunk: int, by_class: Tensor | None = None,
 ) -> Tensor:
     """How many queries each (k, T) of `settings` classifies correctly, and how many are undecided.
 
     Rows are unit rows; the other arguments are those of `knn_predict`.
+
+    Args:
+        by_class: float64 (len(settings), num_classes), to which the correct ones of each class are
+            added.
 
     Returns:
         Float64 (2, len(settings)); undecided is where the neighbour after the k-th is as near.
@@ -60,7 +64,10 @@ def count_right(
         cosines, rows = nearest(bank, queries[part], most, left_out)
         for number, (k, temperature) in enumerate(settings):
             scores = vote(cosines[:, :k], labels[rows[:, :k]], temperature, num_classes)
-            counts[0, number] += share_right(scores, truth[part], 1).sum()
+            right = share_right(scores, truth[part], 1)
+            counts[0, number] += right.sum()
+            if by_class is not None:
+                by_class[number].index_add_(0, truth[part], right)
             last, after = cosines[:, k - 1 : k], cosines[:, k : k + 1]
             if after.shape[1]:
                 counts[1, number] += ((last == after) & last.isfinite()).sum()

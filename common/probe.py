@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 
 from common import augment, distributed as comm, features
 from common.distributed import World
-from common.images import NoSplit, open_images
+from common.images import NoSplit, evenly
 from common.knn import count_right
 from common.workers import default_workers, start_worker
 
@@ -33,10 +33,8 @@ class Probe:
         self.settings = features.settings_of(args)
         data = args.probe_data or args.data
         try:
-            self.splits = [open_images(data, split, args.in_chans, root=args.data_root,
-                                       download=args.download) for split in ("train", "test")]
-            if any(split.labels is None or split.labels.ndim > 1 for split in self.splits):
-                raise NoSplit(f"--data {data}: no class folders, so no labels")
+            self.splits = features.open_splits(data, args.in_chans, root=args.data_root,
+                                               download=args.download)
             comm.print_main(f"probe: all {len(self.splits[0])} training and {len(self.splits[1])} "
                             f"test images of {data}")
         except NoSplit as error:
@@ -82,9 +80,3 @@ class Probe:
                                truth[shard].to(world.device), [(NEIGHBOURS, TEMPERATURE)], classes,
                                self_index=None, chunk=2048)
         return (comm.sum_over_processes(right) / m).item()
-
-
-def evenly(count: int, most: int) -> np.ndarray:
-    """At most so many of the numbers up to count, evenly spaced."""
-    taken = min(count, most)
-    return np.arange(taken) * count // taken

@@ -62,9 +62,12 @@ def cross_validated(
     points = fit(x, y, shares, x.new_tensor([decay]), variances, num_classes)
     _, x, y = local(test, truth)
     x, every = x @ axes.to(x), torch.ones(len(y), 1, device=world.device)
-    top1, top5 = ((count_correct(points, x, y, every, k, num_classes) / len(truth)).item()
-                  for k in (1, 5))
-    return {"top1": top1, "top5": top5, "validation": validation, "weight_decay": decay}
+    by_class = torch.zeros(num_classes, dtype=torch.float64, device=world.device)
+    top1, top5 = ((count_correct(points, x, y, every, k, num_classes, right) / len(truth)).item()
+                  for k, right in ((1, by_class), (5, None)))
+    per_class = features.mean_per_class(comm.sum_over_processes(by_class), truth)
+    return {"top1": top1, "top5": top5, "mean_per_class": per_class, "validation": validation,
+            "weight_decay": decay}
 
 
 def assign_folds(labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
@@ -76,8 +79,12 @@ def assign_folds(labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
     return fold
 
 
-def count_correct(points: Tensor, x, y, rows: Tensor, k: int, num_classes: int) -> Tensor:
-    """On how many of its rows (N, H) each head has the true class among its best k: (H,)."""
+def count_correct(points: Tensor, x, y, rows: Tensor, k: int, num_classes: int,
+                  by_class: Tensor | None = None) -> Tensor:
+    """On how many of its rows (N, H) each head has the true class among its best k: (H,).
+
+    To `by_class` (C,) are added this process's correct rows of each class, of the first head.
+    """
     heads = points.view(len(points), -1, num_classes)
     weights, offsets = heads[:, :-1], heads[:, -1:]
     count = torch.zeros(len(points), dtype=torch.float64, device=x.device)
@@ -88,6 +95,8 @@ def count_correct(points: Tensor, x, y, rows: Tensor, k: int, num_classes: int) 
         truth = y[part, None].expand(-1, len(points))
         hits = features.share_right(logits, truth, min(k, num_classes))
         count += (hits * rows[part]).sum(0)
+        if by_class is not None:
+            by_class.index_add_(0, y[part], hits[:, 0])
     return comm.sum_over_processes(count)
 
 

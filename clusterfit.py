@@ -1,0 +1,204 @@
+"""ClusterFit's labels: the clusters of a trained network's features, for another one to learn.
+
+1. Take features of all images of pre-training, one central view each, and divide them by their
+   length; with `--pca-dim` turn them to so many principal axes of unit variance.
+2. k-means: from K different images on, every image goes to the nearest centroid and every centroid
+   to the mean of its images, 50 times.
+3. Write the nearest centroid of every image: `assignments.npy`, int64 (N,), in the order of
+   `--data`, and if images are files `labels.txt`, `path label` a line; the same of the test split
+   under the same centroids, if there is one (`assignments-test.npy`, `labels-test.txt`).
+
+A new network then learns them (`finetune.py --checkpoint random --labels`), often a better one than
+the first, for it does not fit the pretext any more. Labels of the images are not needed; where
+there are some, their normalised mutual information (NMI) with the clusters is told.
+
+Differs from VISSL: every image counts in k-means, there at most 256 a cluster; a cluster that loses
+its images keeps its centroid, there a large one is split. 16,000 clusters of ImageNet want a GPU.
+
+Letters: N images, D feature size, K clusters.
+
+Reference: Yan et al., ClusterFit, arXiv 1912.03330; numbers as in VISSL.
+
+    python clusterfit.py --checkpoint runs/simclr --num-clusters 16000 --output runs/clusterfit
+    python clusterfit.py --checkpoint random --num-clusters 100 --output runs/clusterfit-digits
+"""
+
+import math
+import os
+import sys
+
+import numpy as np
+import torch
+from sklearn.metrics import normalized_mutual_info_score
+from torch import Tensor
+
+from common import cli, distributed as comm, features, rng
+from common.checkpoint import atomic_write
+from common.images import FileImages
+
+ROWS = 2048  # that are compared with the centroids at a time; a process takes whole parts of them
+
+
+def parse_args(argv=None):
+    parser = features.parser(__file__, __doc__)
+    group = parser.add_argument_group("clusters")
+    group.add_argument("--num-clusters", type=cli.pos_int, required=True, metavar="K",
+                       help="16000 in the paper, for ImageNet")
+    group.add_argument("--kmeans-iterations", type=cli.pos_int, default=50, metavar="N",
+                       help="of assignment and mean, at most")
+    group.add_argument("--pca-dim", type=cli.pos_int, metavar="D", help="principal axes, whitened")
+    group.add_argument("--output", metavar="FOLDER", required=True, help="where the files go")
+    args = features.parse(parser, argv)
+    for flag in ("checkpoint", "features", "layers"):
+        if len(getattr(args, flag) or ()) > 1:
+            parser.error(f"--{flag} {' '.join(getattr(args, flag))}: give one")
+    if args.limit_per_class:
+        parser.error(f"--limit-per-class {args.limit_per_class} needs labels; --limit does not")
+    return args
+
+
+# ----------------------------------------------------------------------------------------- clusters
+
+
+def whitening(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Mean and projection to principal axes of unit variance, for rows (x - mean) @ projection.
+
+    Args:
+        x: (N, D).
+
+    Returns:
+        (D,) and (D, dim) float64, by falling variance; a variance below 1e-5 of the largest is
+        taken for that.
+    """
+    mean = sum(part.double().sum(0) for part in x.split(ROWS)) / len(x)
+    centred = (part.double() - mean for part in x.split(ROWS))
+    variances, axes = torch.linalg.eigh(sum(part.T @ part for part in centred) / len(x))
+    variances, axes = variances.flip(0)[:dim], axes.flip(1)[:, :dim]
+    return mean, axes * variances.clamp(min=1e-5 * variances[0]).rsqrt()
+
+
+def nearest_centroids(x: Tensor, centroids: Tensor) -> Tensor:
+    """The row of the nearest of the centroids (K, D) to each row (N, D)."""
+    half = centroids.square().sum(1) / 2
+    return torch.cat([(part @ centroids.T - half).argmax(1) for part in x.split(ROWS)])
+
+
+def kmeans(x: Tensor, centroids: Tensor, iterations: int) -> Tensor:
+    """Move centroids to the means of the rows that are nearest to them.
+
+    The sums are of whole numbers, so no order and no number of processes changes them.
+
+    Args:
+        x: this process's rows (N, D); N may differ among processes, and be 0.
+        centroids: (K, D), to start from, equal on every process. One without rows stays.
+
+    Returns:
+        Centroids (K, D), equal on every process.
+    """
+    count = comm.sum_over_processes(torch.tensor(len(x), device=x.device)).item()
+    largest = max(comm.all_gather_objects(x.abs().max().item() if len(x) else 0.0))
+    # All rows together stay below 2^61.
+    scale = 2.0 ** (61 - count.bit_length() - math.frexp(largest)[1])
+    for _ in range(iterations):
+        nearest = nearest_centroids(x, centroids)
+        sums = torch.zeros(centroids.shape, dtype=torch.int64, device=x.device)
+        for rows, part in zip(nearest.split(ROWS), x.split(ROWS), strict=True):
+            sums.index_add_(0, rows, (part.double() * scale).round().long())
+        sums = comm.sum_over_processes(sums).double() / scale
+        sizes = comm.sum_over_processes(nearest.bincount(minlength=len(centroids)))[:, None]
+        moved = torch.where(sizes > 0, (sums / sizes.clamp(min=1)).to(x.dtype), centroids)
+        if torch.equal(moved, centroids):
+            break
+        centroids = moved
+    return centroids
+
+
+# -------------------------------------------------------------------------------------------- files
+
+
+def write(folder: str, ending: str, assignment: np.ndarray | None, images) -> None:
+    """Write assignments and the list, each whole or not at all; those of an earlier run go."""
+    array, listed = (os.path.join(folder, name)
+                     for name in (f"assignments{ending}.npy", f"labels{ending}.txt"))
+    for path in filter(os.path.exists, (array, listed)):
+        os.remove(path)
+    if assignment is None:
+        return
+    with atomic_write(array) as file:
+        np.save(file, assignment)
+    if isinstance(images, FileImages):
+        names = [os.path.abspath(images.name(i)) for i in range(len(images))]
+        if broken := [name for name in names if "\n" in name or "\r" in name]:
+            raise comm.RunError(f"{broken[0]!r} does not go into a list; rename it")
+        with atomic_write(listed) as file:
+            for name, label in zip(names, assignment.tolist(), strict=True):
+                file.write(os.fsencode(f"{name} {label}\n"))
+
+
+def describe(assignment: np.ndarray, labels: np.ndarray | None, num_clusters: int) -> dict:
+    """How many images the clusters have, and how far they agree with labels of one class each."""
+    sizes, nmi = np.bincount(assignment, minlength=num_clusters), None
+    if labels is not None and labels.ndim == 1 and (labels >= 0).any():
+        known = labels >= 0
+        nmi = float(normalized_mutual_info_score(labels[known], assignment[known]))
+    return {"smallest": int(sizes.min()), "median": float(np.median(sizes)),
+            "largest": int(sizes.max()), "empty": int((sizes == 0).sum()), "nmi": nmi}
+
+
+# --------------------------------------------------------------------------------------------- main
+
+
+def main(args):
+    world = comm.setup(args.device, deterministic=True)
+    with comm.same_error_on_all_ranks(writing=args.output):
+        os.makedirs(args.output, exist_ok=True)
+    # 1. Features
+    (source,) = features.sources(args, world, interpolation="bilinear", unlabelled=True)
+    found = source.features(next(source.backbones()))
+    if len(found.train.layers) > 1:
+        raise comm.RunError(f"{source.name} has the layers {' '.join(found.train.layers)}; choose "
+                            "one with --layers")
+    splits = {"": found.train, "-test": found.test}
+    rows = {}
+    for ending, split in splits.items():
+        if split is not None:
+            (x,) = split.layers.values()
+            rows[ending] = x / (x.norm(dim=1, keepdim=True) + 1e-5)
+    n, d = rows[""].shape
+    if args.num_clusters > n:
+        raise comm.RunError(f"--num-clusters {args.num_clusters} is more than the {n} images")
+    if (args.pca_dim or 0) > min(n, d):
+        raise comm.RunError(f"--pca-dim {args.pca_dim} is more than the {n} images or their "
+                            f"{d} features")
+    if args.pca_dim:
+        mean, projection = whitening(rows[""], args.pca_dim)
+        for ending, x in rows.items():
+            rows[ending] = torch.cat([((part - mean) @ projection).float()
+                                      for part in x.split(ROWS)])
+    # 2. k-means, each process on a contiguous part of the images
+    start = rng.philox(args.seed, rng.CLUSTERS).permutation(n)[: args.num_clusters]
+    parts = rows[""].split(ROWS)
+    local = slice(*(len(parts) * r // world.size for r in (world.rank, world.rank + 1)))
+    x = torch.cat([rows[""][:0], *parts[local]]).to(world.device)
+    centroids = kmeans(x, rows[""][start].to(world.device), args.kmeans_iterations)
+    # 3. Nearest centroids
+    assignments = {ending: torch.cat([nearest_centroids(part.to(world.device), centroids).cpu()
+                                      for part in x.split(ROWS)]).numpy()
+                   for ending, x in rows.items()}
+    line = {"eval": "clusterfit", "checkpoint": found.checkpoint, "num_clusters": args.num_clusters}
+    for (ending, split), images in zip(splits.items(), (source.train, source.test), strict=True):
+        assignment = assignments.get(ending)
+        with comm.same_error_on_all_ranks(writing=args.output):
+            if world.is_main:
+                write(args.output, ending, assignment, images)
+        if split is not None:
+            told = describe(assignment, split.labels, args.num_clusters)
+            line |= {f"num{ending or '-train'}": len(assignment)}
+            line |= {f"{name}{ending}": value for name, value in told.items()}
+            comm.print_main(f"{len(assignment)} {'test ' * bool(ending)}images in {args.output}: "
+                            + ", ".join(f"{k} {v:.4g}" for k, v in told.items() if v is not None))
+    features.print_json({name.replace("-", "_"): value for name, value in line.items()})
+
+
+if __name__ == "__main__":
+    sys.exit(comm.launch(main, parse_args()))
