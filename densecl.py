@@ -62,7 +62,7 @@ RECIPES = {
         arch="resnet_tiny", stem="small", image_size=16, mean=[0.5], std=[0.5],
         views="digits", crop_scale=[0.6, 1.0], blur=False,
         embedding_dim=64, queue_length=1024, momentum=0.99, symmetric=True,
-        dense_warmup_steps=3, bn_groups=4,
+        dense_warmup_steps=40, bn_groups=4,
         epochs=60, batch_size=256, lr=0.12, warmup_epochs=5,
     ),
 }
