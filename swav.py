@@ -19,10 +19,14 @@ process, of which each process scores its shard. Prototypes are frozen for epoch
 5,005 steps, one epoch of batch 4,096 or 256. Blur is a true Gaussian, there Pillow's chain of box
 filters.
 
+`--teacher-momentum`, from VISSL, is not in the paper and has no published number: the scores of
+step 3 and the queue's embeddings are then those of a teacher, an EMA of the whole network.
+
     python swav.py
     torchrun --nproc_per_node=8 swav.py --data /path/to/imagenet --recipe imagenet_small_batch
 """
 
+import copy
 import itertools
 import math
 import sys
@@ -42,7 +46,7 @@ IMAGENET = dict(  # paper, appendix A: batch 4,096, rates .3 to 4.8 to .0048, he
     jitter_strength=1.0, blur=True,
     projector_dim=2048, embedding_dim=128, num_prototypes=[3000], temperature=0.1,
     epsilon=0.05, sinkhorn_iterations=3, freeze_prototypes_epochs=1,
-    queue_length=0, queue_start_epoch=0,
+    queue_length=0, queue_start_epoch=0, teacher_momentum=0.0,
     epochs=400, batch_size=4096, lr=0.3, start_lr=0.3 / 16, final_lr=0.0048 / 16,
     weight_decay=1e-6, warmup_epochs=10, sync_bn=True,
 )
@@ -93,6 +97,8 @@ def parse_args(argv=None):
     group.add_argument("--queue-start-epoch", type=cli.nonneg_int, help="when it starts to fill")
     group.add_argument("--freeze-prototypes-epochs", type=cli.nonneg_int,
                        help="prototypes frozen so long; more, if the loss stays at ln K")
+    group.add_argument("--teacher-momentum", type=cli.fraction,
+                       help="EMA momentum of a teacher that makes the codes, as .99; 0: none")
     group.add_argument("--start-lr", type=cli.not_negative, help="per 256, where warm-up starts")
     group.add_argument("--final-lr", type=cli.not_negative, help="per 256, where the cosine ends")
     args = cli.parse(parser, RECIPES, argv)
@@ -231,6 +237,17 @@ def update_queue(queue: Tensor, pointer: int, z: Tensor) -> int:
 
 
 @torch.no_grad()
+def update_teacher(teacher: SwAV, student: SwAV, momentum: float) -> None:
+    """Move the teacher's parameters to the student's, keeping a share `momentum` of their own.
+
+    Running statistics are copied: the teacher is in eval mode. Its prototypes stay unit rows.
+    """
+    torch._foreach_lerp_([*teacher.parameters()], [*student.parameters()], 1 - momentum)
+    torch._foreach_copy_([*teacher.buffers()], [*student.buffers()])
+    teacher.normalize_prototypes()
+
+
+@torch.no_grad()
 def compute_codes(scores: Tensor, queue: Tensor | None, prototypes: Tensor, epsilon: float,
                   iterations: int) -> Tensor:
     """Codes (A, N, K) of the global crops with scores (A, N, K).
@@ -286,8 +303,11 @@ def main(args):
                                         image_size=args.image_size, zero_init_residual=False)
     model = SwAV(backbone, args.projector_dim, args.embedding_dim, args.num_prototypes)
     model = comm.prepare(model, world, args.sync_bn)
+    teacher = model  # who makes the codes
+    if args.teacher_momentum:
+        teacher = copy.deepcopy(model).requires_grad_(False).eval()
     if args.compile:
-        backbones.compile(backbone)
+        backbones.compile(model.backbone, teacher.backbone)
     num_global = args.num_crops[0]
     queue = torch.zeros(num_global, args.queue_length, args.embedding_dim, device=world.device)
 
@@ -304,7 +324,8 @@ def main(args):
                   chance_loss=sum(map(math.log, args.num_prototypes)) / len(args.num_prototypes),
                   floors={"z_std": 0.1 / math.sqrt(args.embedding_dim),
                           "prototype_entropy": max_entropy / 2}) as run:
-        run.resume(model=model, queue=queue, optimizer=optimizer, scaler=scaler)
+        run.resume(model=model, queue=queue, optimizer=optimizer, scaler=scaler,
+                   **({"teacher": teacher} if args.teacher_momentum else {}))
         ddp_model = comm.data_parallel(model)
         queue_start = args.queue_start_epoch * run.steps_per_epoch
         lr_of_step = optim.warmup_cosine(
@@ -317,11 +338,16 @@ def main(args):
             model.normalize_prototypes()  # 1. prototypes on the unit sphere
             with autocast():
                 z, all_scores = ddp_model(batch.views)  # 2. embeddings and scores
+                target_z, target_scores = z[:num_global], all_scores
+                if args.teacher_momentum:
+                    update_teacher(teacher, model, args.teacher_momentum)
+                    target_z, target_scores = teacher(batch.views[:num_global])
             num_queued = max(0, step - queue_start) * args.batch_size
             queue_or_none = queue if 0 < args.queue_length <= num_queued else None  # once full
             losses = []
-            for scores, layer in zip(all_scores, model.prototypes, strict=True):
-                codes = compute_codes(scores[:num_global].detach(), queue_or_none, layer.weight,
+            for scores, target, layer in zip(all_scores, target_scores, teacher.prototypes,
+                                             strict=True):
+                codes = compute_codes(target[:num_global].detach(), queue_or_none, layer.weight,
                                       args.epsilon, args.sinkhorn_iterations)  # 3. codes
                 losses.append(swapped_prediction_loss(scores, codes, args.temperature))  # 4.
             loss = torch.stack(losses).mean()
@@ -332,7 +358,7 @@ def main(args):
             scaler.update()
             run.log(loss, lr_of_step[step], indicators, z[:num_global], all_scores[0][:num_global])
             if args.queue_length and step >= queue_start:  # 6. replace the oldest
-                update_queue(queue, num_queued % args.queue_length, z[:num_global])
+                update_queue(queue, num_queued % args.queue_length, target_z)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ METHODS = {  # name: script and flags
     "SimCLR": ["simclr.py"],
     "SimCLR, multi-crop": ["simclr_multicrop.py"],
     "MoCo v2": ["moco.py"],
+    "DenseCL": ["densecl.py"],
     "MoCo v3": ["moco_v3.py"],
     "NPID": ["npid_pirl.py"],
     "PIRL": ["npid_pirl.py", "--method", "pirl"],

@@ -51,10 +51,12 @@ CASES = {  # name: script, processes, flags; sizes are of one process
     "moco-x8": ("moco", 8, "--batch-size 256"),
     "moco-v1": ("moco", 1, "--batch-size 256 --version 1"),
     "moco-cifar10": ("moco", 1, "--recipe cifar10"),
+    "densecl-x8": ("densecl", 8, "--batch-size 256 --dense-warmup-steps 0"),
     "swav": ("swav", 1, "--batch-size 256"),
     "swav-x8": ("swav", 8, "--batch-size 2048"),
     "swav-queue-x4": ("swav", 4, "--recipe imagenet_small_batch --queue-start-epoch 0 "
                       "--queue-length 256 --freeze-prototypes-epochs 0"),
+    "swav-teacher-x8": ("swav", 8, "--batch-size 2048 --teacher-momentum 0.99"),
     "swav-cifar10": ("swav", 1, "--recipe cifar10"),
     "dino": ("dino", 1, "--batch-size 128"),
     "dino-x8": ("dino", 8, "--batch-size 1024 --freeze-last-layer-epochs 0"),
@@ -106,6 +108,7 @@ TINY = ("--recipe cifar10 --image-size 16 --batch-size 64 --limit 1024 --epochs 
 CROPS = " --num-crops 2 2 --crop-sizes 16 8 --crop-scales 0.4 1 0.05 0.4"
 SCRIPTS = {
     "simclr": "resnet_tiny", "moco": "resnet_tiny --queue-length 256", "mae": "vit_micro",
+    "densecl": "resnet_tiny --queue-length 256 --dense-warmup-steps 0",
     "simclr_multicrop": "resnet_tiny" + CROPS,
     "swav": "resnet_tiny --queue-length 0 --queue-start-epoch 0" + CROPS,
     "dino": "vit_micro --clip-per-parameter 3 --freeze-last-layer-epochs 0" + CROPS,

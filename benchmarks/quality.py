@@ -37,6 +37,8 @@ METHODS = {  # our script, and what it is given beyond the cifar10 recipe for so
     "SimCLR": ["simclr", *RESNET, "--warmup-epochs", "1"],
     "MoCo v2": ["moco", *RESNET, "--warmup-epochs", "1", "--lr", "0.12", "--mlp-head",
                 "--bn-groups", "1"],  # lightly has no shuffled batch norm
+    "DenseCL": ["densecl", *RESNET, "--warmup-epochs", "1", "--lr", "0.12", "--bn-groups", "1",
+                "--dense-warmup-steps", "200"],
     "MoCo v3": ["moco_v3", *RESNET, "--warmup-epochs", "1", "--lr", "2", "--hidden-dim", "1024",
                 "--momentum", "0.99"],
     "SimSiam": ["simsiam", *RESNET, "--warmup-epochs", "1", "--projector-dim", "1024",

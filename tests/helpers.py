@@ -19,6 +19,7 @@ SMALL_CROPS = ["--num-crops", "2", "1", "--crop-sizes", "16", "8", "--crop-scale
                "0.3", "0.6"]
 EXTRA: dict[str, list[str]] = {  # what a script needs for a tiny run
     "deepcluster_v2": ["--num-clusters", "8", "8"],
+    "densecl": ["--bn-groups", "2", "--dense-warmup-steps", "1"],
     "dino": ["--freeze-last-layer-epochs", "0", *SMALL_CROPS],
     "lejepa": SMALL_CROPS,
     "moco": ["--bn-groups", "2"],

@@ -31,14 +31,16 @@ from common.distributed import RunError
 from common.log import Log
 from helpers import EXTRA, ROOT, SCRIPTS, TINY, lines, parsed
 
-DRILL = {"swav": ["--queue-length", "32", "--queue-start-epoch", "0"]}  # for a run that is stopped
+DRILL = {  # for a run that is stopped
+    "swav": ["--queue-length", "32", "--queue-start-epoch", "0", "--teacher-momentum", "0.9"],
+}
 QUICK = {  # what keeps an evaluation short
     "eval_linear": ["--folds", "2", "--weight-decays", "0.001", "0.1"],
     "eval_svm": ["--costs", "1", "--low-shot", "1", "--draws", "1"],
 }
 STILL: dict[str, set[str]] = {}  # trainable parameters that two steps need not move
 DECAYED = {  # whole, biases and norms as well
-    "moco", "simsiam", "swav", "deepcluster_v2", "npid_pirl", "lejepa",
+    "moco", "densecl", "simsiam", "swav", "deepcluster_v2", "npid_pirl", "lejepa",
 }
 SHARED = {
     "data", "limit", "recipe", "arch", "image_size", "in_chans", "mean", "std", "epochs",
@@ -50,7 +52,9 @@ SHARED = {
 CROPS = {"crop_scale", "num_crops", "crop_sizes", "crop_scales", "stem"}  # where a script has them
 BUDGET = {  # lines that `git diff --patience` of two neighbours may show, of both sides together
     ("simclr", "barlow_twins"): 180, ("simclr", "moco"): 320, ("simclr", "simclr_multicrop"): 205,
-    ("deepcluster_v2", "swav"): 380, ("swav", "dino"): 480,
+    ("moco", "densecl"): 215,
+    ("deepcluster_v2", "swav"): 400,  # 25 of them its teacher
+    ("swav", "dino"): 480,
     ("simsiam", "byol"): 180, ("byol", "moco_v3"): 275, ("moco_v3", "dino"): 470,
     ("barlow_twins", "vicreg"): 160, ("vicreg", "lejepa"): 290,
 }

@@ -1,3 +1,4 @@
+import copy
 import math
 from unittest import mock
 
@@ -6,8 +7,10 @@ import pytest
 import torch
 
 import swav
-from common import distributed as comm
-from helpers import check_joined, own_gradients, own_rows, train
+from common import backbones, distributed as comm, optim
+from common.images import open_images
+from common.loader import Loader
+from helpers import TINY, check_joined, lines, own_gradients, own_rows, state_of, train
 
 # --------------------------------------------------------------------------------------- parse_args
 
@@ -307,12 +310,98 @@ def test_a_queue_that_would_never_start_is_refused(capsys):
     assert "--queue-start-epoch 40 comes after" in capsys.readouterr().err
 
 
-def test_two_processes_compute_what_one_does(pool, tmp_path):
-    one = pool.run(1, watched, tmp_path / "one", *QUEUE)[0]
-    two = pool.run(2, watched, tmp_path / "two", *QUEUE)
+TEACHER = ["--teacher-momentum", "0.9"]
+
+
+@pytest.mark.parametrize("teacher", [[], TEACHER], ids=["", "teacher"])
+def test_two_processes_compute_what_one_does(teacher, pool, tmp_path):
+    one = pool.run(1, watched, tmp_path / "one", *QUEUE, *teacher)[0]
+    two = pool.run(2, watched, tmp_path / "two", *QUEUE, *teacher)
     for losses, queues, _ in two:
         np.testing.assert_allclose(losses, one[0], atol=1e-9)
         np.testing.assert_allclose(queues[-1], one[1][-1], atol=1e-7)
+
+
+def test_a_teacher_keeps_its_share_and_copies_the_running_statistics():
+    backbone = backbones.build_backbone("resnet_tiny", stem="small", in_chans=3,
+                                        zero_init_residual=False)
+    student = swav.SwAV(backbone, 6, 5, [4, 3])
+    teacher = copy.deepcopy(student)
+    before = copy.deepcopy(teacher.state_dict())
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(torch.randn_like(p))
+    student([torch.randn(4, 3, 8, 8)] * 2)
+    swav.update_teacher(teacher, student, 0.9)
+    now, names = student.state_dict(), dict(teacher.named_parameters())
+    for name, value in teacher.state_dict().items():
+        wanted = 0.9 * before[name] + 0.1 * now[name] if name in names else now[name]
+        if name.startswith("prototypes"):
+            wanted = wanted / wanted.norm(dim=1, keepdim=True)
+        torch.testing.assert_close(value, wanted)
+
+
+def test_the_state_holds_a_teacher_where_there_is_one(tmp_path):
+    train(swav, tmp_path / "none", *RUN)
+    assert "teacher" not in state_of(tmp_path / "none")
+    train(swav, tmp_path / "one", *RUN, *TEACHER)
+    state = state_of(tmp_path / "one")
+    student, teacher = state["model"], state["teacher"]
+    for name, value in teacher.items():
+        same = torch.equal(value, student[name])
+        assert same == ("running_" in name or "num_batches" in name), name
+    assert torch.allclose(teacher["prototypes.0.weight"].norm(dim=1), torch.ones(60).double())
+
+
+def test_the_steps_with_a_teacher_one_by_one(tmp_path):
+    """Student, EMA, teacher, codes with a queue, loss and LARC against the loop of `main`."""
+    flags = ["--limit", "64", "--freeze-prototypes-epochs", "0", *SMALL_CROPS, *TEACHER,
+             "--queue-length", "16", "--queue-start-epoch", "0", "--start-lr", "0.5"]
+    losses = train(swav, tmp_path, *flags)
+    rates = [line["lr"] for line in lines(tmp_path)]
+    args = swav.parse_args([*TINY, *flags])
+    torch.manual_seed(args.seed)
+    backbone = backbones.build_backbone(args.arch, stem=args.stem, in_chans=args.in_chans,
+                                        zero_init_residual=False)
+    model = swav.SwAV(backbone, args.projector_dim, args.embedding_dim, args.num_prototypes)
+    teacher = copy.deepcopy(model)
+    optimizer = optim.LARC(model.parameters(), lr=0.0, momentum=0.9, trust_coefficient=0.001,
+                           weight_decay=args.weight_decay)
+    images = open_images("digits", "pretrain", 3, limit=64)
+    loader = Loader(images, swav.build_views(args), batch_size=16, epochs=1, seed=args.seed,
+                    workers=0, world=comm.World(0, 1, torch.device("cpu")))
+    queue = None
+    for step, batch in enumerate(loader.epoch(0)):
+        c, c_teacher = model.prototypes[0].weight, teacher.prototypes[0].weight
+        with torch.no_grad():
+            c.div_(c.norm(dim=1, keepdim=True))
+        _, (scores,) = model(batch.views)
+        with torch.no_grad():
+            for old, new in zip(teacher.parameters(), model.parameters(), strict=True):
+                old.copy_(0.9 * old + 0.1 * new)
+            for old, new in zip(teacher.buffers(), model.buffers(), strict=True):
+                old.copy_(new)
+            c_teacher.div_(c_teacher.norm(dim=1, keepdim=True))
+            # One view at a time: in eval mode nothing depends on the others of the batch.
+            z = [teacher.eval()([view])[0][0] for view in batch.views[:2]]
+        loss = 0
+        for a in range(2):
+            rows = z[a] @ c_teacher.T
+            if queue is not None:
+                rows = torch.cat([queue[a] @ c_teacher.T, rows])
+            codes = sinkhorn_loops(rows.detach().numpy(), args.epsilon, 3)[-16:]
+            for v in {0, 1, 2, 3} - {a}:
+                p = (scores[v] / args.temperature).exp()
+                p = p / p.sum(1, keepdim=True)
+                loss = loss - (torch.from_numpy(codes) * p.log()).sum(1).mean() / (2 * 3)
+        assert loss.item() == pytest.approx(losses[step], rel=1e-9)
+        optimizer.param_groups[0]["lr"] = rates[step]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        queue = z  # as long as a batch
+    assert step == 3
+    torch.testing.assert_close(state_of(tmp_path)["queue"], torch.stack(queue), atol=1e-9, rtol=0)
 
 
 def test_several_sets_of_prototypes_train(tmp_path):
