@@ -57,7 +57,7 @@ RECIPES = {  # of rotation
         angles="all", epochs=70, batch_size=128, lr=0.4, lr_drops=[0.429, 0.714],
         decay_norms=True, sync_bn=True,
     ),
-    # RotNet's code for CIFAR-10, there with a network in network; rate .1 for 128 images, 512 turned.
+    # RotNet's code for CIFAR-10, there with a network in network; rate .1 for 128 images.
     "cifar10": IMAGENET | dict(
         arch="resnet18", stem="small", image_size=32,
         mean=[0.4914, 0.4822, 0.4465], std=[0.247, 0.2435, 0.2616],
@@ -236,7 +236,7 @@ def rotation_puzzles(images: Tensor, drawn: Tensor, angles: str) -> tuple[Tensor
 
 def jigsaw_puzzles(images: Tensor, drawn: Tensor, side: int, permutations: Tensor
                    ) -> tuple[Tensor, Tensor]:
-    """Patches (9N, C, s, s), in place j the one of cell permutations[answer, j]; and the answers."""
+    """Patches (9N, C, s, s), number j of an image from cell permutations[answer, j]; the answers."""
     patches, answers = cut_patches(images, drawn[:, 1:].view(-1, 9, 2), side), drawn[:, 0]
     image = torch.arange(len(images), device=images.device)[:, None]
     return patches[image, permutations[answers]].flatten(0, 1), answers
@@ -326,16 +326,17 @@ def build_head(task: str, width: int, hidden: int | None, answers: int, dropout:
         return nn.Linear(width, answers)
     if task == "jigsaw":
         return nn.Sequential(
-            nn.Linear(width, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True),
+            nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True),
             nn.Unflatten(0, (-1, 9)), nn.Flatten(), nn.Linear(9 * hidden, answers),
         )
     head = nn.Sequential(
-        Pairs(), nn.Linear(2 * width, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True),
+        Pairs(),
+        nn.Linear(2 * width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True),
         nn.Dropout(dropout), nn.Linear(hidden, answers),
     )
-    for layer, std in ((head[1], 0.01), (head[5], 0.005)):
-        nn.init.normal_(layer.weight, std=std)
-        nn.init.zeros_(layer.bias)
+    nn.init.normal_(head[1].weight, std=0.01)
+    nn.init.normal_(head[5].weight, std=0.005)
+    nn.init.zeros_(head[5].bias)
     return head
 
 

@@ -166,9 +166,9 @@ def stepwise(lr: float, *, start: float, drops: list[float], factor: float, epoc
     """A rate for every step: linear from start to lr, then lr, times `factor` after every drop.
 
     Args:
-        drops: when, as shares of the run; rounded to whole epochs.
+        drops: when, as shares of the run; rounded to whole epochs, never before the first ends.
     """
     warmup = np.linspace(start, lr, warmup_epochs * steps_per_epoch, endpoint=False)
-    rates = [lr * factor ** sum(epoch >= round(share * epochs) for share in drops)
+    rates = [lr * factor ** sum(epoch >= max(1, round(share * epochs)) for share in drops)
              for epoch in range(warmup_epochs, epochs)]
     return [*warmup.tolist(), *np.repeat(rates, steps_per_epoch).tolist()]
