@@ -13,14 +13,13 @@ location (arXiv 1505.05192). An image is made into a puzzle whose answer is know
 Letters: N images per process, K answers, H backbone width, C channels, S, s sides in pixels.
 
 Differs from the official codes (gidariss/FeatureLearningRotNet; VISSL; MMSelfSup): images are
-mirrored before they are turned, as RotNet's are. VISSL mirrors afterwards, where 90 degrees of an
-image are 270 of its mirror image, and half of these answers are wrong; and it turns before the
-crop, by which images that are not square get black rims, at 90 and 270 degrees alone. Patches lie
-anywhere in their cells, in VISSL at 21 of the 22 places along each side. All three gray whole
-images, as VISSL; the jigsaw paper normalises each patch. Batch norm sees the middle patch once an
-image, in MMSelfSup eight times; its cells overlap by a pixel. Decay is on weights alone, VISSL's on
-biases of linear layers too. VISSL changes the rate of the warm-up once an epoch, here each step.
-VISSL reads its 2,000 orders from a file, whose first one was drawn otherwise.
+mirrored before they are turned, as RotNet's. VISSL mirrors afterwards, where 90 degrees of an image
+are 270 of its mirror image and half of these answers are wrong; and it turns before the crop, which
+puts black rims beside images that are not square at 90 and 270 degrees alone. Patches lie anywhere
+in their cells, in VISSL at 21 of the 22 places along each side. Whole images are grayed and
+normalised, as in VISSL; the jigsaw paper normalises each patch. Batch norm sees the middle patch
+once an image, in MMSelfSup eight times, whose cells overlap by a pixel. VISSL decays the biases of
+linear layers too, changes the rate of its warm-up once an epoch, and fetches its 2,000 orders.
 
     python pretext.py
     python pretext.py --task jigsaw
@@ -226,7 +225,7 @@ def cut_patches(images: Tensor, places: Tensor, side: int) -> Tensor:
 
 
 def rotation_puzzles(images: Tensor, drawn: Tensor, angles: str) -> tuple[Tensor, Tensor]:
-    """Images turned by the drawn quarters, or by "all" four; and the answers."""
+    """Images turned by the quarters that are drawn, or by "all" four; answers."""
     turned, answers = rotations(images)
     if angles == "one":
         answers = drawn[:, 0]
@@ -236,14 +235,14 @@ def rotation_puzzles(images: Tensor, drawn: Tensor, angles: str) -> tuple[Tensor
 
 def jigsaw_puzzles(images: Tensor, drawn: Tensor, side: int, permutations: Tensor
                    ) -> tuple[Tensor, Tensor]:
-    """Patches (9N, C, s, s), number j of an image from cell permutations[answer, j]; the answers."""
+    """Patches (9N, C, s, s), the j-th of an image from cell permutations[answer, j]; answers."""
     patches, answers = cut_patches(images, drawn[:, 1:].view(-1, 9, 2), side), drawn[:, 0]
     image = torch.arange(len(images), device=images.device)[:, None]
     return patches[image, permutations[answers]].flatten(0, 1), answers
 
 
 def location_puzzles(images: Tensor, drawn: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """Patches (9N, C, s, s), cells row by row; and the answers (8N,), 0 to 7 without the middle."""
+    """Patches (9N, C, s, s), cells row by row; answers (8N,), those cells but the middle."""
     patches = cut_patches(images, drawn[:, 1:].view(-1, 9, 2), side)
     return patches.flatten(0, 1), torch.arange(8, device=images.device).repeat(len(images))
 
@@ -395,7 +394,7 @@ def main(args):
     # Model
     backbone = backbones.build_backbone(args.arch, stem=args.stem, in_chans=args.in_chans,
                                         zero_init_residual=False)
-    answers = {"rotation": 4, "jigsaw": args.num_permutations, "location": 8}[args.task]
+    answers = args.num_permutations or {"rotation": 4, "location": 8}[args.task]
     head = build_head(args.task, backbone.num_features, args.head_dim, answers, args.dropout)
     model = comm.prepare(Pretext(backbone, head), world, args.sync_bn)
     if args.compile:

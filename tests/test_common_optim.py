@@ -285,7 +285,8 @@ def test_a_stepwise_rate_falls_at_whole_epochs():
                               warmup_epochs=warmup_epochs, steps_per_epoch=2)
 
     assert rates(105) == pytest.approx([0.4] * 60 + [0.04] * 60 + [0.004] * 90)
-    assert rates(7, 1, start=0.1) == pytest.approx([0.1, 0.25] + [0.4] * 2 + [0.04] * 4 + [0.004] * 6)
+    warm = rates(7, 1, start=0.1)
+    assert warm == pytest.approx([0.1, 0.25] + [0.4] * 2 + [0.04] * 4 + [0.004] * 6)
     assert rates(1) == [0.4, 0.4]  # what is shorter than a drop has none
     assert rates(4, 3, drops=(0.25, 0.5))[6:] == pytest.approx([0.004] * 2)
 
