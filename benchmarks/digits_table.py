@@ -34,6 +34,9 @@ METHODS = {  # name: script and flags
     "VICReg": ["vicreg.py"],
     "LeJEPA": ["lejepa.py"],
     "MAE": ["mae.py"],
+    "Rotation": ["pretext.py"],
+    "Jigsaw": ["pretext.py", "--task", "jigsaw"],
+    "Relative location": ["pretext.py", "--task", "location"],
 }
 TRANSFORMERS = {"MAE": "patches"}  # and the layer that is evaluated
 EVALUATIONS = {

@@ -84,6 +84,9 @@ CASES = {  # name: script, processes, flags; sizes are of one process
     "moco_v3-vit-x8": ("moco_v3", 8, "--recipe imagenet_vit_base --batch-size 1024"),
     "vicreg-x8": ("vicreg", 8, "--batch-size 2048"),
     "lejepa-x8": ("lejepa", 8, "--recipe imagenet_resnet50 --batch-size 512"),
+    "rotation": ("pretext", 1, "--batch-size 256"),
+    "jigsaw-x8": ("pretext", 8, "--task jigsaw --batch-size 256"),
+    "location-x8": ("pretext", 8, "--task location --batch-size 512"),
     "eval_knn": ("eval_knn", 1, "--checkpoint random pixels --data fake --arch resnet50 "
                  "--stem imagenet --image-size 224 --in-chans 3 --k 20 200 --draws 50"),
     "eval_knn-loo": ("eval_knn", 1, "--checkpoint pixels --data digits --leave-one-out --shots"),
@@ -116,6 +119,7 @@ SCRIPTS = {
     "deepcluster_v2": "resnet_tiny --num-clusters 8 8", "simsiam": "resnet_tiny",
     "byol": "resnet_tiny", "moco_v3": "resnet_tiny", "vicreg": "resnet_tiny",
     "lejepa": "resnet_tiny" + CROPS,
+    "pretext": "resnet_tiny --task jigsaw --jigsaw-size 24 --jigsaw-patch-size 7",
 }
 CASES |= {f"tiny-{script}-x{size}": (script, size, TINY + own)
           for size in (1, 8) for script, own in SCRIPTS.items()}

@@ -58,6 +58,9 @@ METHODS = {  # our script, and what it is given beyond the cifar10 recipe for so
     "NPID": ["npid_pirl", *RESNET, "--warmup-epochs", "1", "--lr", "0.12", "--schedule", "cosine"],
     "PIRL": ["npid_pirl", "--method", "pirl", *RESNET, "--warmup-epochs", "1", "--lr", "0.12",
              "--schedule", "cosine"],
+    "Rotation": ["pretext", *RESNET, "--warmup-epochs", "1"],
+    "Jigsaw": ["pretext", "--task", "jigsaw", *RESNET, "--warmup-epochs", "1"],
+    "Relative location": ["pretext", "--task", "location", *RESNET, "--warmup-epochs", "1"],
     "MAE": ["mae", "--arch", "vit_micro", "--decoder-dim", "96", "--decoder-depth", "2",
             "--decoder-heads", "3", "--warmup-epochs", "1", "--lr", "1e-3"],
 }

@@ -65,8 +65,10 @@ ALL = {  # what `all` measures: script, flags; the last ones have no peer
     "DeepCluster v2 2x32": ["deepcluster_v2", "--", "--limit", "12800"],
     "NPID": ["npid_pirl"],
     "PIRL": ["npid_pirl", "--", "--method", "pirl"],
+    "Rotation": ["pretext"],
+    "Jigsaw": ["pretext", "--", "--task", "jigsaw"],
 }
-ALONE = ("DeepCluster v2 2x32", "NPID", "PIRL")
+ALONE = ("DeepCluster v2 2x32", "NPID", "PIRL", "Rotation", "Jigsaw")
 SMALL_CROP_SCALES = {  # of the full and of the small crops, as the peer's
     "swav": (0.14, 1, 0.05, 0.14), "deepcluster_v2": (0.14, 1, 0.05, 0.14),
     "dino": (0.4, 1, 0.05, 0.4), "simclr_multicrop": (0.08, 1, 0.05, 0.14),

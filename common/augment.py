@@ -251,6 +251,30 @@ class CenterCrop(Step):
         return plane.crop((left, top, left + size[1], top + size[0]))
 
 
+@dataclass
+class RandomCrop(Step):
+    """Resize the shorter side to `resize` pixels and cut the view's size out at any place.
+
+    With `padding`, black pixels on each side count as the image's.
+    """
+
+    resize: int
+    padding: int
+    interpolation: str
+    geometric = resizes = True
+    num_uniforms = 2
+
+    def draw(self, u, sizes):
+        return u
+
+    def apply(self, plane, u, size):
+        plane = plane.resize(shorter_side_to(self.resize, plane.size),
+                             INTERPOLATION[self.interpolation])
+        left, top = (math.floor(share * (there + 2 * self.padding - wanted + 1)) - self.padding
+                     for share, there, wanted in zip(u, plane.size, size[::-1], strict=True))
+        return plane.crop((left, top, left + size[1], top + size[0]))
+
+
 def shorter_side_to(resize: int, size: tuple[int, int]) -> tuple[int, int]:
     """The size to which torchvision resizes one; of the longer side it drops the fraction."""
     return tuple(int(resize * side / min(size)) for side in size)

@@ -159,3 +159,16 @@ def lr_by_epoch(lr: float, schedule: str, epochs: int, warmup_epochs: int, steps
         else:
             rates.append(lr * 0.1 ** ((epoch >= 0.6 * epochs) + (epoch >= 0.8 * epochs)))
     return rates
+
+
+def stepwise(lr: float, *, start: float, drops: list[float], factor: float, epochs: int,
+             warmup_epochs: int, steps_per_epoch: int) -> list[float]:
+    """A rate for every step: linear from start to lr, then lr, times `factor` after every drop.
+
+    Args:
+        drops: when, as shares of the run; rounded to whole epochs, never before the first ends.
+    """
+    warmup = np.linspace(start, lr, warmup_epochs * steps_per_epoch, endpoint=False)
+    rates = [lr * factor ** sum(epoch >= max(1, round(share * epochs)) for share in drops)
+             for epoch in range(warmup_epochs, epochs)]
+    return [*warmup.tolist(), *np.repeat(rates, steps_per_epoch).tolist()]

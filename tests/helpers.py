@@ -24,6 +24,7 @@ EXTRA: dict[str, list[str]] = {  # what a script needs for a tiny run
     "lejepa": SMALL_CROPS,
     "moco": ["--bn-groups", "2"],
     "npid_pirl": ["--sync-bn"],
+    "pretext": ["--sync-bn"],
     "swav": ["--freeze-prototypes-epochs", "0", *SMALL_CROPS],
 }
 

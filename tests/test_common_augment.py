@@ -369,6 +369,26 @@ def test_an_affine_view_of_another_size_is_resized():
     np.testing.assert_array_equal(view.crop([image], [geometry[0][0]]), wanted)
 
 
+@pytest.mark.parametrize("resize, size, padding", [(256, 255, 0), (32, 32, 4), (40, (32, 24), 0)])
+def test_a_random_crop_lies_anywhere_and_is_torchvisions(resize, size, padding):
+    view = augment.View(size, [augment.RandomCrop(resize, padding, "bilinear")], channels=3)
+    found = set()
+    for height, width in [(40, 40), (300, 290), (31, 47)]:
+        image = picture(height, width)
+        whole = reference.resize(image, resize, reference.InterpolationMode.BILINEAR)
+        wide, high = (side + 2 * padding - own + 1
+                      for side, own in zip(whole.size, view.size[::-1], strict=True))
+        for u in np.random.default_rng(0).random((40, 2)):
+            left, top = int(u[0] * wide), int(u[1] * high)
+            geometry, _ = view.draw(u[None], np.array([(height, width)]))
+            got = view.crop([image], [geometry[0][0]])
+            padded = reference.pad(whole, padding)
+            wanted = reference.crop(padded, top, left, *view.size)
+            np.testing.assert_array_equal(got, np.asarray(wanted).transpose(2, 0, 1))
+            found |= {("left", left == 0), ("right", left == wide - 1), ("top", top == 0)}
+    assert len(found) == (6 if padding or resize == 40 else len(found))
+
+
 def center_crop(image, resize, size, interpolation="bicubic"):
     view = augment.View(size, [augment.CenterCrop(resize, interpolation=interpolation)], channels=3)
     geometry, _ = view.draw(np.empty((1, 0)), np.array([image.size[::-1]]))
