@@ -13,9 +13,9 @@
 Letters: N images per process, W processes, L cells of a map, C its channels, D embedding size, K
 queue length.
 
-The views, both heads' shape, queue and grouped batch norm are MoCo v2's. At first cells match by
-their place in the map, and the loss would teach just that: it starts with its image term alone
-(`--dense-warmup-steps`). Watch `matched_cells` and `dense_loss` in the log.
+The views, both heads' shape, queue and grouped batch norm are MoCo v2's. Before the backbone
+knows contents, cells match by their place in the map, and the loss would teach just that: it starts
+with its image term alone (`--dense-warmup-steps`; `same_place` in the log should stay below 1).
 
 Written from the paper alone. The authors' repository (WXinlong/DenseCL) starts the linear layers of
 the image's head by Kaiming's rule, here both heads start as torch's layers do; its ImageNet config
@@ -294,13 +294,13 @@ def indicators(q: Tensor, k: Tensor, queue: Tensor, match: Tensor,
     """Collapse indicators, logged: on this process's queries, keys (N, D) and matches (N, L)."""
     q, k = F.normalize(comm.upcast(q), dim=1), F.normalize(comm.upcast(k), dim=1)
     positive = (q * k).sum(1)
-    matched = torch.zeros_like(match, dtype=q.dtype).scatter_(1, match, 1)
+    places = torch.arange(match.shape[1], device=match.device)
     return {
         "contrast_accuracy": (positive > (q @ queue.T).amax(1)).float().mean(),
         "positive_similarity": positive.mean(),
         "z_std": q.std(0, correction=0).mean(),  # 1 / sqrt(D) where they spread, 0 in collapse
         "dense_loss": dense_loss,  # before its weight
-        "matched_cells": matched.mean(),  # share of the key's; 1 / L where all match the same one
+        "same_place": (match == places).float().mean(),  # 1 where cells match by place alone
     }
 
 
