@@ -29,6 +29,8 @@ from common import augment, backbones, distributed as comm, features, rng  # noq
 from common.images import open_images  # noqa: E402
 from densecl import match_cells  # noqa: E402
 
+CPU = torch.device("cpu")
+
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
@@ -36,7 +38,7 @@ def parse_args(argv=None):
     parser.add_argument("--checkpoint", nargs="+", required=True, metavar="RUN",
                         help="run folders of ResNets, or `random`")
     parser.add_argument("--data", help="images, if not those of the run")
-    parser.add_argument("--limit", type=int, help="so many test images")
+    parser.add_argument("--limit", type=int, default=1000, help="so many test images at most")
     parser.add_argument("--layer", choices=("res3", "res4", "res5"), default="res5")
     parser.add_argument("--size", type=int, help="side of a crop in pixels, if not the run's")
     parser.add_argument("--scale", type=float, nargs=2, default=[0.3, 0.6],
@@ -67,6 +69,7 @@ def distances(boxes, others, grid: int) -> tuple[torch.Tensor, torch.Tensor]:
     return (at[:, :, None] - centres[:, None]).abs().amax(3) * grid, ((at - 0.5).abs() < 0.5).all(2)
 
 
+@torch.no_grad()
 def measure(backbone, images, view, args) -> dict[str, list[float]]:
     """Share right and mean distance in each draw, of the backbone and of two that see nothing."""
     found = {}
@@ -77,12 +80,9 @@ def measure(backbone, images, view, args) -> dict[str, list[float]]:
         for _ in range(2):
             (box,), colour = view.draw(generator.random((len(images), view.num_uniforms)), sizes)
             crops = np.stack([view.crop(images.read(i), [box[i]]) for i in range(len(images))])
-            batches = zip(torch.from_numpy(crops).split(64), torch.from_numpy(colour).split(64),
-                          strict=True)
-            with torch.no_grad():
-                maps.append(torch.cat([
-                    features.resnet_maps(backbone, view.finish(*b, torch.device("cpu")),
-                                         [args.layer])[args.layer] for b in batches]))
+            crops = view.finish(torch.from_numpy(crops), torch.from_numpy(colour), CPU)
+            maps.append(torch.cat([features.resnet_maps(backbone, part, [args.layer])[args.layer]
+                                   for part in crops.split(64)]))
             boxes.append(box)
         grid = maps[0].shape[2]
         distance, inside = distances(*boxes, grid)
@@ -90,9 +90,10 @@ def measure(backbone, images, view, args) -> dict[str, list[float]]:
         here = torch.arange(grid**2)[None, :, None].expand_as(best)
         for name, of in (("matched", distance.gather(2, best)), ("any cell", distance),
                          ("same cell", distance.gather(2, here))):
-            found.setdefault(f"{name}, right", []).append((of <= 0.5)[inside].double().mean().item())
+            right = (of <= 0.5)[inside].double().mean().item()
+            found.setdefault(f"{name}, right", []).append(right)
             found.setdefault(f"{name}, distance", []).append(of[inside].mean().item())
-    return found | {"grid": grid, "cells": int(inside.sum())}
+    return found | {"grid": grid}
 
 
 def main(args):
@@ -107,10 +108,10 @@ def main(args):
             augment.RandomResizedCrop(args.scale, ratio=(1, 1), interpolation="bilinear"),
             augment.Normalize(settings["mean"], settings["std"])], settings["in_chans"])
         torch.manual_seed(args.seed)
-        backbone = features.freeze(features.build(settings), checkpoint.weights,
-                                   comm.World(0, 1, torch.device("cpu")))
+        backbone = features.build(settings)
         if not backbones.is_resnet(backbone):
             raise SystemExit(f"{checkpoint.name}: {settings['arch']} has no maps of a ResNet")
+        backbone = features.freeze(backbone, checkpoint.weights, comm.World(0, 1, CPU))
         found = results[checkpoint.name] = measure(backbone, images, view, args)
         print(f"{checkpoint.name}: {args.layer} of {len(images)} images, {found['grid']} x "
               f"{found['grid']} cells")
