@@ -524,9 +524,9 @@ def resample_positions(positions: Tensor, grid: tuple, wanted: tuple,
         return positions
     down, across = (
         nn.functional.interpolate(
-            torch.eye(old, dtype=positions.dtype, device=positions.device)[None, :, :, None],
-            size=(new, 1), mode="bicubic", antialias=antialias,
-        )[0, :, :, 0].T  # (new, old)
+            torch.eye(old, dtype=positions.dtype, device=positions.device)[None, :, None],
+            size=(1, new), mode="bicubic", antialias=antialias,
+        )[0, :, 0].T  # (new, old); with antialiasing, torch is wrong for a size of (new, 1)
         for old, new in zip(grid, wanted, strict=True)
     )
     with torch.autocast(positions.device.type, enabled=False):

@@ -99,7 +99,8 @@ def load_backbone(backbone: nn.Module, path: str) -> None:
         if wrong:
             raise RunError(f"{path} ({layout}): {key} is not finite ({wrong} of "
                            f"{found[key].numel()} values); take a checkpoint from before that")
-    backbone.load_state_dict(found)
+    wanted.update((key, found[key]) for key in wanted)  # which keeps the versions of modules
+    backbone.load_state_dict(wanted)
     comm.print_main(f"{path}: {layout}, {len(wanted)} of {len(wanted)} tensors of the backbone "
                     f"loaded{', left out: ' if ignored else ''}{' '.join(ignored)}")
 

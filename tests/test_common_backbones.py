@@ -1,4 +1,5 @@
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from common import backbones
+from common.distributed import RunError
 
 META = torch.device("meta")  # shapes without numbers: the widest nets cost nothing
 every_stem = pytest.mark.parametrize("stem", ["imagenet", "small"])
@@ -161,10 +163,10 @@ for _n in range(12):
 
 
 def vit(arch="vit_micro", image_size=16, patch_size=4, in_chans=3, positions="learned",
-        drop_path=0.0):
+        drop_path=0.0, **parts):
     return backbones.build_backbone(
         arch, in_chans=in_chans, image_size=image_size, patch_size=patch_size, positions=positions,
-        drop_path=drop_path,
+        drop_path=drop_path, **parts,
     )
 
 
@@ -465,3 +467,117 @@ def test_a_mask_token_replaces_patches_before_positions():
     assert torch.equal(found[0, 3], token[0, 0] + vit.pos_embed[0, 4])
     assert torch.equal(found[0, 1:3], plain[0, 1:3])
     assert torch.equal(found[1], plain[1])
+
+
+# ------------------------------------------------------------------------------- other libraries
+
+
+def foreign(arch, in_chans=3, image_size=32):
+    if arch.startswith("timm"):
+        pytest.importorskip("timm")
+    return backbones.build_backbone(arch, in_chans=in_chans, image_size=image_size)
+
+
+@pytest.mark.parametrize("arch, channels", [
+    ("torchvision:regnet_y_400mf", 3), ("torchvision:mnasnet0_5", 1),
+    ("torchvision:mobilenet_v3_small", 4), ("timm:xcit_nano_12_p8_224", 1),
+    ("timm:vit_tiny_patch16_224", 4), ("timm:mobilenetv3_small_050", 1),
+])
+def test_another_librarys_trunk_has_its_names_and_names_its_width(arch, channels):
+    library, name = arch.split(":")
+    ours = foreign(arch, channels).eval()
+    with torch.no_grad():
+        found = ours(torch.rand(2, channels, 32, 32))
+    assert found.shape == (2, ours.num_features) and found.std() > 0
+    make = torchvision.models.get_model
+    if library == "timm":
+        make = pytest.importorskip("timm").create_model
+    theirs = make(name)
+    missing = theirs.state_dict().keys() - ours.state_dict().keys()
+    assert {key.rpartition(".")[0] for key in missing} == set(ours.classifier_names)
+    assert ours.state_dict().keys() <= theirs.state_dict().keys()
+
+
+def test_the_features_are_what_the_classifier_sees():
+    ours = foreign("torchvision:mnasnet0_5").eval()
+    theirs = torchvision.models.mnasnet0_5().eval()
+    theirs.load_state_dict(ours.state_dict(), strict=False)
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        weight, bias = theirs.classifier[1].weight, theirs.classifier[1].bias
+        torch.testing.assert_close(ours(images) @ weight.T + bias, theirs(images))
+    assert not any(layer.p for layer in ours.modules() if isinstance(layer, nn.Dropout))
+
+
+def test_a_first_convolution_for_other_channels_keeps_the_spread_of_its_weights():
+    old, new = foreign("torchvision:mnasnet0_5").layers[0], foreign("torchvision:mnasnet0_5", 10)
+    assert new.layers[0].weight.shape[1] == 10 and new.layers[0].stride == old.stride
+    assert new.layers[0].weight.std().item() == pytest.approx(old.weight.std().item(), rel=0.15)
+
+
+@pytest.mark.parametrize("arch, archs, named", [
+    ("resnet51", backbones.POOLED, "did you mean resnet50"),
+    ("mnasnet0_5", backbones.POOLED, "did you mean torchvision:mnasnet0_5"),
+    ("torchvision:NAME", backbones.POOLED, "is not a backbone"),
+    ("torchvision:mnasnet0_5", backbones.VITS, "needs what is inside of a backbone; choose"),
+    ("xyz", backbones.VITS, "choose from vit_micro"),
+    ("vit_micro", backbones.POOLED, "is not a backbone"),
+])
+def test_a_name_that_is_none_is_answered_with_names_alike(arch, archs, named):
+    with pytest.raises(RunError, match=named):
+        backbones.check_name(arch, archs)
+
+
+def test_names_of_timm_and_a_line_without_it(monkeypatch):
+    pytest.importorskip("timm")
+    assert backbones.check_name("timm:convit_small") == "timm:convit_small"
+    with pytest.raises(RunError, match="did you mean timm:convit_small"):
+        backbones.check_name("timm:convit_smal")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(RunError, match="pip install timm"):
+        backbones.check_name("timm:convit_small")
+
+
+@pytest.mark.parametrize("arch, size, named", [
+    ("torchvision:alexnet", 32, "does not take images of 32 px .*output size"),
+    ("torchvision:squeezenet1_1", 32, "does not end in a linear classifier"),
+    ("timm:vit_tiny_patch16_224", 30, "does not take images of 30 px"),
+])
+def test_a_trunk_or_size_that_does_not_fit_is_one_line(arch, size, named):
+    with pytest.raises(RunError, match=named) as error:
+        foreign(arch, image_size=size)
+    assert "\n" not in str(error.value)
+
+
+def test_sizes_of_further_crops_are_checked():
+    trunk = foreign("torchvision:alexnet", image_size=64)
+    assert backbones.check_sizes(trunk, 3, {(64, 64), 96}) == 4096
+    with pytest.raises(RunError, match="does not take images of 32x32 px"):
+        backbones.check_sizes(trunk, 3, {(64, 64), (32, 32)})
+    assert backbones.check_sizes(build("resnet18"), 3, {1}) == 512  # ours take what they take
+
+
+def test_a_teacher_leaves_nothing_out():
+    trunk = backbones.without_dropping(foreign("torchvision:efficientnet_b0").train())
+    ours = backbones.without_dropping(vit(drop_path=0.5).train())
+    for net in (trunk, ours):
+        for layer in net.modules():  # whose statistics would differ by the rounding
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.momentum = 0.0
+        with torch.no_grad():
+            images = torch.rand(4, 3, 32, 32)
+            assert torch.equal(net(images), net(images))
+
+
+def test_positions_are_resampled_with_antialiasing_beside_registers_alone():
+    plain, beside = vit(), vit(registers=1)
+    wanted = {}
+    for antialias in (False, True):
+        table = plain.pos_embed[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+        table = nn.functional.interpolate(table, (2, 3), mode="bicubic", antialias=antialias)
+        wanted[antialias] = table.flatten(2).transpose(1, 2)
+    beside.pos_embed = plain.pos_embed
+    for net, antialias in ((plain, False), (beside, True)):
+        for parameter in net.patch_embed.parameters():
+            nn.init.zeros_(parameter)
+        torch.testing.assert_close(net.embed(torch.rand(1, 3, 8, 12)), wanted[antialias])

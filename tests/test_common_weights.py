@@ -3,6 +3,7 @@ import io
 import json
 import os
 import pickle
+import re
 import struct
 import sys
 import zipfile
@@ -546,3 +547,54 @@ def test_files_without_batch_counters_load(tmp_path):
     kept = {k: v for k, v in model.state_dict().items() if "num_batches_tracked" not in k}
     torch.save(kept, tmp_path / "old.pth")
     load_backbone(tiny(), str(tmp_path / "old.pth"))
+
+
+# ------------------------------------------------------------------ DINOv2's names, other libraries
+
+
+def chunked(weights):
+    """Blocks in chunks of two, numbered on through them, as the released training code has them."""
+    return {re.sub(r"blocks\.(\d+)", lambda m: f"blocks.{int(m[1]) // 2}.{m[1]}", key): value
+            for key, value in weights.items()}
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda w: w, chunked,
+    lambda w: {"teacher": {**under("backbone.", chunked(w)), **head("dino_head.mlp.0.weight")}},
+], ids=["released", "in chunks", "teacher"])
+@pytest.mark.parametrize("registers", [0, 4])
+def test_metas_names_of_dinov2(registers, wrap, tmp_path, capsys):
+    trained = micro_of(registers=registers, layer_scale=1e-5)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.normal_(std=0.2)
+    weights = {key.replace("reg_token", "register_tokens"): value
+               for key, value in trained.state_dict().items()}
+    torch.save(wrap({**weights, **head("mask_token")}), tmp_path / "dinov2.pth")
+    backbone, images = micro_of(), torch.rand(2, 3, 16, 16)
+    load_backbone(backbone, str(tmp_path / "dinov2.pth"))
+    assert "mask_token" in capsys.readouterr().out
+    with torch.no_grad():
+        assert torch.equal(backbone(images), trained(images))
+
+
+def micro_of(**parts):
+    return backbones.build_backbone("vit_micro", in_chans=3, image_size=16, patch_size=4,
+                                    positions="learned", drop_path=0.0, **parts)
+
+
+def test_the_classifier_of_another_librarys_file_is_left_out_and_nothing_else(tmp_path, capsys):
+    whole = torchvision.models.mnasnet0_5()
+    path, state = str(tmp_path / "released.pth"), whole.state_dict()
+    trunk = backbones.build_backbone("torchvision:mnasnet0_5", in_chans=3, image_size=32)
+    torch.save(state, path)
+    load_backbone(trunk, path)
+    assert "left out: classifier" in capsys.readouterr().out
+    assert all(torch.equal(value, state[key]) for key, value in trunk.state_dict().items())
+    torch.save({**state, "classifier.0.weight": torch.zeros(1)}, path)
+    with pytest.raises(RunError, match=r"unknown tensor classifier\.0\.weight"):
+        load_backbone(trunk, path)
+    del state["layers.3.weight"]
+    torch.save(state, path)
+    with pytest.raises(RunError, match=r"no tensor layers\.3\.weight"):
+        load_backbone(trunk, path)

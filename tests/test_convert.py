@@ -202,3 +202,65 @@ def test_the_ending_tells_what_a_file_is(to, out, capsys):
     with pytest.raises(SystemExit):
         convert.parse_args(["runs/simclr", "--to", to, out])
     assert f"{out}: a file for {to} must" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------- DINOv2's weights
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2"])
+def test_dinov2_comes_from_timm_and_goes_back(name, tmp_path, monkeypatch, capsys):
+    """Of two blocks. The features are timm's; away from 518 px without registers Meta's."""
+    timm = pytest.importorskip("timm")
+    monkeypatch.setitem(backbones.VIT_SIZES, "vit_small", (384, 2, 6))
+    theirs = timm.create_model(name, depth=2, num_classes=0, dynamic_img_size=True).eval()
+    state = {key: x + torch.randn_like(x) / 10 for key, x in theirs.state_dict().items()}
+    theirs.load_state_dict(state)
+    torch.save(state, tmp_path / "timm.pth")
+    flags = ("--arch", "vit_small", "--patch-size", 14)
+    out = converted(tmp_path / "timm.pth", "timm", tmp_path / "back.pth", *flags)
+    assert same(torch.load(out, weights_only=True), state)
+
+    ours = build("vit_small", image_size=224, patch_size=14).eval()
+    load_backbone(ours, str(tmp_path / "timm.pth"))
+    assert ours.grid == (37, 37)
+    small, large = torch.randn(2, 3, 224, 224), torch.randn(1, 3, 518, 518)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(large), theirs(large), rtol=1e-5, atol=1e-5)
+        if "reg4" not in name:
+            assert not torch.allclose(ours(small), theirs(small), rtol=1e-3, atol=1e-3)
+            first, table = state["pos_embed"].split([1, 37 * 37], dim=1)
+            table = torch.nn.functional.interpolate(
+                table.unflatten(1, (37, 37)).permute(0, 3, 1, 2), size=(16, 16), mode="bicubic")
+            theirs = timm.create_model(name, depth=2, num_classes=0, img_size=224).eval()
+            table = torch.cat([first, table.flatten(2).transpose(1, 2)], dim=1)
+            theirs.load_state_dict({**state, "pos_embed": table})
+        torch.testing.assert_close(ours(small), theirs(small), rtol=1e-5, atol=1e-5)
+
+
+def test_the_class_tokens_position_goes_into_the_token_beside_registers(tmp_path, capsys):
+    """Meta's files have both, timm's the sum."""
+    meta = build("vit_micro", patch_size=8, registers=2, layer_scale=0.1)
+    torch.nn.init.normal_(meta.pos_embed)
+    torch.save(meta.state_dict(), tmp_path / "meta.pth")
+    out = converted(tmp_path / "meta.pth", "timm", tmp_path / "timm.pth", "--arch", "vit_micro",
+                    "--patch-size", 8, "--image-size", 32)
+    found = torch.load(out, weights_only=True)
+    assert found["pos_embed"].shape == (1, 16, 96)
+    assert torch.equal(found["cls_token"], meta.cls_token + meta.pos_embed[:, :1])
+    timms, images = build("vit_micro", patch_size=8), torch.rand(2, 3, 32, 32)
+    load_backbone(timms, str(out))
+    with torch.no_grad():
+        torch.testing.assert_close(timms(images), meta(images))
+
+
+def test_another_librarys_trunk_goes_to_that_library_alone(tmp_path, capsys):
+    trunk = build("torchvision:mnasnet0_5")
+    torch.save(trunk.state_dict(), tmp_path / "run.pth")
+    flags = ("--arch", "torchvision:mnasnet0_5", "--image-size", 32)
+    out = converted(tmp_path / "run.pth", "torchvision", tmp_path / "out.pth", *flags)
+    answer = torchvision.models.mnasnet0_5().load_state_dict(
+        torch.load(out, weights_only=True), strict=False)
+    assert answer.missing_keys == ["classifier.1.weight", "classifier.1.bias"]
+    assert not answer.unexpected_keys
+    with pytest.raises(RunError, match="goes --to torchvision only"):
+        converted(tmp_path / "run.pth", "timm", tmp_path / "no.pth", *flags)
