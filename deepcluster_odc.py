@@ -260,7 +260,8 @@ def pca_whiten(x: Tensor, dim: int) -> Tensor:
     scale = torch.where(variances > least, variances.clamp(min=1e-300).rsqrt(), 0)
     projection = F.pad((axes * scale), (0, dim - len(scale))).contiguous()
     comm.copy_from_first(projection)  # signs, and rounding on another kind of device
-    return F.normalize(torch.cat([(part - mean) @ projection for part in parts])).to(x.dtype)
+    rows = torch.cat([(part - mean) @ projection for part in parts])
+    return F.normalize(rows, eps=1e-8).to(x.dtype)  # a row at the mean is 0 but for rounding
 
 
 def own_part(x: Tensor) -> Tensor:
