@@ -87,7 +87,9 @@ def advice(to: str, settings: dict) -> list[str]:
             *(["MODEL.RESNETS.RES2_OUT_CHANNELS 64"] if depth in ("18", "34") else []),
         ]
     lines = [f"images in [0, 1], minus {mean}, divided by {std}"]
-    if settings["arch"] in backbones.RESNETS and settings["stem"] != "imagenet":
+    if settings["arch"] in backbones.RESNETS and settings["stem"].endswith("-sobel"):
+        lines.append("conv1 takes the two Sobel maps of backbones.SobelConv2d: change the model's")
+    if settings["arch"] in backbones.RESNETS and not settings["stem"].startswith("imagenet"):
         kernel, stride, padding = backbones.STEMS[settings["stem"]]
         lines.append(f"conv1 is {kernel}x{kernel} with stride {stride} and padding {padding}, and "
                      "there is no max-pool: change the model's")

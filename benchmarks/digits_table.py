@@ -25,6 +25,8 @@ METHODS = {  # name: script and flags
     "MoCo v3": ["moco_v3.py"],
     "NPID": ["npid_pirl.py"],
     "PIRL": ["npid_pirl.py", "--method", "pirl"],
+    "DeepCluster": ["deepcluster_odc.py"],
+    "ODC": ["deepcluster_odc.py", "--method", "odc"],
     "DeepCluster v2": ["deepcluster_v2.py"],
     "SwAV": ["swav.py"],
     "SimSiam": ["simsiam.py"],

@@ -78,6 +78,8 @@ CASES = {  # name: script, processes, flags; sizes are of one process
                        "--batch-size 256 --limit 768 --num-clusters 300 300 300"),
     "deepcluster_v2-x8": ("deepcluster_v2", 8,
                           "--batch-size 2048 --limit 6144 --num-clusters 3000 3000 3000"),
+    "deepcluster-x8": ("deepcluster_odc", 8,
+                       "--batch-size 512 --limit 4096 --num-clusters 300"),
     "simsiam-x8": ("simsiam", 8, "--batch-size 512"),
     "byol-x8": ("byol", 8, "--batch-size 4096"),
     "moco_v3-x8": ("moco_v3", 8, "--batch-size 4096"),
@@ -118,8 +120,8 @@ SCRIPTS = {
     "barlow_twins": "resnet_tiny", "npid_pirl": "resnet_tiny --method pirl --num-negatives 64",
     "deepcluster_v2": "resnet_tiny --num-clusters 8 8", "simsiam": "resnet_tiny",
     "byol": "resnet_tiny", "moco_v3": "resnet_tiny", "vicreg": "resnet_tiny",
-    "lejepa": "resnet_tiny" + CROPS,
     "pretext": "resnet_tiny --task jigsaw --jigsaw-size 24 --jigsaw-patch-size 7",
+    "lejepa": "resnet_tiny" + CROPS, "deepcluster_odc": "resnet_tiny --num-clusters 8",
 }
 CASES |= {f"tiny-{script}-x{size}": (script, size, TINY + own)
           for size in (1, 8) for script, own in SCRIPTS.items()}

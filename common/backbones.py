@@ -33,8 +33,9 @@ VIT_SIZES = {  # width, blocks, heads
     "vit_small_12heads": (384, 12, 12),  # MoCo v3's, which its tensors do not tell
     "vit_base": (768, 12, 12), "vit_large": (1024, 24, 16), "vit_huge": (1280, 32, 16),
 }
-STEMS = {  # kernel, stride and padding of a ResNet's first layer; a pool follows the large one
+STEMS = {  # kernel, stride and padding of a ResNet's first layer; a pool follows the large ones
     "imagenet": (7, 2, 3), "small": (3, 1, 1), "small-pad2": (3, 1, 2),
+    "imagenet-sobel": (7, 2, 3), "small-sobel": (3, 1, 1),  # of edges, not of colours
 }
 RESNETS = (*SMALL, *TORCHVISION)
 VITS = tuple(VIT_SIZES)
@@ -82,7 +83,8 @@ def build_backbone(
         in_chans: channels of the images.
         stem: of a ResNet: "imagenet" (7x7 stride 2, max-pool), "small" (3x3 stride 1, no pool; for
             images of 64 px and less), or "small-pad2" (the same with a padding of 2 instead of 1,
-            as solo-learn has it; for weights that were trained so).
+            as solo-learn has it; for weights that were trained so); "imagenet-sobel" and
+            "small-sobel" see Sobel maps of the images (`SobelConv2d`).
         zero_init_residual: of a ResNet: start every residual block as the identity (last scale 0).
         image_size, patch_size, positions, drop_path, **parts: of a transformer, see
             `VisionTransformer`; of another library's trunk the image size alone.
@@ -112,8 +114,11 @@ def build_backbone(
         model.num_features = model.fc.in_features
         model.fc = nn.Identity()
     width = model.conv1.out_channels
-    model.conv1 = nn.Conv2d(in_chans, width, *STEMS[stem], bias=False)
-    if stem != "imagenet":
+    if stem.endswith("-sobel"):
+        model.conv1 = SobelConv2d(width, *STEMS[stem])
+    else:
+        model.conv1 = nn.Conv2d(in_chans, width, *STEMS[stem], bias=False)
+    if not stem.startswith("imagenet"):
         model.maxpool = nn.Identity()
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     return model
@@ -156,6 +161,23 @@ class SmallResNet(nn.Module):
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1)
+
+
+class SobelConv2d(nn.Conv2d):
+    """A convolution of two Sobel maps of images (N, C, H, W), the mean of whose channels it takes.
+
+    The maps are the slopes to the right and downwards, four times in 3 x 3 pixels, zero beyond the
+    border.
+    """
+
+    def __init__(self, width: int, kernel_size: int, stride: int, padding: int):
+        super().__init__(2, width, kernel_size, stride, padding, bias=False)
+        slope = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]])
+        self.register_buffer("sobel", torch.stack([slope, slope.T])[:, None], persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        gray = images.mean(1, keepdim=True)
+        return super().forward(nn.functional.conv2d(gray, self.sobel.to(gray.dtype), padding=1))
 
 
 def is_resnet(backbone: nn.Module) -> bool:

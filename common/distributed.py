@@ -341,6 +341,13 @@ def broadcast_rows(x: Tensor, bounds: list[int], piece: int = 2**24) -> None:
 
 
 @torch.no_grad()
+def copy_from_first(*tensors: Tensor) -> None:
+    """Give every process what the first one has, in place, of contiguous tensors."""
+    for x in tensors if size() > 1 else ():
+        dist.broadcast(x, 0)
+
+
+@torch.no_grad()
 def sum_over_processes(x: Tensor) -> Tensor:
     """Add a tensor over processes, detached."""
     total = x.detach().clone()

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from common import augment, backbones, cli, distributed as comm, weights
@@ -610,10 +611,13 @@ def pool_to_grid(name: str, x: Tensor) -> Tensor:
 
 
 class Chunks(torch.utils.data.Dataset):
-    """Item `range` is these images through a view without random numbers, or an error's message."""
+    """Item `range` is these images through a view without random numbers, or an error's message.
 
-    def __init__(self, images, view):
-        self.images, self.view = images, view
+    With `blanks`, an image that cannot be read is black instead.
+    """
+
+    def __init__(self, images, view, blanks: bool = False):
+        self.images, self.view, self.blanks = images, view, blanks
 
     def __getitem__(self, rows: range):
         crops = []
@@ -623,7 +627,9 @@ class Chunks(torch.utils.data.Dataset):
             except RunError as error:
                 return str(error)
             except Exception as error:  # Pillow's decoders raise what they like
-                return f"{self.images.name(index)} cannot be read: {error}"
+                if not self.blanks:
+                    return f"{self.images.name(index)} cannot be read: {error}"
+                planes = [Image.new("L", self.view.size[::-1])] * self.view.channels
             sizes = np.array([planes[0].size[::-1]])
             geometry, colour = self.view.draw(np.empty((1, 0)), sizes)
             crops.append(torch.from_numpy(self.view.crop(planes, [g[0] for g in geometry]).copy()))
@@ -632,8 +638,8 @@ class Chunks(torch.utils.data.Dataset):
 
 @torch.no_grad()
 def extract(
-    function, images, view, world: World, *, batch_size: int, workers: int,
-    labels: Tensor | None = None, start_worker=end_if_unsent,
+    function, images, view, world: World, *, batch_size: int, workers: int | None,
+    labels: Tensor | None = None, start_worker=end_if_unsent, blanks: bool = False,
 ) -> dict[str, Tensor]:
     """Apply `function` to one view of every image, each process taking a contiguous part.
 
@@ -643,8 +649,10 @@ def extract(
     Args:
         function: images (n, C, H, W) on the device to rows (n, D) by name; called without gradient.
         view: an `augment.View` that draws no random numbers.
+        workers: loader processes; None: this process's share of the cores if there are files.
         labels: (len(images),), where the function takes those of its images as well.
         start_worker: what a loader process calls first.
+        blanks: take black images for those that cannot be read.
 
     Returns:
         By name, float32 rows (len(images), D) on the CPU in data-set order, equal on every process.
@@ -656,10 +664,12 @@ def extract(
     chunks = [range(start, min(start + batch_size, n)) for start in range(0, n, batch_size)]
     parts = [len(chunks) * rank // world.size for rank in range(world.size + 1)]
     local = chunks[parts[world.rank] : parts[world.rank + 1]]
+    if workers is None:
+        workers = default_workers() if images.reads_files else 0
     workers = min(workers, len(local))
     with fork_workers(workers) as context:
         loader = iter(torch.utils.data.DataLoader(
-            Chunks(images, view), sampler=local, batch_size=None, num_workers=workers,
+            Chunks(images, view, blanks), sampler=local, batch_size=None, num_workers=workers,
             pin_memory=world.device.type == "cuda", worker_init_fn=start_worker,
             multiprocessing_context=context))
     found = {}

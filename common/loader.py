@@ -1,9 +1,9 @@
 """The batches of a run, in an order that processes, workers and interruptions do not change.
 
 One rule: every random choice about a sample is a function of (seed, epoch, data-set index, view),
-and of nothing else. The order of an epoch is a permutation drawn from (seed, epoch); step t of the
-epoch takes the same global batch whatever the number of processes, and process r takes its
-contiguous share.
+and of nothing else. The order of an epoch is a permutation drawn from (seed, epoch), or as a method
+chooses it; step t of the epoch takes the same global batch whatever the number of processes, and
+process r takes its contiguous share of it.
 """
 
 import math
@@ -48,11 +48,14 @@ class RankBatches(torch.utils.data.Dataset):
         self.batch_size, self.share = batch_size, batch_size // size
         self.first = rank * self.share
         self.steps_per_epoch = len(images) // batch_size
+        self.order = None  # of all epochs' images, instead of a permutation for each
 
     def __getitem__(self, item: int):
         epoch, step = divmod(item, self.steps_per_epoch)
         ordered_as = epoch if self.order_epoch is None else self.order_epoch
-        order = rng.epoch_order(self.seed, ordered_as, len(self.images))
+        order = self.order
+        if order is None:
+            order = rng.epoch_order(self.seed, ordered_as, len(self.images))
         problems = {}
         decoded = [
             self.read_or_replace(order, step, slot, problems)
@@ -123,6 +126,9 @@ class Loader:
             cores.
         start_step: the first step to load, for a run that goes on.
         order_epoch: the epoch whose images, in its order, every epoch takes, with crops of its own.
+        order: a function of an epoch, called when its batches are asked for: the data-set indices
+            (len(images),) that it goes through, repeats allowed, or None for a permutation. Nothing
+            is prefetched across epochs then.
         draw: a function of a batch's data-set indices and its step that the loader processes call.
 
     Raises:
@@ -131,7 +137,7 @@ class Loader:
 
     def __init__(
         self, images, views, *, batch_size, epochs, seed, world: World, workers=None, start_step=0,
-        order_epoch=None, draw=None, multiprocessing_context=None,
+        order_epoch=None, order=None, draw=None, multiprocessing_context=None,
     ):
         check_batch_size(images, batch_size, world)
         left_out = sorted({what for view in views for what in view.left_out})
@@ -140,12 +146,18 @@ class Loader:
         self.images, self.views, self.world = images, views, world
         self.steps_per_epoch = len(images) // batch_size
         self.step, self.bad_files, self.wait_seconds = start_step, {}, 0.0
-        shares = RankBatches(images, views, batch_size, seed, world.rank, world.size, order_epoch,
-                             draw)
-        steps = range(start_step, epochs * self.steps_per_epoch)
-        workers = min(default_workers() if workers is None else workers, len(steps))
+        self.shares = RankBatches(images, views, batch_size, seed, world.rank, world.size,
+                                  order_epoch, draw)
+        self.workers = default_workers() if workers is None else workers
+        self.order, self.context = order, multiprocessing_context
+        if order is None:
+            self.start(range(start_step, epochs * self.steps_per_epoch))
+
+    def start(self, steps: range) -> None:
+        """Start loader processes for so many steps."""
+        shares, workers = self.shares, min(self.workers, len(steps))
         # Large batches, as of many crops, are held to one waiting for each worker.
-        large = shares.share * sum(v.channels * math.prod(v.size) for v in views) > 2**26
+        large = shares.share * sum(v.channels * math.prod(v.size) for v in shares.views) > 2**26
         with fork_workers(workers) as context:
             self.batches = iter(
                 torch.utils.data.DataLoader(
@@ -155,13 +167,17 @@ class Loader:
                     num_workers=workers,
                     worker_init_fn=start_worker,
                     prefetch_factor=(1 if large else 2) if workers else None,
-                    pin_memory=world.device.type == "cuda",
-                    multiprocessing_context=multiprocessing_context or context,
+                    pin_memory=self.world.device.type == "cuda",
+                    multiprocessing_context=self.context or context,
                 )
             )
 
     def epoch(self, epoch: int):
         """The batches of an epoch that are still to come."""
+        if self.order is not None:
+            self.batches = None  # ends the processes of the epoch before
+            self.shares.order = self.order(epoch)
+            self.start(range(self.step, (epoch + 1) * self.steps_per_epoch))
         while self.step < (epoch + 1) * self.steps_per_epoch:
             started = time.perf_counter()
             parts, index, drawn, problems = next(self.batches)

@@ -144,10 +144,11 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def lr_by_epoch(lr: float, schedule: str, epochs: int, warmup_epochs: int, steps_per_epoch: int,
-                final: float = 0.0) -> list[float]:
+                final: float = 0.0, drop: float = 0.1, drop_at=(0.6, 0.8)) -> list[float]:
     """A rate for every step that changes once an epoch, but for the linear warm-up.
 
-    "cosine" falls from lr towards final x lr; "step" is a tenth at 60 % and at 80 % of the epochs.
+    "cosine" falls from lr towards final x lr; "step" is multiplied by `drop` at those shares of the
+    epochs.
     """
     rates, warmup = [], warmup_epochs * steps_per_epoch
     for step in range(epochs * steps_per_epoch):
@@ -157,7 +158,7 @@ def lr_by_epoch(lr: float, schedule: str, epochs: int, warmup_epochs: int, steps
         elif schedule == "cosine":
             rates.append(lr * (final + (1 - final) * (1 + math.cos(math.pi * epoch / epochs)) / 2))
         else:
-            rates.append(lr * 0.1 ** ((epoch >= 0.6 * epochs) + (epoch >= 0.8 * epochs)))
+            rates.append(lr * drop ** sum(epoch >= share * epochs for share in drop_at))
     return rates
 
 

@@ -11,7 +11,7 @@ from common import augment, distributed as comm, features
 from common.distributed import World
 from common.images import NoSplit, evenly
 from common.knn import count_right
-from common.workers import default_workers, start_worker
+from common.workers import start_worker
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07  # what eval_knn.py takes first
 RANKED = 4096  # images whose features are ranked, at most
@@ -59,13 +59,10 @@ class Probe:
 
     def rows(self, backbone: nn.Module, images) -> torch.Tensor:
         """Features (len(images), D) as the evaluations take them."""
-        workers = self.args.workers
-        if workers is None:
-            workers = default_workers() if images.reads_files else 0
         view = features.central_view(self.settings, augment.CenterCrop, "bicubic")
         function = functools.partial(features.layers, backbone)
-        (rows,) = features.extract(function, images, view, self.world, workers=workers,
-                                   batch_size=256, start_worker=start_worker).values()
+        (rows,) = features.extract(function, images, view, self.world, batch_size=256,
+                                   workers=self.args.workers, start_worker=start_worker).values()
         return rows
 
     def accuracy(self, train, test) -> float:

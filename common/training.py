@@ -25,6 +25,7 @@ from common.loader import Loader, check_batch_size
 from common.log import Log
 from common.probe import Probe
 from common.profiling import WARM_UP, profiled
+from common.workers import start_worker
 
 
 class Training:
@@ -157,8 +158,12 @@ class Training:
 
     # ---------------------------------------------------------------------------------- the loop
 
-    def steps(self, export):
-        """Yield (step, batch) to the end; `export` is the backbone that every save writes."""
+    def steps(self, export, order=None):
+        """Yield (step, batch) to the end; `export` is the backbone that every save writes.
+
+        `order(epoch)`, if given, says which images an epoch goes through, see `Loader`. It is
+        called where an epoch begins, before its first batch is loaded, and where a run goes on.
+        """
         if self.folder.stopping:  # a stop signal came during `first_epoch`
             return
         args = self.args
@@ -167,7 +172,7 @@ class Training:
             raise RunError(f"--profile {args.profile} needs {args.profile} + {WARM_UP} steps, and "
                            f"{left} are left of the run; pass more --epochs or a smaller profile")
         self.loader = self.load(self.views, epochs=args.epochs, start_step=self.step,
-                                draw=self.draw)
+                                draw=self.draw, order=order)
         self.writer = Log(args.output, self.world, batch_size=args.batch_size,
                           total_steps=self.total_steps, first_step=self.step,
                           every=args.log_every, tensorboard=self.option("tensorboard"),
@@ -238,6 +243,27 @@ class Training:
             yield batch
             if self.folder.agree(False)[1]:
                 return
+
+    def features(self, function, view) -> torch.Tensor:
+        """Rows (len(images), D), on the CPU, that `function` makes of one view of every image.
+
+        Meanwhile all modules of the state are in eval mode, with the first process's buffers.
+
+        Args:
+            function: images (n, C, H, W) to rows (n, D).
+            view: an `augment.View` that draws no random numbers.
+        """
+        modes = {part: part.training for whole in self.state.values()
+                 if isinstance(whole, nn.Module) for part in whole.modules()}
+        for part in modes:
+            part.training = False
+            comm.copy_from_first(*part.buffers(recurse=False))
+        found = features.extract(
+            lambda given: {"trained": function(given)}, self.images, view, self.world,
+            batch_size=256, workers=self.args.workers, start_worker=start_worker, blanks=True)
+        for part, mode in modes.items():
+            part.training = mode
+        return found["trained"]
 
     def load(self, views, **which):
         args = self.args

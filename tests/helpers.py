@@ -18,6 +18,8 @@ TINY = ["--recipe", "digits", "--limit", "32", "--batch-size", "16", "--epochs",
 SMALL_CROPS = ["--num-crops", "2", "1", "--crop-sizes", "16", "8", "--crop-scales", "0.6", "1",
                "0.3", "0.6"]
 EXTRA: dict[str, list[str]] = {  # what a script needs for a tiny run
+    "deepcluster_odc": ["--num-clusters", "8", "--pca-dim", "4", "--top-lr-scale", "1",
+                        "--sync-bn"],
     "deepcluster_v2": ["--num-clusters", "8", "8"],
     "densecl": ["--bn-groups", "2", "--dense-warmup-steps", "1"],
     "dino": ["--freeze-last-layer-epochs", "0", *SMALL_CROPS],

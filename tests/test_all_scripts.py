@@ -41,6 +41,7 @@ QUICK = {  # what keeps an evaluation short
 STILL: dict[str, set[str]] = {}  # trainable parameters that two steps need not move
 DECAYED = {  # whole, biases and norms as well
     "moco", "densecl", "simsiam", "swav", "deepcluster_v2", "npid_pirl", "lejepa",
+    "deepcluster_odc",
 }
 SHARED = {
     "data", "limit", "recipe", "arch", "image_size", "in_chans", "mean", "std", "epochs",

@@ -28,6 +28,7 @@ GOLDEN = Path(__file__).parent / "golden_digits.json"
 RECIPES = {script: [script] for script in SCRIPTS if script != "npid_pirl"} | {
     "npid": ["npid_pirl"], "pirl": ["npid_pirl", "--method", "pirl"],
     "jigsaw": ["pretext", "--task", "jigsaw"], "location": ["pretext", "--task", "location"],
+    "odc": ["deepcluster_odc", "--method", "odc", "--dropout", "0.5"],
 }
 STEPS = 5
 MEASURED = {"images_per_second", "data_wait", "memory_gb"}  # not computed
