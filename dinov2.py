@@ -48,40 +48,35 @@ from common.training import Training
 
 # DINOv2's short recipe, for ImageNet-1k. Its 100 "epochs" of 1250 steps are 200 of 625 steps here.
 IMAGENET = dict(
-    arch="vit_large", patch_size=16, drop_path=0.3, uniform_drop_path=True, layer_scale=1e-5,
-    registers=0, in_chans=3, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225],
+    method="dinov2", arch="vit_large", patch_size=16, drop_path=0.3, layer_scale=1e-5, registers=0,
+    in_chans=3, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225],
     views="photo", num_crops=[2, 8], crop_sizes=[224, 96], crop_scales=[0.32, 1.0, 0.05, 0.32],
-    jitter_strength=0.5, blur=True,
-    mask_probability=0.5, mask_ratio=[0.1, 0.5], stratified_masks=True, smallest_block=4,
-    hidden_dim=2048, bottleneck_dim=256, num_outputs=65536, patch_head="shared",
-    norm_last_layer=False, freeze_last_layer_epochs=2, frozen_moments=True,
-    student_temperature=0.1, teacher_temperature=0.07, warmup_teacher_temperature=0.04,
-    patch_temperature=0.07, warmup_patch_temperature=0.04,
-    warmup_teacher_temperature_epochs=60, temperature_by="step",
-    targets="centering", center_momentum=0.9, patch_center="masked",
-    patch_weight=1.0, koleo_weight=0.1, momentum=0.992,
-    epochs=200, batch_size=2048, lr=0.004 * 2**0.5 / 8, final_lr=1e-6 / 8,
-    layer_decay=0.9, patch_embed_lr=0.2, weight_decay=0.04, final_weight_decay=0.4,
-    clip_norm=3.0, clip_each="network", warmup_epochs=20,
+    jitter_strength=0.5, blur=True, mask_probability=0.5, mask_ratio=[0.1, 0.5],
+    hidden_dim=2048, bottleneck_dim=256, num_outputs=65536, patch_head=[],
+    norm_last_layer=False, freeze_last_layer_epochs=2, student_temperature=0.1,
+    teacher_temperature=0.07, warmup_teacher_temperature=0.04, patch_temperature=0.07,
+    warmup_patch_temperature=0.04, warmup_teacher_temperature_epochs=60, targets="centering",
+    center_momentum=0.9, patch_weight=1.0, koleo_weight=0.1, momentum=0.992,
+    epochs=200, batch_size=2048, lr=0.004 * 2**0.5 / 8, final_lr=1e-6 / 8, layer_decay=0.9,
+    patch_embed_lr=0.2, weight_decay=0.04, final_weight_decay=0.4, clip_norm=3.0, warmup_epochs=20,
 )
 RECIPES = {
     "imagenet": IMAGENET,
     # Its long recipe, for the 14 million images of ImageNet-22k: 625,000 steps are 135 epochs.
     "dinov2_large": IMAGENET | dict(
         patch_size=14, drop_path=0.4, crop_sizes=[224, 98], bottleneck_dim=384, num_outputs=131072,
-        patch_head="own", patch_hidden_dim=2048, patch_bottleneck_dim=256,
-        patch_num_outputs=131072, freeze_last_layer_epochs=1, warmup_teacher_temperature_epochs=8,
-        targets="sinkhorn", momentum=0.994, epochs=135, batch_size=3072, lr=2e-4 * 3**0.5 / 12,
-        final_lr=1e-6 / 12, layer_decay=1.0, final_weight_decay=0.2, warmup_epochs=22,
+        patch_head=[2048, 256, 131072], freeze_last_layer_epochs=1,
+        warmup_teacher_temperature_epochs=8, targets="sinkhorn", momentum=0.994,
+        epochs=135, batch_size=3072, lr=2e-4 * 3**0.5 / 12, final_lr=1e-6 / 12, layer_decay=1.0,
+        final_weight_decay=0.2, warmup_epochs=22,
     ),
     # iBOT's README.
     "ibot_imagenet": IMAGENET | dict(
-        arch="vit_small", drop_path=0.1, uniform_drop_path=False, layer_scale=0.0,
-        num_crops=[2, 10], crop_scales=[0.25, 1.0, 0.05, 0.25], stratified_masks=False,
-        smallest_block=16, num_outputs=8192, freeze_last_layer_epochs=1, frozen_moments=False,
-        warmup_teacher_temperature_epochs=30, temperature_by="epoch", patch_center="all",
-        koleo_weight=0.0, momentum=0.996, epochs=800, batch_size=1024, lr=5e-4, final_lr=1e-6 / 4,
-        layer_decay=1.0, patch_embed_lr=1.0, clip_each="parameter", warmup_epochs=10,
+        method="ibot", arch="vit_small", drop_path=0.1, layer_scale=0.0,
+        num_crops=[2, 10], crop_scales=[0.25, 1.0, 0.05, 0.25], num_outputs=8192,
+        freeze_last_layer_epochs=1, warmup_teacher_temperature_epochs=30, koleo_weight=0.0,
+        momentum=0.996, epochs=800, batch_size=1024, lr=5e-4, final_lr=1e-6 / 4, layer_decay=1.0,
+        patch_embed_lr=1.0, warmup_epochs=10,
     ),
     "cifar10": IMAGENET | dict(),
     "digits": IMAGENET | dict(
@@ -100,63 +95,48 @@ RECIPES = {
 def parse_args(argv=None):
     parser, group = cli.method_parser(__file__, __doc__, backbones.VITS, crops="multi",
                                       batch_norm=False)
+    group.add_argument("--method", choices=("dinov2", "ibot"), help="whose rules of masks, drop "
+                       "path, temperatures, centres, clipping and frozen layers (above)")
     group.add_argument("--patch-size", type=cli.pos_int,
                        help="side of a patch in pixels; smaller is better, and slower")
-    group.add_argument("--drop-path", type=cli.fraction,
-                       help="stochastic depth of the student's last block")
-    group.add_argument("--uniform-drop-path", action=cli.Switch, help="the same in every block")
+    group.add_argument("--drop-path", type=cli.fraction, help="stochastic depth of the student")
     group.add_argument("--layer-scale", type=cli.not_negative,
-                       help="start of the trained scale of each branch; 0: none")
-    group.add_argument("--registers", type=cli.nonneg_int, help="tokens without a meaning")
+                       help="start of the trained scales of each branch; 0: none")
+    group.add_argument("--registers", type=cli.nonneg_int, help="tokens beside the class token")
     group.add_argument("--grad-checkpoint", action=cli.Switch, default=False,
                        help="recompute the blocks in the backward; less memory, the same gradient")
     group.add_argument("--views", choices=("photo", "digits"), help="kind of augmentation")
     group.add_argument("--jitter-strength", type=cli.not_negative, help="strength of colour jitter")
     group.add_argument("--blur", action=cli.Switch, help="Gaussian blur, of each crop its own rate")
-    group.add_argument("--mask-probability", type=cli.fraction, help="share of the global crops "
-                       "that are masked")
+    group.add_argument("--mask-probability", type=cli.fraction, help="share of masked global crops")
     group.add_argument("--mask-ratio", type=cli.fraction, nargs=2,
                        help="smallest, largest share of their patches that is masked")
-    group.add_argument("--stratified-masks", action=cli.Switch,
-                       help="mask exactly that share of a batch, with evenly spread ratios; "
-                       "without, each crop draws for itself")
-    group.add_argument("--smallest-block", type=cli.pos_int, help="patches of a block of a mask")
     group.add_argument("--hidden-dim", type=cli.pos_int, help="width of the head's hidden layers")
     group.add_argument("--bottleneck-dim", type=cli.pos_int, help="D, before the last layer")
     group.add_argument("--num-outputs", type=cli.pos_int,
                        help="K; more is better on large data, a few hundred do for small")
-    group.add_argument("--patch-head", choices=("shared", "last_layer", "own"), help="of patches: "
-                       "that of class tokens, a last layer of its own, or all its own")
-    for name, what in (("num-outputs", "K"), ("bottleneck-dim", "D"), ("hidden-dim", "width")):
-        group.add_argument(f"--patch-{name}", type=cli.pos_int,
-                           help=f"{what} of the patches' own head; default: --{name}")
+    group.add_argument("--patch-head", type=cli.pos_int, nargs="*", metavar="SIZE",
+                       help="what patches have of their own: nothing; K outputs: a last layer; "
+                       "hidden width, D and K: a head")
     group.add_argument("--norm-last-layer", action=cli.Switch,
                        help="keep the last layers' rows at norm 1: steadier")
     group.add_argument("--freeze-last-layer-epochs", type=cli.nonneg_int,
                        help="last layers frozen so long; more, if the loss does not fall")
-    group.add_argument("--frozen-moments", action=cli.Switch,
-                       help="frozen, they have a rate of 0 and Adam's moments go on; without, they "
-                       "have no gradient")
     group.add_argument("--student-temperature", type=cli.positive,
                        help="temperature of the predictions")
-    for name, what in (("teacher", "targets"), ("patch", "patches' targets")):
+    for name, what in (("teacher", "class tokens'"), ("patch", "patches'")):
         group.add_argument(f"--{name}-temperature", type=cli.positive, help=f"temperature of the "
-                           f"{what}, after its warm-up; lower is sharper")
+                           f"{what} targets, after its warm-up; lower is sharper")
         group.add_argument(f"--warmup-{name}-temperature", type=cli.positive,
                            help="the same at first; lower it if the loss does not fall")
     group.add_argument("--warmup-teacher-temperature-epochs", type=cli.nonneg_int,
                        help="epochs from the first to the last temperatures")
-    group.add_argument("--temperature-by", choices=("epoch", "step"),
-                       help="whether they rise once an epoch or each step")
     group.add_argument("--targets", choices=("centering", "sinkhorn"),
                        help="what keeps one output from winning all")
     group.add_argument("--center-momentum", type=cli.fraction,
                        help="EMA momentum of the centres; lower it if one output wins all")
-    group.add_argument("--patch-center", choices=("masked", "all"),
-                       help="the patches whose mean their centre follows")
     group.add_argument("--patch-weight", type=cli.not_negative, help="weight of the patches' loss")
-    group.add_argument("--koleo-weight", type=cli.not_negative,
-                       help="weight of KoLeo, for each global crop")
+    group.add_argument("--koleo-weight", type=cli.not_negative, help="KoLeo's, of each global crop")
     group.add_argument("--momentum", type=cli.fraction,
                        help="EMA momentum of the teacher in the first step, a cosine takes it to "
                        "1; higher for small batches")
@@ -167,26 +147,17 @@ def parse_args(argv=None):
                        help="one more factor of the rate of the patches' projection")
     group.add_argument("--final-weight-decay", type=cli.not_negative,
                        help="where a cosine takes it; a low start lets the loss fall early")
-    group.add_argument("--clip-norm", type=cli.not_negative,
-                       help="largest gradient norm; 0: none; lower it if the loss jumps")
-    group.add_argument("--clip-each", choices=("parameter", "network"),
-                       help="whose norm: each parameter's, or those of backbone and each head")
+    group.add_argument("--clip-norm", type=cli.not_negative, help="largest gradient norm of a "
+                       "parameter or network; 0: none; lower it if the loss jumps")
     args = cli.parse(parser, RECIPES, argv)
     if any(size % args.patch_size for size in args.crop_sizes):
         sizes = " ".join(map(str, args.crop_sizes))
         parser.error(f"--crop-sizes {sizes} are not all multiples of --patch-size "
                      f"{args.patch_size}")
-    low, high = args.mask_ratio
-    if low > high:
-        parser.error(f"--mask-ratio {low:g} {high:g} is not a range")
-    used = {"shared": (), "last_layer": ("num_outputs",),
-            "own": ("num_outputs", "bottleneck_dim", "hidden_dim")}[args.patch_head]
-    for name in ("num_outputs", "bottleneck_dim", "hidden_dim"):
-        value = getattr(args, f"patch_{name}")
-        if value is not None and name not in used:
-            parser.error(f"--patch-{name.replace('_', '-')} {value} is not of --patch-head "
-                         f"{args.patch_head}")
-        setattr(args, f"patch_{name}", value or getattr(args, name))
+    if args.mask_ratio[0] > args.mask_ratio[1]:
+        parser.error("--mask-ratio {:g} {:g} is not a range".format(*args.mask_ratio))
+    if len(args.patch_head) not in (0, 1, 3):
+        parser.error(f"--patch-head has {len(args.patch_head)} values; give none, one or three")
     if args.koleo_weight and args.batch_size < 2 * cli.processes():
         parser.error(f"--batch-size {args.batch_size} gives one image to each of "
                      f"{cli.processes()} processes, and KoLeo needs two; pass --koleo-weight 0")
@@ -263,35 +234,32 @@ def batch_ratios(rng: np.random.Generator, num_crops: int, probability: float, l
     return rng.permutation(ratios)
 
 
-def draw_masks(index: Tensor, *, step: int, steps_per_epoch: int, seed: int, rank: int, size: int,
-               num_global: int, grid: tuple[int, int], probability: float, ratio: list[float],
-               stratified: bool, smallest: int) -> Tensor:
-    """Draw the masks of a batch's global crops.
+def draw_masks(index: Tensor, step: int, *, steps_per_epoch: int, seed: int, rank: int, size: int,
+               method: str, num_global: int, grid: tuple[int, int], probability: float,
+               ratio: list[float]) -> Tensor:
+    """Draw which patches of a batch's global crops are masked.
 
-    Which crops are masked and how much is a function of (seed, step, place in the batch over all
-    processes) where `stratified`; all else of (seed, epoch, image, crop).
+    How much of a crop is a function of seed, step and place in the batch over all processes with
+    DINOv2's rules; all else of seed, epoch, image and crop.
 
     Args:
         index: (N,) data-set indices of the rows of process `rank` of `size`, on the CPU.
 
     Returns:
         int64 (M,), on the CPU: places of the masked patches among G N L, counted by crop, image,
-        row, column. M is of no fixed size.
+        row, column. M is another in each step.
     """
-    n = len(index)
-    if stratified:
-        generator = rng.philox(seed, rng.SHUFFLE, step)
-        ratios = batch_ratios(generator, num_global * n * size, probability, *ratio)
-        ratios = ratios.reshape(num_global, size, n)[:, rank]
-    masks = np.zeros((num_global, n, *grid), bool)
-    for crop, row in np.ndindex(num_global, n):
+    shape = num_global, size, len(index)
+    shares = batch_ratios(rng.philox(seed, rng.SHUFFLE, step), math.prod(shape), probability,
+                          *ratio).reshape(shape)[:, rank]
+    smallest = 4 if method == "dinov2" else (min(grid) // 3) ** 2
+    masks = np.zeros((num_global, len(index), *grid), bool)
+    for crop, row in np.ndindex(*masks.shape[:2]):
         generator = rng.philox(seed, rng.MASK, step // steps_per_epoch, int(index[row]), crop)
-        if stratified:
-            share = ratios[crop, row]
-        else:
+        share = shares[crop, row]
+        if method == "ibot":
             share = generator.uniform(*ratio) if generator.random() < probability else 0.0
-        count = int(grid[0] * grid[1] * share)
-        masks[crop, row] = block_mask(generator, *grid, count, smallest)
+        masks[crop, row] = block_mask(generator, *grid, int(share * grid[0] * grid[1]), smallest)
     return torch.from_numpy(masks.ravel().nonzero()[0])
 
 
@@ -334,20 +302,20 @@ class Head(nn.Module):
 
 
 class DINOv2(nn.Module):
-    """Backbone, mask token, the head of class tokens, and what patches have of their own: a head
-    ("own"), a last layer behind the class tokens' projector ("last_layer"), or nothing ("shared").
+    """Backbone, mask token, a head of class tokens, and what patches have of their own.
 
-    `sizes` and `patch_sizes` are hidden, D and K of the heads.
+    `sizes` are hidden, D and K of the head. `patch_sizes` are () where patches have the same head,
+    (K,) where they have a last layer of their own, (hidden, D, K) of a head of their own.
     """
 
-    def __init__(self, backbone: nn.Module, sizes: tuple[int, int, int], patch_head: str,
-                 patch_sizes: tuple[int, int, int], norm_last_layer: bool):
+    def __init__(self, backbone: nn.Module, sizes, patch_sizes, norm_last_layer: bool):
         super().__init__()
         self.backbone, width = backbone, backbone.num_features
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.head, self.patch_head = Head(width, *sizes, norm_last_layer), None
-        if patch_head != "shared":
-            self.patch_head = Head(width, *patch_sizes, norm_last_layer, patch_head == "own")
+        if patch_sizes:
+            whole = [*sizes[: 3 - len(patch_sizes)], *patch_sizes]
+            self.patch_head = Head(width, *whole, norm_last_layer, len(patch_sizes) == 3)
 
     def forward(self, global_views: list[Tensor], local_views: list[Tensor], masked: Tensor,
                 mask: Tensor | None = None, mean_of_all: bool = False) -> tuple[Tensor, ...]:
@@ -581,13 +549,13 @@ def build_views(args):
     return augment.normalized(views, args.in_chans, args.mean, args.std)
 
 
-def build_draw(args, steps_per_epoch, rank=0, size=1):
-    """What draws the masks of a batch, from its images' indices and its step."""
+def build_draw(args, steps_per_epoch: int, rank: int = 0, size: int = 1):
+    """`draw_masks` as a function of indices and step."""
     side = args.crop_sizes[0] // args.patch_size
     return functools.partial(
         draw_masks, steps_per_epoch=steps_per_epoch, seed=args.seed, rank=rank, size=size,
-        num_global=args.num_crops[0], grid=(side, side), probability=args.mask_probability,
-        ratio=args.mask_ratio, stratified=args.stratified_masks, smallest=args.smallest_block)
+        method=args.method, num_global=args.num_crops[0], grid=(side, side),
+        probability=args.mask_probability, ratio=args.mask_ratio)
 
 
 def main(args):
@@ -601,20 +569,19 @@ def main(args):
     # Model
     backbone = backbones.build_backbone(
         args.arch, in_chans=args.in_chans, image_size=args.image_size, patch_size=args.patch_size,
-        positions="learned", drop_path=args.drop_path, uniform_drop_path=args.uniform_drop_path,
+        positions="learned", drop_path=args.drop_path, uniform_drop_path=args.method == "dinov2",
         layer_scale=args.layer_scale or None, registers=args.registers)
-    model = DINOv2(
-        backbone, (args.hidden_dim, args.bottleneck_dim, args.num_outputs), args.patch_head,
-        (args.patch_hidden_dim, args.patch_bottleneck_dim, args.patch_num_outputs),
-        args.norm_last_layer).to(world.device, memory_format=torch.channels_last)
+    model = DINOv2(backbone, (args.hidden_dim, args.bottleneck_dim, args.num_outputs),
+                   args.patch_head, args.norm_last_layer)
+    model = model.to(world.device, memory_format=torch.channels_last)
     teacher = make_teacher(model)
     if args.compile:  # not the whole: the number of masked patches is another in each step
         backbones.compile(*model.backbone.blocks, *teacher.backbone.blocks)
     backbone.recompute = args.grad_checkpoint
-    centers = {}
-    if args.targets == "centering":
-        centers = {"center": torch.zeros(args.num_outputs, device=world.device),
-                   "patch_center": torch.zeros(args.patch_num_outputs, device=world.device)}
+    outputs = {"center": args.num_outputs,
+               "patch_center": args.patch_head[-1] if args.patch_head else args.num_outputs}
+    centers = {name: torch.zeros(k, device=world.device) for name, k in outputs.items()
+               if args.targets == "centering"}
 
     # Optimiser
     lr, final_lr = args.lr * args.batch_size / 256, args.final_lr * args.batch_size / 256
@@ -628,7 +595,7 @@ def main(args):
     # Train
     num_global, num_patches = args.num_crops[0], math.prod(backbone.grid)
     max_entropy = math.log(args.num_outputs)
-    of_patches = args.mask_probability * math.log(args.patch_num_outputs)
+    of_patches = args.mask_probability * math.log(outputs["patch_center"])
     draw = build_draw(args, len(images) // args.batch_size, world.rank, world.size)
     with Training(args, world, images, build_views(args), draw=draw,
                   chance_loss=max_entropy + args.patch_weight * of_patches,
@@ -643,7 +610,7 @@ def main(args):
             total_steps=run.total_steps, warmup_endpoint=True)
         decay_of_step = optim.cosine(args.weight_decay, args.final_weight_decay, run.total_steps)
         momentum_of_step = optim.cosine(args.momentum, 1.0, run.total_steps)
-        period = run.steps_per_epoch if args.temperature_by == "epoch" else 1
+        period = run.steps_per_epoch if args.method == "ibot" else 1
         warmup = args.warmup_teacher_temperature_epochs * run.steps_per_epoch // period
         temperatures = [temperature_schedule(*ends, warmup, run.total_steps // period) for ends in (
             (args.warmup_teacher_temperature, args.teacher_temperature),
@@ -654,7 +621,7 @@ def main(args):
             for group in optimizer.param_groups:
                 group["weight_decay"] = decay_of_step[step] * group["decays"]
                 if frozen and group["last_layer"]:
-                    group["lr"] = 0.0
+                    group["lr"] = 0.0  # Adam's moments go on
             optimizer.zero_grad(set_to_none=True)
             draws = rng.philox(args.seed, rng.DEPTH, step, world.rank)
             torch.manual_seed(int(draws.integers(2**63)))  # of stochastic depth
@@ -664,7 +631,7 @@ def main(args):
             with autocast():
                 with torch.no_grad():
                     *_, logits, patch_logits, patch_rows = teacher(
-                        global_views, [], batch.drawn, mean_of_all=args.patch_center == "all")
+                        global_views, [], batch.drawn, mean_of_all=args.method == "ibot")
                 h, z, predicted, patch_predicted, _ = ddp_model(
                     global_views, local_views, batch.drawn, mask)
             class_temperature, patch_temperature = (t[step // period] for t in temperatures)
@@ -686,12 +653,12 @@ def main(args):
                 loss = loss + args.koleo_weight * losses["koleo_loss"]
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
-            if args.clip_norm and args.clip_each == "parameter":
+            if args.clip_norm and args.method == "ibot":
                 clip_per_parameter(model, args.clip_norm)
             elif args.clip_norm:
                 for network in networks.values():
                     clip_together(network, args.clip_norm)
-            if frozen and not args.frozen_moments:
+            if frozen and args.method == "ibot":
                 for head in (model.head, model.patch_head):
                     if head:
                         head.last_layer.zero_grad(set_to_none=True)
