@@ -52,7 +52,7 @@ IMAGENET = dict(
     in_chans=3, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225],
     views="photo", num_crops=[2, 8], crop_sizes=[224, 96], crop_scales=[0.32, 1.0, 0.05, 0.32],
     jitter_strength=0.5, blur=True, mask_probability=0.5, mask_ratio=[0.1, 0.5],
-    hidden_dim=2048, bottleneck_dim=256, num_outputs=65536, patch_head=[],
+    hidden_dim=2048, bottleneck_dim=256, num_outputs=65536, head_std=0.02, patch_head=[],
     norm_last_layer=False, freeze_last_layer_epochs=2, student_temperature=0.1,
     teacher_temperature=0.07, warmup_teacher_temperature=0.04, patch_temperature=0.07,
     warmup_patch_temperature=0.04, warmup_teacher_temperature_epochs=60, targets="centering",
@@ -115,6 +115,8 @@ def parse_args(argv=None):
     group.add_argument("--bottleneck-dim", type=cli.pos_int, help="D, before the last layer")
     group.add_argument("--num-outputs", type=cli.pos_int,
                        help="K; more is better on large data, a few hundred do for small")
+    group.add_argument("--head-std", type=cli.positive, help="standard deviation of a projector's "
+                       "weights at the start; larger for narrow ones, whose biases outgrow them")
     group.add_argument("--patch-head", type=cli.pos_int, nargs="*", metavar="SIZE",
                        help="what patches have of their own: nothing; K outputs: a last layer; "
                        "hidden width, D and K: a head")
@@ -274,7 +276,7 @@ class Head(nn.Module):
     """
 
     def __init__(self, width: int, hidden_dim: int, bottleneck_dim: int, num_outputs: int,
-                 norm_last_layer: bool, projects: bool = True):
+                 std: float, norm_last_layer: bool, projects: bool = True):
         super().__init__()
         self.projector = nn.Sequential(
             nn.Linear(width, hidden_dim),
@@ -283,7 +285,7 @@ class Head(nn.Module):
             nn.GELU(),
             nn.Linear(hidden_dim, bottleneck_dim),
         ) if projects else None
-        backbones.init_linears(self, lambda weight: nn.init.trunc_normal_(weight, std=0.02))
+        backbones.init_linears(self, lambda weight: nn.init.trunc_normal_(weight, std=std))
         self.last_layer = nn.ParameterDict({  # starts as torch's Linear does
             "directions": nn.Parameter(torch.empty(num_outputs, bottleneck_dim)),
             "scales": nn.Parameter(torch.ones(num_outputs, 1), requires_grad=not norm_last_layer),
@@ -308,14 +310,14 @@ class DINOv2(nn.Module):
     (K,) where they have a last layer of their own, (hidden, D, K) of a head of their own.
     """
 
-    def __init__(self, backbone: nn.Module, sizes, patch_sizes, norm_last_layer: bool):
+    def __init__(self, backbone: nn.Module, sizes, patch_sizes, std: float, norm_last_layer: bool):
         super().__init__()
         self.backbone, width = backbone, backbone.num_features
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.head, self.patch_head = Head(width, *sizes, norm_last_layer), None
+        self.head, self.patch_head = Head(width, *sizes, std, norm_last_layer), None
         if patch_sizes:
             whole = [*sizes[: 3 - len(patch_sizes)], *patch_sizes]
-            self.patch_head = Head(width, *whole, norm_last_layer, len(patch_sizes) == 3)
+            self.patch_head = Head(width, *whole, std, norm_last_layer, len(patch_sizes) == 3)
 
     def forward(self, global_views: list[Tensor], local_views: list[Tensor], masked: Tensor,
                 mask: Tensor | None = None, mean_of_all: bool = False) -> tuple[Tensor, ...]:
@@ -469,7 +471,7 @@ def update_center(center: Tensor, teacher: Tensor, momentum: float) -> None:
     teacher = teacher.to(center.dtype)
     total = torch.cat([teacher.sum(0), teacher.new_full((1,), len(teacher))])
     *_, count = total = comm.sum_over_processes(total)
-    center.lerp_(total[:-1] / count.clamp(min=1), (1 - momentum) * (count > 0))
+    center.lerp_(total[:-1] / count.clamp(min=1), (1 - momentum) * (count > 0).to(total.dtype))
 
 
 @torch.no_grad()
@@ -572,7 +574,7 @@ def main(args):
         positions="learned", drop_path=args.drop_path, uniform_drop_path=args.method == "dinov2",
         layer_scale=args.layer_scale or None, registers=args.registers)
     model = DINOv2(backbone, (args.hidden_dim, args.bottleneck_dim, args.num_outputs),
-                   args.patch_head, args.norm_last_layer)
+                   args.patch_head, args.head_std, args.norm_last_layer)
     model = model.to(world.device, memory_format=torch.channels_last)
     teacher = make_teacher(model)
     if args.compile:  # not the whole: the number of masked patches is another in each step

@@ -95,6 +95,7 @@ class Training:
         trunks = [part.backbone for part in state.values() if hasattr(part, "backbone")]
         if new and self.initial:
             for trunk in trunks:
+                check_same_parts(trunk, self.initial, args.init)
                 trunk.load_state_dict(self.initial)
         self.initial = None
         self.freeze(trunks, (self.option("freeze_backbone_epochs") or 0) * self.steps_per_epoch)
@@ -285,6 +286,17 @@ def starting_weights(args) -> tuple[dict, str]:
         for part in iter(lambda: file.read(2**24), b""):
             digest.update(part)
     return state, digest.hexdigest()[:12]
+
+
+def check_same_parts(backbone: nn.Module, given: dict, name: str) -> None:
+    """Raise a RunError where a file's backbone has other parts than the one that starts from it."""
+    shapes = [{key: tuple(value.shape) for key, value in state.items()}
+              for state in (backbone.state_dict(), given)]
+    for key in sorted(shapes[0].keys() | shapes[1].keys()):
+        ours, theirs = (each.get(key, "none") for each in shapes)
+        if ours != theirs:
+            raise RunError(f"--init {name}: {key} is {theirs} there and {ours} here; are flags of "
+                           "the backbone, such as --layer-scale and --registers, right?")
 
 
 def check_tensorboard() -> None:
