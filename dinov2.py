@@ -78,7 +78,17 @@ RECIPES = {
         momentum=0.996, epochs=800, batch_size=1024, lr=5e-4, final_lr=1e-6 / 4, layer_decay=1.0,
         patch_embed_lr=1.0, warmup_epochs=10,
     ),
-    "cifar10": IMAGENET | dict(),
+    # Ours, not trained to its end; Sinkhorn, for small batches.
+    "cifar10": IMAGENET | dict(
+        arch="vit_tiny", patch_size=4, drop_path=0.1, layer_scale=0.0,
+        mean=[0.4914, 0.4822, 0.4465], std=[0.2470, 0.2435, 0.2616],
+        num_crops=[2, 4], crop_sizes=[32, 16], crop_scales=[0.3, 1.0, 0.1, 0.3], blur=False,
+        hidden_dim=1024, bottleneck_dim=128, num_outputs=4096, head_std=0.03,
+        freeze_last_layer_epochs=1, warmup_teacher_temperature_epochs=0, teacher_temperature=0.04,
+        patch_temperature=0.04, targets="sinkhorn", momentum=0.996,
+        epochs=400, batch_size=256, lr=1e-3, final_lr=1e-6, layer_decay=1.0, patch_embed_lr=1.0,
+        final_weight_decay=0.2, warmup_epochs=20,
+    ),
     "digits": IMAGENET | dict(
         arch="vit_micro", patch_size=4, drop_path=0.0, layer_scale=0.0, mean=[0.5], std=[0.5],
         views="digits", num_crops=[2], crop_sizes=[16], crop_scales=[0.6, 1.0], blur=False,
@@ -470,8 +480,9 @@ def update_center(center: Tensor, teacher: Tensor, momentum: float) -> None:
     """
     teacher = teacher.to(center.dtype)
     total = torch.cat([teacher.sum(0), teacher.new_full((1,), len(teacher))])
-    *_, count = total = comm.sum_over_processes(total)
-    center.lerp_(total[:-1] / count.clamp(min=1), (1 - momentum) * (count > 0).to(total.dtype))
+    total = comm.sum_over_processes(total)
+    total, count = total[:-1], total[-1]
+    center.lerp_(total / count.clamp(min=1), (1 - momentum) * (count > 0).to(total.dtype))
 
 
 @torch.no_grad()
@@ -558,6 +569,14 @@ def build_draw(args, steps_per_epoch: int, rank: int = 0, size: int = 1):
         draw_masks, steps_per_epoch=steps_per_epoch, seed=args.seed, rank=rank, size=size,
         method=args.method, num_global=args.num_crops[0], grid=(side, side),
         probability=args.mask_probability, ratio=args.mask_ratio)
+
+
+def visible_patches(args, index: Tensor) -> list[tuple[int, Tensor]]:
+    """For a picture: views by number, and bool (N, rows, columns) of what the student sees."""
+    grid = (args.crop_sizes[0] // args.patch_size,) * 2
+    num_crops = args.num_crops[0] * len(index)
+    mask, _ = spread_masks(build_draw(args, 1)(index, 0), num_crops, math.prod(grid))
+    return list(enumerate(~mask.unflatten(1, grid).unflatten(0, (-1, len(index)))))
 
 
 def main(args):
