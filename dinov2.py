@@ -15,17 +15,20 @@
 Letters: N images per process, V crops of an image, G of them global, L patches of a global crop, M
 masked patches on this process, D bottleneck of a head, K outputs of a head, H backbone width.
 
-iBOT is `--recipe ibot_imagenet`: one head for both kinds of token, the patches' centre from all
-patches, no KoLeo, each parameter clipped on its own.
+iBOT is `--recipe ibot_imagenet`, without KoLeo. Its rules, `--method ibot`: each crop draws for
+itself whether and how much of it is masked; depth is dropped the more the later the block; the
+temperatures rise once an epoch; the patches' centre follows all patches, masked or not; each
+parameter is clipped on its own; frozen last layers have no gradient. DINOv2's: exactly half of a
+batch's crops are masked, their ratios evenly spread; each block drops alike; they rise each step;
+masked patches alone; backbone and heads are clipped each as a whole; frozen layers have a rate of
+0, while Adam's moments go on.
 
-Differs from the official code (facebookresearch/dinov2, bytedance/ibot): DINOv2's half of the
-crops that is masked, with evenly spread ratios, is of the batch over all processes, there of each
-process's; the patches' centre is the mean over the masked patches of all processes, there of the
-processes' means. Rates grow with the batch, there with its square root: for 64 images their rule is
-`--lr 0.004`. Depth is dropped by sample, there by a random part of the batch; tokens start as in
-timm; the MLPs have GELU, there in their largest models SwiGLU; iBOT's masks grow to whole patches.
-As in dino.py: positions are resized to the exact grid, last layers are in float32, blur is a true
-Gaussian.
+Differs from the official code (facebookresearch/dinov2, bytedance/ibot): that half of the crops is
+of the batch over all processes, there of each process's; so is the mean for the patches' centre,
+there a mean of the processes' means. Rates grow with the batch, in DINOv2 with its square root: for
+64 images its rule is `--lr 0.004`. DINOv2's depth is dropped by sample, there for a random part of
+the batch; its tokens start as in timm; MLPs have GELU, there in large models SwiGLU. As in dino.py:
+positions are resized to the exact grid, last layers are in float32, blur is a true Gaussian.
 
     python dinov2.py
     torchrun --nproc_per_node=8 dinov2.py --data /path/to/imagenet --grad-checkpoint
@@ -107,13 +110,11 @@ RECIPES = {
 def parse_args(argv=None):
     parser, group = cli.method_parser(__file__, __doc__, backbones.VITS, crops="multi",
                                       batch_norm=False)
-    group.add_argument("--method", choices=("dinov2", "ibot"), help="whose rules of masks, drop "
-                       "path, temperatures, centres, clipping and frozen layers (above)")
+    group.add_argument("--method", choices=("dinov2", "ibot"), help="whose rules hold, see above")
     group.add_argument("--patch-size", type=cli.pos_int,
                        help="side of a patch in pixels; smaller is better, and slower")
     group.add_argument("--drop-path", type=cli.fraction, help="stochastic depth of the student")
-    group.add_argument("--layer-scale", type=cli.not_negative,
-                       help="start of the trained scales of each branch; 0: none")
+    group.add_argument("--layer-scale", type=cli.not_negative, help="its start; 0: none")
     group.add_argument("--registers", type=cli.nonneg_int, help="tokens beside the class token")
     group.add_argument("--grad-checkpoint", action=cli.Switch, default=False,
                        help="recompute the blocks in the backward; less memory, the same gradient")
@@ -122,18 +123,18 @@ def parse_args(argv=None):
     group.add_argument("--blur", action=cli.Switch, help="Gaussian blur, of each crop its own rate")
     group.add_argument("--mask-probability", type=cli.fraction, help="share of masked global crops")
     group.add_argument("--mask-ratio", type=cli.fraction, nargs=2,
-                       help="smallest, largest share of their patches that is masked")
+                       help="smallest, largest share of their patches")
     group.add_argument("--hidden-dim", type=cli.pos_int, help="width of the head's hidden layers")
     group.add_argument("--bottleneck-dim", type=cli.pos_int, help="D, before the last layer")
     group.add_argument("--num-outputs", type=cli.pos_int,
                        help="K; more is better on large data, a few hundred do for small")
-    group.add_argument("--head-std", type=cli.positive, help="standard deviation of a projector's "
-                       "weights at the start; larger for narrow ones, whose biases outgrow them")
+    group.add_argument("--head-std", type=cli.positive, help="deviation of a projector's weights "
+                       "at the start; larger for narrow ones, whose biases outgrow them")
     group.add_argument("--patch-head", type=cli.pos_int, nargs="*", metavar="SIZE",
                        help="what patches have of their own: nothing; K outputs: a last layer; "
                        "hidden width, D and K: a head")
-    group.add_argument("--norm-last-layer", action=cli.Switch,
-                       help="keep the last layers' rows at norm 1: steadier")
+    group.add_argument("--norm-last-layer", action=cli.Switch, help="keep last layers' rows at "
+                       "norm 1: steadier")
     group.add_argument("--freeze-last-layer-epochs", type=cli.nonneg_int,
                        help="last layers frozen so long; more, if the loss does not fall")
     group.add_argument("--student-temperature", type=cli.positive,
@@ -172,6 +173,8 @@ def parse_args(argv=None):
         parser.error("--mask-ratio {:g} {:g} is not a range".format(*args.mask_ratio))
     if len(args.patch_head) not in (0, 1, 3):
         parser.error(f"--patch-head has {len(args.patch_head)} values; give none, one or three")
+    if args.targets == "sinkhorn" and cli.peek(argv, "--center-momentum", float) is not None:
+        parser.error(f"--center-momentum {args.center_momentum} is of --targets centering")
     if args.koleo_weight and args.batch_size < 2 * cli.processes():
         parser.error(f"--batch-size {args.batch_size} gives one image to each of "
                      f"{cli.processes()} processes, and KoLeo needs two; pass --koleo-weight 0")
@@ -305,7 +308,7 @@ class Head(nn.Module):
         nn.init.uniform_(self.last_layer.directions, -bottleneck_dim**-0.5, bottleneck_dim**-0.5)
 
     def embed(self, h: Tensor) -> Tensor:
-        """Unit embeddings (..., D) of features (..., H), in float32 or float64."""
+        """Unit embeddings (..., D) of features (..., H), in float32 at least."""
         return F.normalize(comm.upcast(self.projector(h)), dim=-1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -388,18 +391,11 @@ def centered_targets(logits: Tensor, center: Tensor, temperature: float) -> Tens
 
 @torch.no_grad()
 def sinkhorn_targets(logits: Tensor, temperature: float, iterations: int) -> Tensor:
-    """Turn teacher logits into probabilities that use every output equally over all processes.
+    """Turn teacher logits (M, K) into probabilities that use every output equally.
 
-    One iteration scales each output to the same mass, then each row to the mass 1. On logarithms:
-    exp(logit / temperature) may overflow float32.
-
-    Args:
-        logits: (M, K); M may differ between processes, and be 0.
-        temperature: divides the logits.
-        iterations: at least 1.
-
-    Returns:
-        (M, K), rows that sum to 1; float32, or float64 for such logits.
+    One iteration scales each output to the same mass over all processes, then each row to the mass
+    1. On logarithms: exp(logit / temperature) may overflow float32. M may differ between processes,
+    and be 0.
 
     Reference: DINOv2, section 4; SwAV, arXiv 2006.09882, section 3.1.
     """
@@ -452,13 +448,10 @@ def patch_loss(student: Tensor, targets: Tensor, weights: Tensor, num_crops: int
 
 
 def koleo_loss(z: Tensor) -> Tensor:
-    """Compute the Kozachenko-Leonenko estimate of minus the entropy of features.
+    """Compute the mean of -log of the distance to the nearest other row, which spreads the rows.
 
-    It spreads them: the mean of -log of the distance to the nearest other row. Neighbours are
-    looked for on this process alone, as officially, so the loss depends on the number of processes.
-
-    Args:
-        z: (N, H) of one view, normalised inside; two rows at least.
+    Neighbours are looked for on this process alone, as officially, so the loss depends on the
+    number of processes. z (N, H), two rows at least, is of one view and normalised inside.
 
     Reference: section 4; Sablayrolles et al., arXiv 1806.03198, equation 4.
     """
@@ -471,12 +464,10 @@ def koleo_loss(z: Tensor) -> Tensor:
 
 @torch.no_grad()
 def update_center(center: Tensor, teacher: Tensor, momentum: float) -> None:
-    """Move the centre to the mean of the teacher's logits over the rows of all processes.
+    """Move the centre (K,) to the mean of the teacher's logits over the rows of all processes.
 
-    Args:
-        center: (K,), written in place; it keeps a share `momentum` of itself, and all of it where
-            there are no rows.
-        teacher: this process's logits (M, K), not centred; M may differ between processes.
+    It keeps a share `momentum` of itself, and all of it where there are no rows. `teacher` are this
+    process's logits (M, K), not centred; M may differ between processes.
 
     Reference: DINO, section 3.1, equation 4.
     """
@@ -494,20 +485,13 @@ def update_ema(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
 
 
 @torch.no_grad()
-def clip_per_parameter(module: nn.Module, max_norm: float) -> None:
-    """Scale the gradient of each parameter by itself down to norm `max_norm`, if it is above."""
-    grads = [p.grad for p in module.parameters() if p.grad is not None]
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float, together: bool) -> None:
+    """Scale gradients down to norm `max_norm`, that of all together or of each by itself."""
+    grads = [p.grad for p in parameters if p.grad is not None]
     norms = torch.stack(torch._foreach_norm(grads))
+    norms = norms.norm().expand(len(grads)) if together else norms
     scales = (max_norm / (norms + 1e-6)).clamp(max=1)
     torch._foreach_addcmul_(grads, (scales - 1).unbind(), grads)  # grad + (scale - 1) grad
-
-
-@torch.no_grad()
-def clip_together(parameters: list[nn.Parameter], max_norm: float) -> None:
-    """Scale the gradients of parameters down to the norm `max_norm` of all together, if above."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.stack(torch._foreach_norm(grads)).norm()
-    torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1))
 
 
 def temperature_schedule(first: float, last: float, warmup: int, total: int) -> list[float]:
@@ -590,9 +574,10 @@ def main(args):
                          download=args.download, limit=args.limit)
 
     # Model
+    ibot = args.method == "ibot"
     backbone = backbones.build_backbone(
         args.arch, in_chans=args.in_chans, image_size=args.image_size, patch_size=args.patch_size,
-        positions="learned", drop_path=args.drop_path, uniform_drop_path=args.method == "dinov2",
+        positions="learned", drop_path=args.drop_path, uniform_drop_path=not ibot,
         layer_scale=args.layer_scale or None, registers=args.registers)
     model = DINOv2(backbone, (args.hidden_dim, args.bottleneck_dim, args.num_outputs),
                    args.patch_head, args.head_std, args.norm_last_layer)
@@ -610,9 +595,9 @@ def main(args):
     lr, final_lr = args.lr * args.batch_size / 256, args.final_lr * args.batch_size / 256
     groups = parameter_groups(model, args.layer_decay, args.patch_embed_lr)
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
-    networks = {}
-    for name, p in model.named_parameters():
-        networks.setdefault(name.split(".")[0].replace("mask_token", "backbone"), []).append(p)
+    networks = [[*backbone.parameters(), model.mask_token],
+                *([*head.parameters()] for head in (model.head, model.patch_head) if head)]
+    last_layers = [p for group in groups if group["last_layer"] for p in group["params"]]
     autocast, scaler = optim.precision(args.amp, world.device)
 
     # Train
@@ -633,7 +618,7 @@ def main(args):
             total_steps=run.total_steps, warmup_endpoint=True)
         decay_of_step = optim.cosine(args.weight_decay, args.final_weight_decay, run.total_steps)
         momentum_of_step = optim.cosine(args.momentum, 1.0, run.total_steps)
-        period = run.steps_per_epoch if args.method == "ibot" else 1
+        period = run.steps_per_epoch if ibot else 1
         warmup = args.warmup_teacher_temperature_epochs * run.steps_per_epoch // period
         temperatures = [temperature_schedule(*ends, warmup, run.total_steps // period) for ends in (
             (args.warmup_teacher_temperature, args.teacher_temperature),
@@ -654,7 +639,7 @@ def main(args):
             with autocast():
                 with torch.no_grad():
                     *_, logits, patch_logits, patch_rows = teacher(
-                        global_views, [], batch.drawn, mean_of_all=args.method == "ibot")
+                        global_views, [], batch.drawn, mean_of_all=ibot)
                 h, z, predicted, patch_predicted, _ = ddp_model(
                     global_views, local_views, batch.drawn, mask)
             class_temperature, patch_temperature = (t[step // period] for t in temperatures)
@@ -676,15 +661,10 @@ def main(args):
                 loss = loss + args.koleo_weight * losses["koleo_loss"]
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
-            if args.clip_norm and args.method == "ibot":
-                clip_per_parameter(model, args.clip_norm)
-            elif args.clip_norm:
-                for network in networks.values():
-                    clip_together(network, args.clip_norm)
-            if frozen and args.method == "ibot":
-                for head in (model.head, model.patch_head):
-                    if head:
-                        head.last_layer.zero_grad(set_to_none=True)
+            for network in networks if args.clip_norm else ():
+                clip_gradients(network, args.clip_norm, together=not ibot)
+            for p in last_layers if frozen and ibot else ():
+                p.grad = None
             scaler.step(optimizer)  # 4. step
             scaler.update()
             update_ema(teacher, model, momentum_of_step[step])  # 5. teacher

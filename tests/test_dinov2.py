@@ -62,6 +62,7 @@ def test_the_ibot_recipe_is_its_readmes():
     [
         (["--crop-sizes", "18"], "--crop-sizes 18 are not all multiples of --patch-size"),
         (["--mask-ratio", "0.5", "0.1"], "--mask-ratio 0.5 0.1"),
+        (["--center-momentum", "0.5"], "--center-momentum 0.5 is of --targets centering"),
         (["--patch-head", "8", "8"], "--patch-head has 2 values"),
         (["--koleo-weight", "0.1", "--batch-size", "1"], "--batch-size 1 gives one image"),
         (["--arch", "resnet18"], "resnet18"),
@@ -451,15 +452,15 @@ def test_a_center_without_rows_stays():
     assert torch.equal(center, kept)
 
 
-def test_gradients_are_clipped_together():
-    module = nn.Linear(2, 2)
-    module.weight.grad = torch.tensor([[3.0, 0.0], [0.0, 0.0]])
-    module.bias.grad = torch.tensor([0.0, 4.0])  # together 5
-    dinov2.clip_together([*module.parameters()], 10.0)
-    assert module.bias.grad[1] == 4
-    dinov2.clip_together([*module.parameters(), nn.Parameter(torch.ones(3))], 1.0)
-    torch.testing.assert_close(module.weight.grad, torch.tensor([[0.6, 0.0], [0.0, 0.0]]))
-    torch.testing.assert_close(module.bias.grad, torch.tensor([0.0, 0.8]))
+def test_gradients_are_clipped_together_or_one_by_one():
+    module, without = nn.Linear(2, 2), nn.Parameter(torch.ones(3))
+    for max_norm, together, wanted in ((10.0, True, (3.0, 4.0)), (1.0, True, (0.6, 0.8)),
+                                       (3.5, False, (3.0, 3.5))):
+        module.weight.grad = torch.tensor([[3.0, 0.0], [0.0, 0.0]])
+        module.bias.grad = torch.tensor([0.0, 4.0])  # together 5
+        dinov2.clip_gradients([*module.parameters(), without], max_norm, together)
+        found = module.weight.grad.norm().item(), module.bias.grad.norm().item()
+        assert found == pytest.approx(wanted, rel=1e-5)
 
 
 def test_rates_fall_from_block_to_block_and_decay_is_for_weights():
