@@ -29,12 +29,13 @@ METHODS = {  # name: script and flags
     "SimSiam": ["simsiam.py"],
     "BYOL": ["byol.py"],
     "DINO": ["dino.py"],
+    "DINOv2": ["dinov2.py"],
     "Barlow Twins": ["barlow_twins.py"],
     "VICReg": ["vicreg.py"],
     "LeJEPA": ["lejepa.py"],
     "MAE": ["mae.py"],
 }
-TRANSFORMERS = {"MAE": "patches"}  # and the layer that is evaluated
+TRANSFORMERS = {"DINOv2": "cls", "MAE": "patches"}  # and the layer that is evaluated
 EVALUATIONS = {
     "eval_knn.py": [],
     "eval_linear.py": [],
