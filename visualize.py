@@ -2,6 +2,7 @@
 
 views: some images, and beside each the views that a script trains on, exactly as its loader gives
 them (any flag of the script may follow).
+masks: the same, with the patches that are masked in gray.
 attention: what the class token of a vision transformer looks at, head by head, in its last block.
 reconstruction: images, what a masked autoencoder sees of them, and what it makes of that; where it
 was trained on normalised patches, each patch gets its true mean and variance back.
@@ -9,6 +10,7 @@ curves: the numbers in the logs of runs, finished or not, one panel each (needs 
 
     python visualize.py views simclr --image views.png
     python visualize.py views npid_pirl --image jigsaw.png --method pirl
+    python visualize.py masks dinov2 --image masks.png
     python visualize.py attention --checkpoint runs/dino-digits-vit_micro --image attention.png
     python visualize.py reconstruction --checkpoint runs/mae-digits-vit_micro --image mae.png
     python visualize.py curves runs/simclr runs/moco --image curves.png
@@ -40,9 +42,11 @@ def parse_args(argv=None):
     parser = cli.Parser(prog="visualize.py", description=__doc__,
                         formatter_class=cli.HelpFormatter, allow_abbrev=False)
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
-    views = kinds.add_parser("views", allow_abbrev=False, formatter_class=cli.HelpFormatter,
-                             help="the views of a script; its flags may follow")
-    views.add_argument("script", help="simclr, moco, ...")
+    for name, what, scripts in (("views", "the views of a script", "simclr, moco, ..."),
+                                ("masks", "the views that a script masks, masked", "dinov2, ...")):
+        views = kinds.add_parser(name, allow_abbrev=False, formatter_class=cli.HelpFormatter,
+                                 help=f"{what}; its flags may follow")
+        views.add_argument("script", help=scripts)
     for name in ("attention", "reconstruction"):
         kind = kinds.add_parser(name, allow_abbrev=False, formatter_class=cli.HelpFormatter,
                                 help=f"{name} of a trained run")
@@ -59,7 +63,7 @@ def parse_args(argv=None):
     for kind in kinds.choices.values():
         kind.add_argument("--image", required=True, metavar="PNG", help="the picture to write")
     args, others = parser.parse_known_args(argv)
-    if others and args.kind != "views":
+    if others and args.kind not in ("views", "masks"):
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     args.flags = others
     return args
@@ -121,9 +125,19 @@ def method(name: str):
     return module
 
 
+def masked(pixels: np.ndarray, visible: Tensor) -> np.ndarray:
+    """Images (n, H, W, 3), gray where a patch of theirs (n, rows, columns) is not visible."""
+    seen = visible.numpy()
+    for axis in (1, 2):
+        seen = seen.repeat(pixels.shape[axis] // seen.shape[axis], axis)
+    return np.where(seen[..., None], pixels, np.uint8(128))
+
+
 def views_picture(args) -> Image.Image:
-    """Images, and beside each its views in the first epoch."""
+    """Images, and beside each its views in the first epoch, or what its masks leave of them."""
     module = method(args.script)
+    if args.kind == "masks" and not hasattr(module, "visible_patches"):
+        raise comm.RunError(f"{args.script} masks no patches of its views; try dinov2")
     given = module.parse_args(args.flags)
     images = open_images(given.data, "pretrain", given.in_chans, root=given.data_root,
                          download=given.download, limit=given.limit)
@@ -132,6 +146,9 @@ def views_picture(args) -> Image.Image:
                     world=WORLD, workers=0)
     batch = next(loader.epoch(0))
     pictures = [to_pixels(view, given.mean, given.std) for view in batch.views]
+    if args.kind == "masks":
+        pictures = [masked(pictures[number], visible)
+                    for number, visible in module.visible_patches(given, batch.index)]
     table = []
     for row, index in enumerate(batch.index.tolist()):
         planes = images.read(index)
@@ -305,8 +322,8 @@ def curves_picture(args) -> Image.Image:
 
 
 def main(args):
-    pictures = {"views": views_picture, "attention": attention_picture,
-                "reconstruction": reconstruction_picture, "curves": curves_picture}
+    pictures = {"views": views_picture, "masks": views_picture, "curves": curves_picture,
+                "attention": attention_picture, "reconstruction": reconstruction_picture}
     picture = pictures[args.kind](args)
     with comm.same_error_on_all_ranks(writing=args.image):
         picture.save(args.image, format="PNG")

@@ -32,6 +32,7 @@ METHODS = {  # name: script and flags
     "SimSiam": ["simsiam.py"],
     "BYOL": ["byol.py"],
     "DINO": ["dino.py"],
+    "DINOv2": ["dinov2.py"],
     "Barlow Twins": ["barlow_twins.py"],
     "VICReg": ["vicreg.py"],
     "LeJEPA": ["lejepa.py"],
@@ -40,7 +41,7 @@ METHODS = {  # name: script and flags
     "Jigsaw": ["pretext.py", "--task", "jigsaw"],
     "Relative location": ["pretext.py", "--task", "location"],
 }
-TRANSFORMERS = {"MAE": "patches"}  # and the layer that is evaluated
+TRANSFORMERS = {"DINOv2": "cls", "MAE": "patches"}  # and the layer that is evaluated
 EVALUATIONS = {
     "eval_knn.py": [],
     "eval_linear.py": [],

@@ -561,5 +561,8 @@ def compile(*modules: nn.Module) -> None:
     from torch._inductor import config
 
     config.fallback_random = True
+    # Blocks that are modules of their own here: a graph for each chance to be dropped, crop size
+    # and mode, where torch takes 8 before it goes on uncompiled.
+    torch._dynamo.config.recompile_limit = 128
     for module in modules:
         module.compile(dynamic=False)

@@ -97,11 +97,8 @@ class Training:
         for trunk in trunks:
             backbones.check_sizes(trunk, args.in_chans, {view.size for view in self.views})
             if new and self.initial:
-                try:
-                    trunk.load_state_dict(self.initial)
-                except RuntimeError as error:
-                    reason = " ".join(str(error).partition("\n")[2].split())
-                    raise RunError(f"--init {args.init} does not fit: {reason}") from error
+                check_same_parts(trunk, self.initial, args.init)
+                trunk.load_state_dict(self.initial)
         self.initial = None
         self.freeze(trunks, (self.option("freeze_backbone_epochs") or 0) * self.steps_per_epoch)
         self.watch_gradients()
@@ -326,6 +323,17 @@ def starting_weights(args) -> tuple[dict, str]:
         for part in iter(lambda: file.read(2**24), b""):
             digest.update(part)
     return state, digest.hexdigest()[:12]
+
+
+def check_same_parts(backbone: nn.Module, given: dict, name: str) -> None:
+    """Raise a RunError where a file's backbone has other parts than the one that starts from it."""
+    shapes = [{key: tuple(value.shape) for key, value in state.items()}
+              for state in (backbone.state_dict(), given)]
+    for key in sorted(shapes[0].keys() | shapes[1].keys()):
+        ours, theirs = (each.get(key, "none") for each in shapes)
+        if ours != theirs:
+            raise RunError(f"--init {name}: {key} is {theirs} there and {ours} here; are flags of "
+                           "the backbone, such as --layer-scale and --registers, right?")
 
 
 def check_tensorboard() -> None:

@@ -21,7 +21,7 @@ from common.loader import Batch
 
 TRACES = {path.stem: path for path in sorted((Path(__file__).parent / "traces").glob("*.json"))}
 # Settings that compute the same on two processes: batch norm over both of them, or none at all.
-TWO_PROCESSES = ("barlow_twins", "byol", "deepcluster_v2", "dino", "mae", "moco_shuffle",
+TWO_PROCESSES = ("barlow_twins", "byol", "deepcluster_v2", "dino", "ibot", "mae", "moco_shuffle",
                  "moco_v3_2", "moco_v3_resnet", "moco_v3_vit", "simsiam", "swav", "vicreg")
 SEVERAL_ONLY = ("moco_v3_2",)  # each process has its own batch norm
 TOLERANCE = 1e-9
@@ -152,6 +152,14 @@ def run(name, folder):
         noise = philox("mask", len(losses)).random((trace["batch_size"], patches))
         return here(torch.from_numpy(noise))
 
+    def draw_masks(index, step, **_):
+        masks = [here(crop) for crop in trace["masks"][step]]
+        length = (trace["views"][0][0] // 8) ** 2  # of the traces with masks, the patch is 8
+        return torch.tensor([(crop * len(index) + row) * length + place
+                             for crop, rows in enumerate(masks)
+                             for row, places in enumerate(rows) for place in places],
+                            dtype=torch.int64)
+
     def kmeans_start(n, **_):
         return torch.from_numpy(np.argsort(philox("kmeans", next(starts)).random(n), kind="stable"))
 
@@ -165,6 +173,7 @@ def run(name, folder):
     ]
     draws = {
         "mask": (script, "mask_noise", mask_noise),
+        "masks": (script, "draw_masks", draw_masks),
         "negatives": (script, "draw_negatives", lambda index, num_images, num_negatives, step, **_:
                       negatives(step, index, num_images, num_negatives, trace["batch_size"])),
         "shuffle": (rng, "philox", shuffled),

@@ -36,6 +36,17 @@ def test_views_are_those_of_the_scripts_flags(tmp_path):
     assert [round(width / visualize.TILE) for width in widths] == [4, 6]
 
 
+def test_masked_patches_are_gray(tmp_path):
+    for kind in ("views", "masks"):
+        run(kind, "dinov2", "--image", tmp_path / f"{kind}.png", "--rows", 4)
+    views, masks = (np.asarray(Image.open(tmp_path / f"{kind}.png")) for kind in ("views", "masks"))
+    assert views.shape == masks.shape
+    changed = (views != masks).any(2)
+    assert 0.02 < changed.mean() < 0.25 and (masks[changed] == 128).all()
+    with pytest.raises(comm.RunError, match="simclr masks no patches"):
+        run("masks", "simclr", "--image", tmp_path / "none.png")
+
+
 def test_the_first_column_is_the_image_itself():
     args = visualize.parse_args(["views", "simclr", "--image", "x.png", "--rows", "2"])
     picture = np.asarray(visualize.views_picture(args))
