@@ -21,7 +21,7 @@ from common.loader import Batch
 
 TRACES = {path.stem: path for path in sorted((Path(__file__).parent / "traces").glob("*.json"))}
 # Settings that compute the same on two processes: batch norm over both of them, or none at all.
-TWO_PROCESSES = ("barlow_twins", "byol", "deepcluster_v2", "dino", "mae", "moco_shuffle",
+TWO_PROCESSES = ("barlow_twins", "byol", "deepcluster_v2", "dino", "ijepa", "mae", "moco_shuffle",
                  "moco_v3_2", "moco_v3_resnet", "moco_v3_vit", "simsiam", "swav", "vicreg")
 SEVERAL_ONLY = ("moco_v3_2",)  # each process has its own batch norm
 TOLERANCE = 1e-9
@@ -152,6 +152,11 @@ def run(name, folder):
         noise = philox("mask", len(losses)).random((trace["batch_size"], patches))
         return here(torch.from_numpy(noise))
 
+    def blocks(_, step, **__):
+        masks = trace["masks"][step]
+        return [here(torch.tensor(masks["context"])),
+                here(torch.tensor(masks["targets"]).transpose(0, 1))]
+
     def kmeans_start(n, **_):
         return torch.from_numpy(np.argsort(philox("kmeans", next(starts)).random(n), kind="stable"))
 
@@ -165,6 +170,7 @@ def run(name, folder):
     ]
     draws = {
         "mask": (script, "mask_noise", mask_noise),
+        "blocks": (script, "draw_masks", blocks),
         "negatives": (script, "draw_negatives", lambda index, num_images, num_negatives, step, **_:
                       negatives(step, index, num_images, num_negatives, trace["batch_size"])),
         "shuffle": (rng, "philox", shuffled),
