@@ -20,6 +20,7 @@ SMALL_CROPS = ["--num-crops", "2", "1", "--crop-sizes", "16", "8", "--crop-scale
 EXTRA: dict[str, list[str]] = {  # what a script needs for a tiny run
     "deepcluster_v2": ["--num-clusters", "8", "8"],
     "dino": ["--freeze-last-layer-epochs", "0", *SMALL_CROPS],
+    "ijepa": ["--start-lr", "0.0005", "--final-weight-decay", "0.04"],
     "lejepa": SMALL_CROPS,
     "moco": ["--bn-groups", "2"],
     "npid_pirl": ["--sync-bn"],

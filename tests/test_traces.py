@@ -112,7 +112,7 @@ def fill(state, trace):
     """Give every tensor of the state its start value; none may be without one."""
     for part, tensors in trace["initial"].items():
         ours = state[part].state_dict() if hasattr(state[part], "state_dict") else {"": state[part]}
-        assert {name for name, *_ in tensors.values()} == set(ours), part
+        assert {name.split("[")[0] for name, *_ in tensors.values()} == set(ours), part
         for theirs, (name, kind, shape) in tensors.items():
             if kind == "kept":
                 continue
@@ -121,8 +121,14 @@ def fill(state, trace):
                 continue
             value = torch.from_numpy(np.asarray(start_value(kind, theirs, shape, trace["seed"])))
             value = value.T if trace["layouts"].get(part) == "transposed" else value
-            assert value.shape == ours[name].shape, (part, name)
-            ours[name].copy_(value)
+            assert value.shape == named(ours, name).shape, (part, name)
+            named(ours, name).copy_(value)
+
+
+def named(tensors, name):
+    """A tensor by its name; with [0], [1] or [2] behind it that third (queries, keys, values)."""
+    name, *third = name.rstrip("]").split("[")
+    return tensors[name].chunk(3)[int(third[0])] if third else tensors[name]
 
 
 def run(name, folder):
@@ -157,6 +163,12 @@ def run(name, folder):
         return [here(torch.tensor(masks["context"])),
                 here(torch.tensor(masks["targets"]).transpose(0, 1))]
 
+    def cells(_, step, *, cells, **__):
+        side = 4  # patches along an image
+        noise = torch.ones(trace["batch_size"], side * side)  # hidden are those with the smallest
+        noise.scatter_(1, torch.tensor(trace["masks"][step]), 0.0)
+        return here(noise.view(-1, side, side)[:, :: side // cells, :: side // cells])
+
     def kmeans_start(n, **_):
         return torch.from_numpy(np.argsort(philox("kmeans", next(starts)).random(n), kind="stable"))
 
@@ -171,6 +183,7 @@ def run(name, folder):
     draws = {
         "mask": (script, "mask_noise", mask_noise),
         "blocks": (script, "draw_masks", blocks),
+        "cells": (script, "mask_noise", cells),
         "negatives": (script, "draw_negatives", lambda index, num_images, num_negatives, step, **_:
                       negatives(step, index, num_images, num_negatives, trace["batch_size"])),
         "shuffle": (rng, "philox", shuffled),
@@ -186,7 +199,8 @@ def run(name, folder):
             *trace["settings"]["ours"], "--output", str(folder), "--device", "cpu", "--workers",
             "0", "--data", "digits",
         ]))
-    ends = {title: {theirs: digest(ours[want[0]].detach() / group.get("factors", {}).get(theirs, 1))
+    ends = {title: {theirs: digest(named(ours, want[0]).detach()
+                                   / group.get("factors", {}).get(theirs, 1))
                     for theirs, want in group["tensors"].items() if want[0] is not None}
             for title, group in trace["final"].items() if is_here(group, comm.rank())
             for ours in [tensors_of(trace, group, state)]}
