@@ -578,7 +578,7 @@ def main(args):
     backbone = backbones.build_backbone(
         args.arch, in_chans=args.in_chans, image_size=args.image_size, patch_size=args.patch_size,
         positions="learned", drop_path=args.drop_path, uniform_drop_path=not ibot,
-        layer_scale=args.layer_scale or None, registers=args.registers)
+        layer_scale=args.layer_scale, registers=args.registers)
     model = DINOv2(backbone, (args.hidden_dim, args.bottleneck_dim, args.num_outputs),
                    args.patch_head, args.head_std, args.norm_last_layer)
     model = model.to(world.device, memory_format=torch.channels_last)

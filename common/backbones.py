@@ -33,6 +33,7 @@ VIT_SIZES = {  # width, blocks, heads
     "vit_small_12heads": (384, 12, 12),  # MoCo v3's, which its tensors do not tell
     "vit_base": (768, 12, 12), "vit_large": (1024, 24, 16), "vit_huge": (1280, 32, 16),
 }
+VIT_PARTS = ("class_token", "layer_scale", "registers")  # which not every transformer has
 STEMS = {  # kernel, stride and padding of a ResNet's first layer; a pool follows the large ones
     "imagenet": (7, 2, 3), "small": (3, 1, 1), "small-pad2": (3, 1, 2),
     "imagenet-sobel": (7, 2, 3), "small-sobel": (3, 1, 1),  # of edges, not of colours
@@ -327,7 +328,7 @@ class VisionTransformer(nn.Module):
         drop_path: chance of the last block's two branches to be left out for a sample in training;
             it rises linearly from 0 at the first block. Drawn from torch's generator of the device.
         uniform_drop_path: the same chance in every block.
-        layer_scale: start value of a trained scale of every channel of every branch, or None.
+        layer_scale: start value of a trained scale of every channel of every branch; 0: none.
         class_token: without it, the feature is the mean of the patches.
         registers: tokens without a position beside the class token, left out of the result.
 
@@ -344,7 +345,7 @@ class VisionTransformer(nn.Module):
     def __init__(
         self, dim: int, depth: int, num_heads: int, *, image_size, patch_size: int, in_chans: int,
         positions: str, drop_path: float, uniform_drop_path: bool = False,
-        layer_scale: float | None = None, class_token: bool = True, registers: int = 0,
+        layer_scale: float = 0.0, class_token: bool = True, registers: int = 0,
     ):
         super().__init__()
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -454,16 +455,16 @@ class Block(nn.Module):
     """Attention, then a two-layer perceptron, each on normalised tokens and added to its input."""
 
     def __init__(self, dim: int, num_heads: int, drop_path: float,
-                 layer_scale: float | None = None):
+                 layer_scale: float = 0.0):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
-        self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
+        self.ls1 = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = nn.Sequential(OrderedDict(
             fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim),
         ))
-        self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
+        self.ls2 = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
         self.drop_path = drop_path
 
     def forward(self, x: Tensor) -> Tensor:
@@ -556,8 +557,11 @@ def resample_positions(positions: Tensor, grid: tuple, wanted: tuple,
         return torch.einsum("ri,nijd,cj->nrcd", down, table, across).flatten(1, 2)
 
 
-def compile(*modules: nn.Module) -> None:
-    """Compile modules in place; their random numbers are those of eager mode."""
+def compile(*modules: nn.Module, dynamic: bool = False) -> None:
+    """Compile modules in place; their random numbers are those of eager mode.
+
+    `dynamic` for inputs whose sizes change from step to step.
+    """
     from torch._inductor import config
 
     config.fallback_random = True
@@ -565,4 +569,4 @@ def compile(*modules: nn.Module) -> None:
     # and mode, where torch takes 8 before it goes on uncompiled.
     torch._dynamo.config.recompile_limit = 128
     for module in modules:
-        module.compile(dynamic=False)
+        module.compile(dynamic=dynamic)

@@ -25,7 +25,7 @@ import torch
 import torchvision
 from torch import nn
 
-from common import distributed as comm
+from common import backbones, distributed as comm
 from common.distributed import RunError, World
 from common.workers import set_malloc_thresholds
 
@@ -327,7 +327,8 @@ def described(weights: OrderedDict, settings: dict) -> OrderedDict:
     `torch.load` brings that back, and nothing that loads the weights takes it for a tensor.
     """
     found = OrderedDict((name, value.cpu().contiguous()) for name, value in weights.items())
-    said = {name: settings[name] for name in DESCRIBED if name in settings}
+    names = (*DESCRIBED, *backbones.VIT_PARTS)
+    said = {name: settings[name] for name in names if name in settings}
     found._metadata = OrderedDict(getattr(weights, "_metadata", {}), settings=said)
     return found
 

@@ -377,6 +377,11 @@ def any_rank(*flags: bool) -> tuple[bool, ...]:
     return tuple(bool(vote) for vote in votes.amax(0).tolist())
 
 
+def smallest(count: int) -> int:
+    """The least of the processes' whole numbers (one small exchange)."""
+    return count if size() == 1 else int(all_gather_no_grad(torch.tensor([count])).min())
+
+
 def send(x: Tensor, device: torch.device) -> Tensor:
     """Copy to a device without waiting for it, which takes pinned memory."""
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)

@@ -122,6 +122,7 @@ FOLDER = dict(
     arch="resnet50", stem="imagenet", patch_size=16, image_size=224, in_chans=3,
     mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225],
 )
+SAID = (*DIGITS, *backbones.VIT_PARTS)  # what a run says of images and backbone
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def resolve_checkpoint(name: str, flag: str = "--checkpoint") -> Checkpoint:
     with contextlib.suppress(RunError):  # a file that does not load: loading it will say why
         said = getattr(weights.load_tensors(path), "_metadata", {}).get("settings")
         if isinstance(said, dict):  # or it is the version of a foreign model's part of that name
-            settings = settings | {name: said[name] for name in FOLDER if name in said}
+            settings = settings | {name: said[name] for name in SAID if name in said}
     return Checkpoint(name, path, settings)
 
 
@@ -171,7 +172,7 @@ def evaluation_settings(args, checkpoints: list[Checkpoint], data: str | None = 
             not go together.
     """
     described = next((c.settings for c in checkpoints if c.settings), {})
-    described = {name: described[name] for name in DIGITS if name in described}
+    described = {name: described[name] for name in SAID if name in described}
     given = {name: getattr(args, name) for name in DIGITS if getattr(args, name) is not None}
     source = data or args.data or described.get("data") or "digits"
     settings = (DIGITS if source == "digits" else FOLDER) | described | given | {"data": source}
@@ -192,7 +193,7 @@ def evaluation_settings(args, checkpoints: list[Checkpoint], data: str | None = 
 
 def settings_of(args) -> dict:
     """What `build` and `central_view` need to know of a backbone that a script is training."""
-    return DIGITS | {name: value for name, value in vars(args).items() if name in DIGITS}
+    return DIGITS | {name: value for name, value in vars(args).items() if name in SAID}
 
 
 def of_this_kind(settings: dict) -> list[str]:
@@ -482,7 +483,8 @@ def build(settings: dict) -> nn.Module:
     backbone = backbones.build_backbone(
         settings["arch"], in_chans=settings["in_chans"], stem=settings.get("stem"),
         zero_init_residual=False, patch_size=settings["patch_size"], positions="sincos",
-        image_size=settings.get("trained_size", size), drop_path=0.0)
+        image_size=settings.get("trained_size", size), drop_path=0.0,
+        **{name: settings[name] for name in backbones.VIT_PARTS if name in settings})
     backbones.check_sizes(backbone, settings["in_chans"], {size})
     return backbone
 

@@ -29,7 +29,7 @@ class Batch:
 
     views: list[Tensor]  # (n, C, H, W) each, on the training device
     index: Tensor  # int64 (n,), on the CPU
-    drawn: Tensor | None = None  # what `Loader`'s `draw` gave for it, on the training device
+    drawn: Tensor | list[Tensor] | None = None  # what `draw` gave for it, on the training device
 
 
 class RankBatches(torch.utils.data.Dataset):
@@ -189,8 +189,10 @@ class Loader:
             for numbers, part in zip(alike(self.views), parts, strict=True):
                 finished = self.views[numbers[0]].finish(*part, self.world.device)
                 views |= zip(numbers, finished.chunk(len(numbers)), strict=True)
-            if drawn is not None:
+            if isinstance(drawn, Tensor):
                 drawn = drawn.to(self.world.device, non_blocking=True)
+            elif drawn is not None:
+                drawn = [x.to(self.world.device, non_blocking=True) for x in drawn]
             yield Batch([views[number] for number in range(len(views))], index, drawn)
 
     def report(self, problems: dict[int, str]) -> None:

@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import math
 import os
+import sys
 import time
 
 import torch
@@ -307,6 +308,7 @@ def starting_weights(args) -> tuple[dict, str]:
             raise RunError(f"{flag} {settings[name]}, and --init {args.init} is of {flag} "
                            f"{given.settings[name]}; a backbone starts from one of its own kind")
     backbone = features.build(settings)
+    shapes = {name: value.shape for name, value in backbone.state_dict().items()}
     wanted = getattr(backbone, "grid", None)
     weights.load_backbone(backbone, given.weights)
     features.print_doubts(given, settings)
@@ -318,6 +320,11 @@ def starting_weights(args) -> tuple[dict, str]:
         state["pos_embed"] = torch.cat([first, table], dim=1)
         comm.print_main("positions resampled from {} x {} patches to {} x {}".format(
             *backbone.grid, *wanted))
+    for name in shapes.keys() | state.keys():  # a transformer takes the parts of its file
+        if name not in state or state[name].shape != shapes.get(name):
+            raise RunError(f"--init {args.init} is of a transformer with other parts than "
+                           f"{os.path.basename(sys.argv[0])}'s: {name} is in one of them alone, or "
+                           "of another shape")
     digest = hashlib.sha256()
     with open(given.weights, "rb") as file:
         for part in iter(lambda: file.read(2**24), b""):

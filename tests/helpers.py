@@ -24,6 +24,7 @@ EXTRA: dict[str, list[str]] = {  # what a script needs for a tiny run
     "densecl": ["--bn-groups", "2", "--dense-warmup-steps", "1"],
     "dino": ["--freeze-last-layer-epochs", "0", *SMALL_CROPS],
     "dinov2": SMALL_CROPS,
+    "ijepa": ["--start-lr", "0.0005", "--final-weight-decay", "0.04"],
     "lejepa": SMALL_CROPS,
     "moco": ["--bn-groups", "2"],
     "npid_pirl": ["--sync-bn"],

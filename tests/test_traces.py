@@ -21,7 +21,8 @@ from common.loader import Batch
 
 TRACES = {path.stem: path for path in sorted((Path(__file__).parent / "traces").glob("*.json"))}
 # Settings that compute the same on two processes: batch norm over both of them, or none at all.
-TWO_PROCESSES = ("barlow_twins", "byol", "deepcluster_v2", "dino", "ibot", "mae", "moco_shuffle",
+TWO_PROCESSES = ("barlow_twins", "byol", "deepcluster_v2", "dino", "ibot", "ijepa", "mae",
+                 "moco_shuffle",
                  "moco_v3_2", "moco_v3_resnet", "moco_v3_vit", "simsiam", "swav", "vicreg")
 SEVERAL_ONLY = ("moco_v3_2",)  # each process has its own batch norm
 TOLERANCE = 1e-9
@@ -112,7 +113,7 @@ def fill(state, trace):
     """Give every tensor of the state its start value; none may be without one."""
     for part, tensors in trace["initial"].items():
         ours = state[part].state_dict() if hasattr(state[part], "state_dict") else {"": state[part]}
-        assert {name for name, *_ in tensors.values()} == set(ours), part
+        assert {name.split("[")[0] for name, *_ in tensors.values()} == set(ours), part
         for theirs, (name, kind, shape) in tensors.items():
             if kind == "kept":
                 continue
@@ -121,8 +122,14 @@ def fill(state, trace):
                 continue
             value = torch.from_numpy(np.asarray(start_value(kind, theirs, shape, trace["seed"])))
             value = value.T if trace["layouts"].get(part) == "transposed" else value
-            assert value.shape == ours[name].shape, (part, name)
-            ours[name].copy_(value)
+            assert value.shape == named(ours, name).shape, (part, name)
+            named(ours, name).copy_(value)
+
+
+def named(tensors, name):
+    """A tensor by its name; with [0], [1] or [2] behind it that third (queries, keys, values)."""
+    name, *third = name.rstrip("]").split("[")
+    return tensors[name].chunk(3)[int(third[0])] if third else tensors[name]
 
 
 def run(name, folder):
@@ -160,6 +167,17 @@ def run(name, folder):
                              for row, places in enumerate(rows) for place in places],
                             dtype=torch.int64)
 
+    def blocks(_, step, **__):
+        masks = trace["masks"][step]
+        return [here(torch.tensor(masks["context"])),
+                here(torch.tensor(masks["targets"]).transpose(0, 1))]
+
+    def cells(_, step, *, cells, **__):
+        side = 4  # patches along an image
+        noise = torch.ones(trace["batch_size"], side * side)  # hidden are those with the smallest
+        noise.scatter_(1, torch.tensor(trace["masks"][step]), 0.0)
+        return here(noise.view(-1, side, side)[:, :: side // cells, :: side // cells])
+
     def kmeans_start(n, **_):
         return torch.from_numpy(np.argsort(philox("kmeans", next(starts)).random(n), kind="stable"))
 
@@ -174,6 +192,8 @@ def run(name, folder):
     draws = {
         "mask": (script, "mask_noise", mask_noise),
         "masks": (script, "draw_masks", draw_masks),
+        "blocks": (script, "draw_masks", blocks),
+        "cells": (script, "mask_noise", cells),
         "negatives": (script, "draw_negatives", lambda index, num_images, num_negatives, step, **_:
                       negatives(step, index, num_images, num_negatives, trace["batch_size"])),
         "shuffle": (rng, "philox", shuffled),
@@ -189,7 +209,8 @@ def run(name, folder):
             *trace["settings"]["ours"], "--output", str(folder), "--device", "cpu", "--workers",
             "0", "--data", "digits",
         ]))
-    ends = {title: {theirs: digest(ours[want[0]].detach() / group.get("factors", {}).get(theirs, 1))
+    ends = {title: {theirs: digest(named(ours, want[0]).detach()
+                                   / group.get("factors", {}).get(theirs, 1))
                     for theirs, want in group["tensors"].items() if want[0] is not None}
             for title, group in trace["final"].items() if is_here(group, comm.rank())
             for ours in [tensors_of(trace, group, state)]}
