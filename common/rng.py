@@ -6,7 +6,7 @@ import numpy as np
 
 # Streams of random numbers that never meet.
 SAMPLE, ORDER, FAKE, SHUFFLE, CLUSTERS, MASK, NEGATIVES, DEPTH, DIRECTIONS = range(1, 10)
-MIX = 20
+MIX, SUBSET = 20, 21
 
 
 def philox(seed: int, stream: int, *key: int) -> np.random.Generator:
