@@ -338,7 +338,7 @@ def operate(plane: Image.Image, name: str, strength: float, sign: int, fill, res
     if name in ("autocontrast", "equalize", "invert"):
         return getattr(ImageOps, name)(plane)
     if name == "posterize":
-        return ImageOps.posterize(plane, 4 - int(4 * strength))
+        return ImageOps.posterize(plane, max(1, 4 - int(4 * strength)))  # 0: black, or refused
     if name == "solarize":
         return ImageOps.solarize(plane, 256 - int(256 * strength))
     if name == "solarize add":
