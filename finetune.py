@@ -151,7 +151,7 @@ def parse_args(argv=None):
                        "rate scale")
     group.add_argument("--batch-size", type=cli.pos_int, help="global batch, over all processes")
     group.add_argument("--lr", type=cli.positive, help="learning rate per 256 images")
-    group.add_argument("--head-lr", type=cli.positive, help="that of the linear layer")
+    group.add_argument("--head-lr", type=cli.positive, help="of the linear layer, if another")
     group.add_argument("--layer-decay", type=cli.fraction,
                        help="a block's rate as a share of the next one's")
     group.add_argument("--weight-decay", type=cli.not_negative, help="weight decay")
@@ -170,10 +170,9 @@ def parse_args(argv=None):
         given = features.resolve_checkpoint(checkpoint)
         data = cli.peek(argv, "--data", str) or given.settings.get("data", "digits")
         protocol = cli.peek(argv, "--protocol", str)
-        wanted = PROTOCOLS.get(protocol, VISSL)
         if given.weights is None:
             start = STARTS.get(data, {})
-            if wanted["optimizer"] == "adamw":
+            if PROTOCOLS.get(protocol, VISSL)["optimizer"] == "adamw":
                 start = start | {"arch": TRANSFORMERS.get(data, "vit_base")}
             given = replace(given, settings=start)
         arch = cli.peek(argv, "--arch", str) or given.settings.get("arch", "")
@@ -183,6 +182,9 @@ def parse_args(argv=None):
             **PROTOCOLS.get(protocol, {}), **SIZES.get((protocol, arch), {}),
             **(DIGIT_VIEWS if data == "digits" else {})})
         args = parser.parse_args(argv)
+        if given.weights is None:  # then a flag contradicts nothing
+            given = replace(given, settings={
+                name: value for name, value in start.items() if getattr(args, name) is None})
         vars(args).update(features.evaluation_settings(args, [given]))
     except comm.RunError as error:
         parser.error(str(error))
@@ -192,7 +194,6 @@ def parse_args(argv=None):
         parser.error("--train-fraction 0 leaves no image to train on")
     if args.flip is None:
         args.flip = data not in NOT_MIRRORED
-    args.head_lr = args.head_lr or args.lr
     depth = backbones.VIT_SIZES.get(args.arch, (0, 4))[1]
     if args.freeze_blocks > depth:
         parser.error(f"--freeze-blocks {args.freeze_blocks}: {args.arch} has {depth}")
@@ -342,7 +343,7 @@ def layer_scale_of(name: str, depth: int, decay: float) -> float:
     layer = depth + 1
     if re.match(r"(cls_token|pos_embed|patch_embed|mask_token|reg_token|register_tokens)", name):
         layer = 0
-    elif found := re.match(r"blocks\.(\d+)\.", name):
+    elif found := re.match(r"blocks\.(\d+)", name):
         layer = int(found[1]) + 1
     return decay ** (depth + 1 - layer)
 
@@ -416,7 +417,8 @@ def train(args, world, images, num_classes: int) -> Classifier | None:
     # Optimiser
     lr, start_lr, final_lr = (rate * batch_size / 256
                               for rate in (args.lr, args.start_lr, args.final_lr))
-    groups = parameter_groups(model, args.weight_decay, args.decay_norms, args.head_lr / args.lr,
+    head_scale = (args.head_lr or args.lr) / args.lr
+    groups = parameter_groups(model, args.weight_decay, args.decay_norms, head_scale,
                               args.layer_decay)
     if args.optimizer == "adamw":
         optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
@@ -488,7 +490,8 @@ def sweep(args, world, images, num_classes: int) -> list[dict] | None:
     kept = np.setdiff1d(np.arange(len(images)), left_out)
     held, rest, results = images.subset(left_out), images.subset(kept), []
     labelled.check_classes(rest.labels, held.labels)
-    for lr, factor in itertools.product(args.sweep, args.sweep_head or [args.head_lr / args.lr]):
+    factors = args.sweep_head or [(args.head_lr or args.lr) / args.lr]
+    for lr, factor in itertools.product(args.sweep, factors):
         tried = dict(lr=lr, head_lr=lr * factor)
         folder = os.path.join(args.output, f"sweep-{lr:g}-{factor:g}")
         options = dict(output=folder, keep_every=None, probe_every=None, profile=None)
@@ -521,7 +524,7 @@ def main(args):
     found = test(model, test_images, args, world)  # 4. count
     line = {"eval": "finetune", "protocol": args.protocol, "checkpoint": args.checkpoint, **found,
             "num_train": len(images), "num_test": len(test_images), "lr": args.lr,
-            "head_lr": args.head_lr}
+            "head_lr": args.head_lr or args.lr}
     if args.labels:
         line |= {"top1": None, "top5": None, "mean_per_class": None, "train_top1": found["top1"],
                  "num_test": 0}
