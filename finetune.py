@@ -104,7 +104,7 @@ SIZES = {  # the papers' other columns; what is not there has ViT-B's numbers
     ("mae", "vit_large"): dict(lr=1e-3, epochs=50, layer_decay=0.75, drop_path=0.2),  # 85.9
     ("mae", "vit_huge"): dict(lr=1e-3, epochs=50, layer_decay=0.75, drop_path=0.3),  # 86.9
     ("mae", "vit_micro"): dict(  # ours, for the digits
-        lr=4e-3, batch_size=128, epochs=100, layer_decay=0.75, drop_path=0.0, erasing=0.0),
+        lr=4e-3, batch_size=128, epochs=60, layer_decay=0.75, drop_path=0.0, erasing=0.0),
 }
 STARTS = {  # of `random`, beside features.DIGITS and features.FOLDER
     "cifar10": dict(arch="resnet18", stem="small", image_size=32, patch_size=4,
@@ -194,6 +194,9 @@ def parse_args(argv=None):
         parser.error("--train-fraction 0 leaves no image to train on")
     if args.flip is None:
         args.flip = data not in NOT_MIRRORED
+    if isinstance(args.schedule, list):  # in shares of the published epochs
+        published = PROTOCOLS[protocol]["epochs"]
+        args.schedule = [at * args.epochs / published for at in args.schedule]
     depth = backbones.VIT_SIZES.get(args.arch, (0, 4))[1]
     if args.freeze_blocks > depth:
         parser.error(f"--freeze-blocks {args.freeze_blocks}: {args.arch} has {depth}")
@@ -208,7 +211,7 @@ def parse_args(argv=None):
         source, start = (re.sub(r"\.\w+$", "", os.path.basename(os.path.normpath(name)))
                          for name in (args.data, args.checkpoint))
         part = args.train_fraction or args.train_images
-        name = f"finetune-{source}-{protocol}{f'-{part:g}' if part else ''}-{start}"
+        name = f"finetune-{source}-{protocol}{f'-{part}' if part else ''}-{start}"
         args.output = os.path.join("runs", name)
     cli.check(parser, args)
     return args
@@ -367,28 +370,16 @@ def parameter_groups(model: Classifier, weight_decay: float, decay_norms: bool, 
             for (scale, decay), params in groups.items()]
 
 
-def learning_rates(schedule, *, start: float, base: float, final: float, gamma: float, epochs: int,
-                   published_epochs: int, warmup_epochs: int, steps_per_epoch: int) -> list[float]:
-    """The learning rate of every step; its steps down scale with the epochs.
-
-    The warm-up is linear from `start`. "cosine": then half a cosine to `final`, every step;
-    "epochs": the cosine of the whole run, once an epoch; else `gamma` at each of the epochs.
-    """
-    warmup_steps = warmup_epochs * steps_per_epoch
+def learning_rates(schedule, lr: float, *, start: float, final: float, gamma: float, epochs: int,
+                   warmup_epochs: int, steps_per_epoch: int) -> list[float]:
+    """The learning rate of every step, after a linear warm-up from `start`; see `PROTOCOLS`."""
     if schedule == "cosine":
-        return optim.warmup_cosine(start=start, base=base, final=final, warmup_steps=warmup_steps,
-                                   total_steps=epochs * steps_per_epoch, warmup_endpoint=False)
-    rates = []
-    for step in range(epochs * steps_per_epoch):
-        epoch = step // steps_per_epoch
-        if step < warmup_steps:
-            rates.append(start + (base - start) * step / warmup_steps)
-        elif schedule == "epochs":
-            rates.append(final + (base - final) * (1 + math.cos(math.pi * epoch / epochs)) / 2)
-        else:
-            passed = [at for at in schedule if epoch >= at * epochs / published_epochs]
-            rates.append(base * gamma ** len(passed))
-    return rates
+        return optim.warmup_cosine(start=start, base=lr, final=final, warmup_endpoint=False,
+                                   warmup_steps=warmup_epochs * steps_per_epoch,
+                                   total_steps=epochs * steps_per_epoch)
+    kind = "cosine" if schedule == "epochs" else schedule
+    return optim.lr_by_epoch(lr, kind, epochs, warmup_epochs, steps_per_epoch, final / lr, start,
+                             gamma)
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -398,10 +389,11 @@ def train(args, world, images, num_classes: int) -> Classifier | None:
     """Train a classifier to its last epoch; None if it was told to stop."""
     torch.manual_seed(args.seed)
     labels = torch.from_numpy(np.asarray(images.labels, dtype=np.int64))
-    batch_size = min(args.batch_size, len(images) - len(images) % world.size)
-    if batch_size < args.batch_size:
-        comm.print_main(f"--batch-size {args.batch_size} lowered to all {batch_size} images")
-        args = argparse.Namespace(**vars(args) | {"batch_size": batch_size})
+    fits = len(images) - len(images) % world.size
+    if 0 < fits < args.batch_size:
+        comm.print_main(f"--batch-size {args.batch_size} lowered to the {fits} images that there "
+                        "are")
+        args = argparse.Namespace(**vars(args) | {"batch_size": fits})
 
     # Model
     backbone = backbones.build_backbone(
@@ -415,7 +407,7 @@ def train(args, world, images, num_classes: int) -> Classifier | None:
         backbones.compile(model)
 
     # Optimiser
-    lr, start_lr, final_lr = (rate * batch_size / 256
+    lr, start_lr, final_lr = (rate * args.batch_size / 256
                               for rate in (args.lr, args.start_lr, args.final_lr))
     head_scale = (args.head_lr or args.lr) / args.lr
     groups = parameter_groups(model, args.weight_decay, args.decay_norms, head_scale,
@@ -437,8 +429,7 @@ def train(args, world, images, num_classes: int) -> Classifier | None:
             backbone.norm.reset_parameters()  # new, as the linear layer is
         ddp_model = comm.data_parallel(model)
         lr_of_step = learning_rates(
-            args.schedule, start=start_lr, base=lr, final=final_lr, gamma=args.gamma,
-            epochs=args.epochs, published_epochs=PROTOCOLS[args.protocol]["epochs"],
+            args.schedule, lr, start=start_lr, final=final_lr, gamma=args.gamma, epochs=args.epochs,
             warmup_epochs=args.warmup_epochs, steps_per_epoch=run.steps_per_epoch)
         for step, batch in run.steps(export=model.backbone):  # 1. one view
             optim.set_lr(optimizer, lr_of_step[step])
@@ -512,6 +503,9 @@ def sweep(args, world, images, num_classes: int) -> list[dict] | None:
 
 def main(args):
     world = comm.setup(args.device, args.deterministic)
+    if args.arch in backbones.VITS and args.optimizer != "adamw":
+        comm.print_main(f"warning: the rates of --protocol {args.protocol} are for ResNets, and "
+                        f"{args.arch} is a transformer")
     images, test_images, num_classes = labelled.labelled_images(args)
     tried = sweep(args, world, images, num_classes) if args.sweep else [{}]
     if tried is None:

@@ -143,19 +143,22 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
-def lr_by_epoch(lr: float, schedule: str, epochs: int, warmup_epochs: int, steps_per_epoch: int,
-                final: float = 0.0) -> list[float]:
-    """A rate for every step that changes once an epoch, but for the linear warm-up.
+def lr_by_epoch(lr: float, schedule: str | list[float], epochs: int, warmup_epochs: int,
+                steps_per_epoch: int, final: float = 0.0, start: float = 0.0, gamma: float = 0.1
+                ) -> list[float]:
+    """A rate for every step that changes once an epoch, but for the linear warm-up from `start`.
 
-    "cosine" falls from lr towards final x lr; "step" is a tenth at 60 % and at 80 % of the epochs.
+    "cosine" falls from lr towards final x lr; a list of epochs multiplies by gamma at each; "step"
+    is a tenth at 60 % and at 80 % of the epochs.
     """
     rates, warmup = [], warmup_epochs * steps_per_epoch
+    drops = [0.6 * epochs, 0.8 * epochs] if schedule == "step" else schedule
     for step in range(epochs * steps_per_epoch):
         epoch = step // steps_per_epoch
         if step < warmup:
-            rates.append(lr * step / warmup)
+            rates.append(start + (lr - start) * step / warmup)
         elif schedule == "cosine":
             rates.append(lr * (final + (1 - final) * (1 + math.cos(math.pi * epoch / epochs)) / 2))
         else:
-            rates.append(lr * 0.1 ** ((epoch >= 0.6 * epochs) + (epoch >= 0.8 * epochs)))
+            rates.append(lr * gamma ** sum(epoch >= at for at in drops))
     return rates

@@ -431,13 +431,12 @@ def test_the_groups_of_a_transformer_and_of_a_resnet():
     assert len(whole["params"]) == len(list(resnet.parameters()))
 
 
-def rates(protocol, epochs=None, steps=4):
-    values = finetune.PROTOCOLS[protocol]
+def rates(protocol, *flags, steps=4):
+    args = parsed("--protocol", protocol, "--data", "fake", *flags)
     return finetune.learning_rates(
-        values["schedule"], start=values["start_lr"] / values["lr"], base=1.0,
-        final=values["final_lr"] / values["lr"], gamma=values["gamma"],
-        epochs=epochs or values["epochs"], published_epochs=values["epochs"],
-        warmup_epochs=values["warmup_epochs"], steps_per_epoch=steps)
+        args.schedule, 1.0, start=args.start_lr / args.lr, final=args.final_lr / args.lr,
+        gamma=args.gamma, epochs=args.epochs, warmup_epochs=args.warmup_epochs,
+        steps_per_epoch=steps)
 
 
 def test_the_learning_rates_end_where_they_should():
@@ -454,7 +453,7 @@ def test_the_learning_rates_end_where_they_should():
     vissl = rates("vissl")
     assert [vissl[4 * e] for e in (29, 30, 59, 60, 89, 90, 99, 100)] == pytest.approx(
         [1, 0.1, 0.1, 0.01, 0.01, 1e-3, 1e-3, 1e-4])
-    assert rates("vissl", 21) == pytest.approx(vissl[::5])
+    assert rates("vissl", "--epochs", 21) == pytest.approx(vissl[::5])
     swav = rates("semi_swav")
     assert [swav[4 * e] for e in (0, 11, 12, 15, 16, 19)] == pytest.approx(
         [1, 1, 0.2, 0.2, 0.04, 0.04])
