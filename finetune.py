@@ -32,6 +32,7 @@ layer norm behind the pool, as it is where the evaluations load MAE's fine-tuned
 """
 
 import argparse
+import contextlib
 import itertools
 import math
 import os
@@ -166,8 +167,10 @@ def parse_args(argv=None):
     checkpoint = cli.peek(argv, "--checkpoint", str) or "random"
     if checkpoint == "pixels":
         parser.error("--checkpoint pixels has no weights; give a run folder, a file or random")
-    try:
+    given = features.Checkpoint(checkpoint, None, {})
+    with contextlib.suppress(comm.RunError):  # nothing of that name: `main` says so
         given = features.resolve_checkpoint(checkpoint)
+    try:
         data = cli.peek(argv, "--data", str) or given.settings.get("data", "digits")
         protocol = cli.peek(argv, "--protocol", str)
         if given.weights is None:
@@ -503,6 +506,8 @@ def sweep(args, world, images, num_classes: int) -> list[dict] | None:
 
 def main(args):
     world = comm.setup(args.device, args.deterministic)
+    with comm.same_error_on_all_ranks():
+        features.resolve_checkpoint(args.checkpoint)
     if args.arch in backbones.VITS and args.optimizer != "adamw":
         comm.print_main(f"warning: the rates of --protocol {args.protocol} are for ResNets, and "
                         f"{args.arch} is a transformer")

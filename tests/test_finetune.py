@@ -74,7 +74,6 @@ def weights(tmp_path_factory):
         (["--drop-path", "0.1"], "drop path 0.1"),
         (["--freeze-blocks", "5"], "--freeze-blocks 5: resnet_tiny has 4"),
         (["--sweep-head", "2"], "--sweep-head goes with --sweep"),
-        (["--checkpoint", "nowhere"], "--checkpoint nowhere: no file nowhere"),
         (["--checkpoint", "pixels"], "pixels has no weights"),
         (["--epochs", "5"], "--warmup-epochs 5 leaves nothing"),
         (["--mean", "1", "2"], "2 values"),
@@ -85,6 +84,12 @@ def test_a_bad_argument_is_one_line_with_its_value(flags, named, capsys):
         parsed(*flags)
     printed = capsys.readouterr().err
     assert ended.value.code == 2 and named in printed and printed.count("\n") == 1
+
+
+def test_weights_that_are_not_there_are_refused_first():
+    args = parsed("--checkpoint", "nowhere", "--data", "no/images", "--protocol", "vissl")
+    with pytest.raises(RunError, match="--checkpoint nowhere: no file nowhere"):
+        finetune.main(args)
 
 
 def test_a_batch_that_does_not_divide_is_refused(monkeypatch, capsys):
