@@ -26,7 +26,7 @@ moving average of the weights. In `backbone.pth` of a protocol that pools patche
 layer norm behind the pool, as it is where the evaluations load MAE's fine-tuned weights.
 
     python finetune.py --checkpoint runs/simclr-digits-resnet_tiny
-    python finetune.py --checkpoint random --train-images 10 --epochs 200 --lr 2
+    python finetune.py --checkpoint random --train-images 10 --epochs 200 --lr 0.1
     torchrun --nproc_per_node=8 finetune.py --checkpoint runs/mae --protocol mae --data in1k
     python finetune.py --checkpoint runs/swav --protocol semi_swav --train-fraction 0.01
 """

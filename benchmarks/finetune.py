@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from digits_table import run
 
-ONE = ["--train-images", "10", "--epochs", "200", "--lr", "1"]  # one image a class
+ONE = ["--train-images", "10", "--epochs", "200", "--lr", "0.1"]  # one image a class
 ROWS = {  # name: folder of the run to start from, or none; flags
     "supervised, ResNet": (None, []),
     "SimCLR, fine-tuned": ("simclr", []),
