@@ -54,7 +54,7 @@ from common.workers import default_workers
 # Rates are per 256 images, head_lr that of the linear layer (None: lr). schedule: "cosine" every
 # step, "epochs": once an epoch, or the epochs at which the rate is multiplied by gamma. pool: what
 # the linear layer sees, "usual": the backbone's output. head_std: of its weights; None: torch's.
-VISSL = dict(  # full fine-tuning: Goyal et al., arXiv 1905.01235; its "fulltune"
+VISSL = dict(  # full fine-tuning: Goyal et al., arXiv 1905.01235; VISSL, fulltune
     optimizer="nesterov", lr=0.1, head_lr=None, weight_decay=0.0, decay_norms=False,
     batch_size=256, epochs=105, warmup_epochs=0, start_lr=0.0, final_lr=0.0,
     schedule=[30, 60, 90, 100], gamma=0.1, layer_decay=1.0, drop_path=0.0, sync_bn=False,
