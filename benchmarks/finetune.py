@@ -17,14 +17,16 @@ from pathlib import Path
 import numpy as np
 from digits_table import run
 
-ONE = ["--train-images", "10", "--epochs", "200", "--lr", "0.1"]  # one image a class
+# One image a class; rates and epochs of each chosen on the training images that are left.
+ONE = ["--train-images", "10", "--epochs"]
 ROWS = {  # name: folder of the run to start from, or none; flags
     "supervised, ResNet": (None, []),
     "SimCLR, fine-tuned": ("simclr", []),
     "supervised, transformer": (None, ["--protocol", "mae"]),
     "MAE, fine-tuned": ("mae", ["--protocol", "mae"]),
-    "supervised, ResNet, 1 label a class": (None, ONE),
-    "SimCLR, fine-tuned, 1 label a class": ("simclr", ONE),
+    "supervised, ResNet, 1 label a class": (None, [*ONE, "200", "--lr", "0.1"]),
+    "SimCLR, fine-tuned, 1 label a class": (
+        "simclr", [*ONE, "100", "--lr", "0.02", "--head-lr", "1"]),
 }
 
 
