@@ -105,7 +105,7 @@ SIZES = {  # the papers' other columns; what is not there has ViT-B's numbers
     ("mae", "vit_large"): dict(lr=1e-3, epochs=50, layer_decay=0.75, drop_path=0.2),  # 85.9
     ("mae", "vit_huge"): dict(lr=1e-3, epochs=50, layer_decay=0.75, drop_path=0.3),  # 86.9
     ("mae", "vit_micro"): dict(  # ours, for the digits
-        lr=4e-3, batch_size=128, epochs=60, layer_decay=0.75, drop_path=0.0, erasing=0.0),
+        lr=4e-3, batch_size=128, epochs=100, layer_decay=0.75, drop_path=0.0, erasing=0.0),
 }
 STARTS = {  # of `random`, beside features.DIGITS and features.FOLDER
     "cifar10": dict(arch="resnet18", stem="small", image_size=32, patch_size=4,
