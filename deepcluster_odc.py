@@ -537,8 +537,10 @@ def main(args):
         run.resume(model=model, assignment=assignment, before=before, nmi=nmi, memory=memory,
                    centroids=centroids, optimizer=optimizer, scaler=scaler)
         ddp_model = comm.data_parallel(model)
-        lr_of_step = optim.lr_by_epoch(lr, args.schedule, args.epochs, args.warmup_epochs,
-                                       run.steps_per_epoch, drop=0.4, drop_at=args.drop_at)
+        drops = [share * args.epochs for share in args.drop_at]
+        lr_of_step = optim.lr_by_epoch(lr, drops if args.schedule == "step" else "cosine",
+                                       args.epochs, args.warmup_epochs, run.steps_per_epoch,
+                                       gamma=0.4)
 
         def embed(given):
             with autocast():

@@ -430,10 +430,10 @@ def main(args):
             puzzles = functools.partial(location_puzzles, side=side)
         run.resume(model=model, optimizer=optimizer, scaler=scaler)
         ddp_model = comm.data_parallel(model)
-        lr_of_step = optim.stepwise(
-            lr, start=lr * args.warmup_start, drops=args.lr_drops, factor=args.lr_factor,
-            epochs=args.epochs, warmup_epochs=args.warmup_epochs,
-            steps_per_epoch=run.steps_per_epoch)
+        drops = [max(1, round(share * args.epochs)) for share in args.lr_drops]
+        lr_of_step = optim.lr_by_epoch(lr, drops, args.epochs, args.warmup_epochs,
+                                       run.steps_per_epoch, start=lr * args.warmup_start,
+                                       gamma=args.lr_factor)
         for step, batch in run.steps(export=model.backbone):
             optim.set_lr(optimizer, lr_of_step[step])
             optimizer.zero_grad(set_to_none=True)

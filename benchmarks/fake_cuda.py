@@ -106,6 +106,10 @@ CASES = {  # name: script, processes, flags; sizes are of one process
                              "--arch resnet50 --stem imagenet --image-size 224 --in-chans 3"),
     "eval_linear-dino": ("eval_linear", 1, "--checkpoint random --protocol dino --data fake "
                          "--arch vit_small --image-size 224 --in-chans 3"),
+    "finetune-mae": ("finetune", 1, "--checkpoint random --protocol mae --data fake "
+                     "--batch-size 128"),
+    "finetune-semi_swav-x8": ("finetune", 8, "--checkpoint random --protocol semi_swav --data "
+                              "fake"),
 }
 USUAL = ("simclr", "simclr-x8", "moco", "moco-x8", "swav", "swav-x8", "dino", "dino-x8",
          "barlow_twins", "barlow_twins-x8", "mae", "mae-x8", "npid", "pirl", "pirl-x8",
@@ -757,7 +761,7 @@ def child(repo: str, names: list[str]) -> None:
 
     def many(split, channels):
         noise = fake(split, channels).images
-        n = 512 if split == "test" else 4096 if script.startswith("eval") else IMAGES
+        n = 512 if split == "test" else 4096 if script.startswith(("eval", "finetune")) else IMAGES
         return images.ArrayImages(noise, np.arange(n) % 10, channels, rows=np.arange(n) % 64)
 
     images.fake = many
@@ -781,7 +785,7 @@ def child(repo: str, names: list[str]) -> None:
     def log_write(self, step, **kwargs):
         write(self, step, **kwargs)
         Watch.step += 1
-        if Watch.step == STEPS and script.startswith("eval"):
+        if Watch.step == STEPS and script.startswith(("eval", "finetune")):
             raise Stopped
         if Watch.step == 1:
             Watch.peak = Watch.live
@@ -805,7 +809,7 @@ def child(repo: str, names: list[str]) -> None:
                 argv += ["--epochs", "100"]
         elif "--protocol" in argv:
             argv += ["--log-every", "1000000", "--epochs", "100"]
-        if script.startswith("eval"):
+        if script.startswith(("eval", "finetune")):
             argv += ["--workers", "0"]
         sys.argv = [f"{script}.py", *argv]
         result = {}
@@ -827,7 +831,7 @@ def child(repo: str, names: list[str]) -> None:
                           "trace": traceback.format_exc()[-3000:]}
         if not result:
             counted = max(1, min(Watch.step, STEPS) - 1)
-            if script.startswith("eval") and not Watch.step:
+            if script.startswith(("eval", "finetune")) and not Watch.step:
                 counted = 1
             tally = {what: {key: value / counted for key, value in found.items()}
                      for what, found in Watch.tally.items()}

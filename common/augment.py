@@ -30,7 +30,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
 INTERPOLATION = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -275,6 +275,17 @@ class RandomCrop(Step):
         return plane.crop((left, top, left + size[1], top + size[0]))
 
 
+@dataclass
+class Resize(Step):
+    """Resize the whole image to the view's size, whatever that does to its aspect."""
+
+    interpolation: str
+    geometric = resizes = True
+
+    def apply(self, plane, _, size):
+        return plane.resize(size[::-1], INTERPOLATION[self.interpolation])
+
+
 def shorter_side_to(resize: int, size: tuple[int, int]) -> tuple[int, int]:
     """The size to which torchvision resizes one; of the longer side it drops the fraction."""
     return tuple(int(resize * side / min(size)) for side in size)
@@ -293,6 +304,81 @@ class HorizontalFlip(Step):
 
     def apply(self, plane, flip, size):
         return plane.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip[0] else plane
+
+
+@dataclass
+class RandAugment(Step):
+    """Take `num_ops` operations, each drawn from `OPERATIONS` and done with probability p.
+
+    An operation's strength is a level from 0 to 10, drawn from a normal distribution and cut off
+    there; which way it goes is drawn too. The law is that of timm's `rand-m9-mstd0.5-inc1` for
+    magnitude 9, deviation .5, two operations, p .5, which MAE, DeiT and others train with;
+    torchvision's RandAugment has other operations and levels.
+
+    Args:
+        magnitude, deviation: of the level's distribution. fill: 0-255 for each channel, the value
+        of pixels from outside the image.
+
+    Reference: Cubuk et al., arXiv 1909.13719; there without the probability.
+    """
+
+    num_ops: int
+    magnitude: float
+    deviation: float
+    p: float
+    fill: tuple[int, ...]
+    interpolation: str
+    geometric = True
+
+    @property
+    def num_uniforms(self):
+        return 5 * self.num_ops
+
+    def draw(self, u, sizes):
+        """For each operation in turn its number (-1: none), level and sign (n, 3 num_ops)."""
+        which, done, first, second, sign = np.moveaxis(u.reshape(len(u), self.num_ops, 5), 2, 0)
+        normal = np.sqrt(-2 * np.log1p(-first)) * np.cos(2 * np.pi * second)  # Box and Muller
+        level = np.clip(self.magnitude + self.deviation * normal, 0, 10)
+        number = np.where(done < self.p, np.floor(which * len(OPERATIONS)), -1)
+        drawn = np.stack([number, level, np.where(sign < 0.5, -1, 1)], axis=2)
+        return drawn.reshape(len(u), -1)
+
+    def apply(self, plane, drawn, size):
+        fill = tuple(self.fill) if plane.mode == "RGB" else round(sum(self.fill) / len(self.fill))
+        for number, level, sign in drawn.reshape(-1, 3).tolist():
+            if number >= 0:
+                plane = operate(plane, OPERATIONS[int(number)], level / 10, int(sign), fill,
+                                INTERPOLATION[self.interpolation])
+        return plane
+
+
+OPERATIONS = ("autocontrast", "equalize", "invert", "rotate", "posterize", "solarize",
+              "solarize add", "color", "contrast", "brightness", "sharpness", "shear x", "shear y",
+              "translate x", "translate y")
+
+
+def operate(plane: Image.Image, name: str, strength: float, sign: int, fill, resample):
+    """One of `OPERATIONS` on an RGB or L image, the more the greater the strength in [0, 1]."""
+    if name in ("autocontrast", "equalize", "invert"):
+        return getattr(ImageOps, name)(plane)
+    if name == "posterize":
+        return ImageOps.posterize(plane, max(1, 4 - int(4 * strength)))  # 0: black, or refused
+    if name == "solarize":
+        return ImageOps.solarize(plane, 256 - int(256 * strength))
+    if name == "solarize add":
+        more = min(128, int(110 * strength))
+        values = [min(255, value + more) if value < 128 else value for value in range(256)]
+        return plane.point(values * len(plane.getbands()))
+    if name in ("color", "contrast", "brightness", "sharpness"):
+        factor = max(0.1, 1 + 0.9 * sign * strength)
+        return getattr(ImageEnhance, name.capitalize())(plane).enhance(factor)
+    if name == "rotate":
+        return plane.rotate(30 * sign * strength, resample, fillcolor=fill)
+    shear, shift = 0.3 * sign * strength, 0.45 * sign * strength
+    affine = {"shear x": (1, shear, 0, 0, 1, 0), "shear y": (1, 0, 0, shear, 1, 0),
+              "translate x": (1, 0, shift * plane.width, 0, 1, 0),
+              "translate y": (1, 0, 0, 0, 1, shift * plane.height)}[name]
+    return plane.transform(plane.size, Image.Transform.AFFINE, affine, resample, fillcolor=fill)
 
 
 # ------------------------------------------------------------------- colour, batched, on the device
@@ -532,6 +618,65 @@ class Normalize(Step):
                         for x in (scale, -scale * self.mean))
         images = torch.addcmul(shift, images, scale, out=images)
         return images.contiguous(memory_format=torch.channels_last)
+
+
+@dataclass
+class RandomErasing(Step):
+    """Replace a box by Gaussian noise of deviation 1, with probability p; after `Normalize`.
+
+    The law is timm's: up to ten tries of an area share in `scale` and a log-uniform aspect (height
+    / width) in `ratio`; a box as high or as wide as the image does not fit, and none may. The noise
+    is a piece of one long row of normal numbers, of which an image draws only the start.
+
+    Args:
+        side: of the view in pixels.
+
+    Reference: Zhong et al., arXiv 1708.04896.
+    """
+
+    side: int
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+    p: float
+    tries = 10
+    starts = 2**16
+    num_uniforms = 2 * tries + 4
+    num_parameters = 5  # top, left, bottom, right, where the noise starts
+
+    def draw(self, u, sizes):
+        tries, side = self.tries, self.side
+        area = side**2 * (self.scale[0] + (self.scale[1] - self.scale[0]) * u[:, :tries])
+        low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        aspect = np.exp(low + (high - low) * u[:, tries : 2 * tries])
+        heights, widths = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+        fits = (heights < side) & (widths < side)
+        rows, first = np.arange(len(u)), fits.argmax(axis=1)
+        h, w = heights[rows, first], widths[rows, first]
+        top = np.floor(u[:, -4] * (side - h + 1))
+        left = np.floor(u[:, -3] * (side - w + 1))
+        start = np.floor(u[:, -2] * self.starts)
+        drawn = np.stack([top, left, top + h, left + w, start], axis=1)
+        return drawn * (fits.any(axis=1) & (u[:, -1] < self.p))[:, None]  # else an empty box
+
+    def apply(self, images, own, on_cpu):
+        count = int((on_cpu[:, 2] > 0).sum())
+        if count:
+            chosen = own[:, 2].argsort(descending=True)[:count]
+            old, box = images[chosen], own[chosen].T[:, :, None, None, None]
+            y = torch.arange(old.shape[2], device=old.device)[:, None]
+            x = torch.arange(old.shape[3], device=old.device)
+            inside = (y >= box[0]) & (y < box[2]) & (x >= box[1]) & (x < box[3])
+            row = normal_numbers(self.starts + old[0].numel(), old.dtype, old.device)
+            noise = row.unfold(0, old[0].numel(), 1)[own[chosen, 4].long()].view(old.shape)
+            images[chosen] = torch.where(inside, noise, old)
+        return images
+
+
+@functools.cache
+def normal_numbers(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A fixed row of normal numbers, made once."""
+    rng = np.random.Generator(np.random.Philox(key=0))
+    return torch.from_numpy(rng.standard_normal(count)).to(dtype).to(device)
 
 
 # -------------------------------------------------------------------------------- views of a script

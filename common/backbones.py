@@ -557,6 +557,23 @@ def resample_positions(positions: Tensor, grid: tuple, wanted: tuple,
         return torch.einsum("ri,nijd,cj->nrcd", down, table, across).flatten(1, 2)
 
 
+def freeze_blocks(backbone: nn.Module, count: int) -> None:
+    """Keep the stem and first blocks (of a ResNet: stages) as they are, batch statistics included.
+
+    With a count of 0 nothing is kept, the stem neither.
+    """
+    parts = []
+    if count and is_resnet(backbone):
+        parts = [backbone.conv1, backbone.bn1,
+                 *(getattr(backbone, f"layer{stage}") for stage in range(1, count + 1))]
+    elif count:
+        parts = [backbone.patch_embed, *backbone.blocks[:count]]
+        for tokens in (backbone.cls_token, backbone.pos_embed):
+            tokens.requires_grad_(False)
+    for part in parts:
+        part.requires_grad_(False).eval()
+
+
 def compile(*modules: nn.Module, dynamic: bool = False) -> None:
     """Compile modules in place; their random numbers are those of eager mode.
 

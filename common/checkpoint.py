@@ -159,10 +159,11 @@ class Run:
                 f"{self.folder} holds a run of another script, or of another version of this one "
                 f"({other}); choose another --output, or start anew with --no-resume"
             )
-        if saved.get("init") != now.get("init"):  # hashes of files
-            raise RunError(f"--init does not name the weights that the run in {self.folder} "
-                           "started from, or it started from none; repeat it, or start anew "
-                           "with --no-resume, or choose another --output")
+        for flag in ("init", "checkpoint"):  # hashes of files
+            if saved.get(flag) != now.get(flag):
+                raise RunError(f"--{flag} does not name the weights that the run in {self.folder} "
+                               "started from, or it started from none; repeat it, or start anew "
+                               "with --no-resume, or choose another --output")
         for name in sorted({*saved, *now}):
             old, new = saved.get(name), now.get(name)
             if old != new:

@@ -252,6 +252,12 @@ def parse(made: Parser, recipes: dict, argv=None) -> argparse.Namespace:
         if args.freeze_backbone_epochs >= args.epochs:
             made.error(f"--freeze-backbone-epochs {args.freeze_backbone_epochs} (1 with --init) "
                        f"leaves nothing of --epochs {args.epochs}; pass more --epochs, or 0")
+    check(made, args)
+    return args
+
+
+def check(made: Parser, args: argparse.Namespace) -> None:
+    """Check what every script has that trains; the sides of `--crop-sizes` are set as well."""
     if args.batch_size % processes():
         above = math.ceil(args.batch_size / processes()) * processes()
         made.error(f"--batch-size {args.batch_size} does not divide among {processes()} processes; "
@@ -276,7 +282,6 @@ def parse(made: Parser, recipes: dict, argv=None) -> argparse.Namespace:
             setattr(args, flag, per_channel(flag, values, args.in_chans, values is not usual))
     except comm.RunError as error:
         made.error(str(error))
-    return args
 
 
 def per_channel(flag: str, values: list[float], channels: int, given: bool) -> list[float]:

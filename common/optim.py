@@ -143,33 +143,22 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
-def lr_by_epoch(lr: float, schedule: str, epochs: int, warmup_epochs: int, steps_per_epoch: int,
-                final: float = 0.0, drop: float = 0.1, drop_at=(0.6, 0.8)) -> list[float]:
-    """A rate for every step that changes once an epoch, but for the linear warm-up.
+def lr_by_epoch(lr: float, schedule: str | list[float], epochs: int, warmup_epochs: int,
+                steps_per_epoch: int, final: float = 0.0, start: float = 0.0, gamma: float = 0.1
+                ) -> list[float]:
+    """A rate for every step that changes once an epoch, but for the linear warm-up from `start`.
 
-    "cosine" falls from lr towards final x lr; "step" is multiplied by `drop` at those shares of the
-    epochs.
+    "cosine" falls from lr towards final x lr; a list of epochs multiplies by gamma at each; "step"
+    is a tenth at 60 % and at 80 % of the epochs.
     """
     rates, warmup = [], warmup_epochs * steps_per_epoch
+    drops = [0.6 * epochs, 0.8 * epochs] if schedule == "step" else schedule
     for step in range(epochs * steps_per_epoch):
         epoch = step // steps_per_epoch
         if step < warmup:
-            rates.append(lr * step / warmup)
+            rates.append(start + (lr - start) * step / warmup)
         elif schedule == "cosine":
             rates.append(lr * (final + (1 - final) * (1 + math.cos(math.pi * epoch / epochs)) / 2))
         else:
-            rates.append(lr * drop ** sum(epoch >= share * epochs for share in drop_at))
+            rates.append(lr * gamma ** sum(epoch >= at for at in drops))
     return rates
-
-
-def stepwise(lr: float, *, start: float, drops: list[float], factor: float, epochs: int,
-             warmup_epochs: int, steps_per_epoch: int) -> list[float]:
-    """A rate for every step: linear from start to lr, then lr, times `factor` after every drop.
-
-    Args:
-        drops: when, as shares of the run; rounded to whole epochs, never before the first ends.
-    """
-    warmup = np.linspace(start, lr, warmup_epochs * steps_per_epoch, endpoint=False)
-    rates = [lr * factor ** sum(epoch >= max(1, round(share * epochs)) for share in drops)
-             for epoch in range(warmup_epochs, epochs)]
-    return [*warmup.tolist(), *np.repeat(rates, steps_per_epoch).tolist()]

@@ -5,8 +5,8 @@ import functools
 import numpy as np
 
 # Streams of random numbers that never meet.
-(SAMPLE, ORDER, FAKE, SHUFFLE, CLUSTERS, MASK, NEGATIVES, DEPTH, DIRECTIONS, PUZZLES, PERMUTATIONS
- ) = range(1, 12)
+(SAMPLE, ORDER, FAKE, SHUFFLE, CLUSTERS, MASK, NEGATIVES, DEPTH, DIRECTIONS, PUZZLES, PERMUTATIONS,
+ MIX, SUBSET) = range(1, 14)
 
 
 def philox(seed: int, stream: int, *key: int) -> np.random.Generator:

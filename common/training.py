@@ -41,6 +41,7 @@ class Training:
         settings: what a resumed run must repeat, if not all of `args` that changes weights.
         product: the file that every save writes `export` to.
         draw: what a step needs besides its views, see `Loader`; it comes as `batch.drawn`.
+        start: name of the flag that says which weights a new run starts from.
 
     Attributes:
         step: steps done. total_steps: of the whole run. steps_per_epoch.
@@ -48,16 +49,16 @@ class Training:
 
     def __init__(
         self, args, world, images, views, *, chance_loss=None, floors=None, ceilings=None,
-        settings=None, product="backbone.pth", draw=None,
+        settings=None, product="backbone.pth", draw=None, start="init",
     ):
         self.args, self.world, self.images, self.views = args, world, images, views
         self.draw = draw
         self.bounds = dict(chance_loss=chance_loss, floors=floors or {}, ceilings=ceilings)
         self.initial, settings = None, settings or cli.settings(args)
-        if self.option("init"):
+        if self.option(start) not in (None, "random"):
             with comm.same_error_on_all_ranks():
-                self.initial, content = starting_weights(args)
-            settings |= {"init": content}
+                self.initial, content = starting_weights(args, start)
+            settings |= {start: content}
         if self.option("tensorboard"):
             with comm.same_error_on_all_ranks():
                 check_tensorboard()
@@ -286,8 +287,8 @@ class Training:
                           wait_seconds=self.loader.wait_seconds, **seen)
 
 
-def starting_weights(args) -> tuple[dict, str]:
-    """The backbone that `--init` names, as a state dict, and a hash of the file.
+def starting_weights(args, flag: str) -> tuple[dict, str]:
+    """The backbone that a flag names, as a state dict, and a hash of the file.
 
     A transformer's positions are resampled to the image size.
 
@@ -295,17 +296,18 @@ def starting_weights(args) -> tuple[dict, str]:
         RunError: no such file; another backbone, stem or number of channels; a tensor is missing,
             unknown, of another shape or not finite.
     """
-    given = features.resolve_checkpoint(args.init, "--init")
+    named = f"--{flag} {getattr(args, flag)}"
+    given = features.resolve_checkpoint(getattr(args, flag), f"--{flag}")
     if given.weights is None:
-        raise RunError(f"--init {args.init}: give a run folder or a weights file")
+        raise RunError(f"{named}: give a run folder or a weights file")
     if os.path.realpath(os.path.dirname(given.weights)) == os.path.realpath(args.output):
-        raise RunError(f"--init {args.init} is in --output, where it would be replaced; choose "
+        raise RunError(f"{named} is in --output, where it would be replaced; choose "
                        "another --output")
     settings = features.settings_of(args)
     for name in ("arch", *features.of_this_kind(settings), "in_chans"):
         if given.settings.get(name, settings[name]) != settings[name]:
-            flag = f"--{name.replace('_', '-')}"
-            raise RunError(f"{flag} {settings[name]}, and --init {args.init} is of {flag} "
+            kind = f"--{name.replace('_', '-')}"
+            raise RunError(f"{kind} {settings[name]}, and {named} is of {kind} "
                            f"{given.settings[name]}; a backbone starts from one of its own kind")
     backbone = features.build(settings)
     shapes = {name: value.shape for name, value in backbone.state_dict().items()}

@@ -593,3 +593,97 @@ def test_views_are_normalised_last_and_those_of_one_kind_are_one():
     white = torch.full((1, 1, 8, 8), 255, dtype=torch.uint8)  # 0 when solarised
     images = one.finish(white, torch.ones(1, 1), CPU)
     torch.testing.assert_close(images, torch.full((1, 1, 8, 8), (0 - 0.4) / 0.2))
+
+
+# ------------------------------------------------------------------------------ supervised training
+
+
+def rand_augment(p=0.5):
+    return augment.RandAugment(num_ops=2, magnitude=9, deviation=0.5, p=p, fill=(10, 20, 30),
+                               interpolation="bicubic")
+
+
+def test_rand_augment_draws_operation_level_and_sign():
+    step = rand_augment()
+    drawn = step.draw(np.random.default_rng(0).random((20_000, 10)), NO_SIZES).reshape(-1, 3)
+    done = drawn[drawn[:, 0] >= 0]
+    assert len(done) / len(drawn) == pytest.approx(0.5, abs=0.01)
+    shares = np.bincount(done[:, 0].astype(int)) / len(done)
+    assert len(shares) == 15 and np.abs(shares - 1 / 15).max() < 0.006
+    assert (drawn[:, 1] <= 10).all() and (drawn[:, 1] == 10).mean() == pytest.approx(
+        scipy.stats.norm.sf(2), abs=0.003)
+    assert drawn[:, 1].mean() == pytest.approx(9, abs=0.02)
+    assert np.std(drawn[drawn[:, 1] < 9, 1] - 9) == pytest.approx(
+        0.5 * np.sqrt(1 - 2 / np.pi), rel=0.03)  # half of a normal distribution
+    assert set(drawn[:, 2]) == {-1, 1} and abs(drawn[:, 2].mean()) < 0.02
+
+
+def test_rand_augments_operations_are_those_of_timm():
+    timm = pytest.importorskip("timm.data.auto_augment")
+    step = rand_augment()
+    kwargs = dict(fillcolor=(10, 20, 30), resample=Image.Resampling.BICUBIC)
+    for number, name in enumerate(timm._RAND_INCREASING_TRANSFORMS):
+        for level, sign in itertools.product((7.3, 9.0, 9.6), (-1, 1)):
+            arguments = ()
+            if timm.LEVEL_TO_ARG[name] is not None:
+                negate, timm._randomly_negate = timm._randomly_negate, lambda v, s=sign: s * v
+                try:
+                    arguments = timm.LEVEL_TO_ARG[name](level, {})
+                finally:
+                    timm._randomly_negate = negate
+            wanted = timm.NAME_TO_OP[name](picture(), *arguments, **kwargs)
+            drawn = np.array([number, level, sign, -1, 9.0, 1])
+            got = step.apply(picture(), drawn, None)
+            assert np.array_equal(np.asarray(got), np.asarray(wanted)), (name, level, sign)
+
+
+def test_rand_augment_takes_gray_planes_and_the_strongest_level():
+    for number in range(15):
+        drawn = np.array([number, 10.0, 1, number, 10.0, -1])
+        for mode in ("L", "RGB"):
+            got = rand_augment().apply(picture(mode=mode), drawn, None)
+            assert got.mode == mode and got.size == (17, 12)
+
+
+def erasing(p=1.0, side=20):
+    return augment.RandomErasing(side, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), p=p)
+
+
+def test_a_box_of_noise_stands_where_it_was_drawn_and_nowhere_else():
+    step = erasing(p=0.5)
+    u = np.random.default_rng(0).random((400, step.num_uniforms))
+    boxes = torch.from_numpy(step.draw(u, NO_SIZES))
+    erased = boxes[:, 2] > 0
+    assert 0.4 < erased.double().mean() < 0.6
+    assert torch.equal(erased, torch.from_numpy(u[:, -1] < 0.5))
+    images = torch.full((400, 3, 20, 20), 7.0, dtype=torch.float64)
+    got = applied(step, images, boxes)
+    for image, (top, left, bottom, right, _) in zip(got, boxes.long().tolist(), strict=True):
+        inside = torch.zeros(20, 20, dtype=torch.bool)
+        inside[top:bottom, left:right] = True
+        assert (image[:, ~inside] == 7).all() and (image[:, inside].abs() < 6).all()
+    noise = got[got != 7]
+    assert noise.mean().item() == pytest.approx(0, abs=0.02)
+    assert noise.std().item() == pytest.approx(1, abs=0.02)
+
+
+def test_the_sizes_of_boxes_have_the_published_law():
+    """By its loop: up to ten tries, the first that fits."""
+    step, side = erasing(side=64), 64
+    u = np.random.default_rng(1).random((300, step.num_uniforms))
+    for row, got in zip(u, step.draw(u, NO_SIZES), strict=True):
+        for k in range(10):
+            area = side**2 * (0.02 + (1 / 3 - 0.02) * row[k])
+            aspect = math.exp(math.log(0.3) - 2 * math.log(0.3) * row[10 + k])
+            h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if h < side and w < side:
+                break
+        top, left = int(row[20] * (side - h + 1)), int(row[21] * (side - w + 1))
+        assert got[:4].tolist() == [top, left, top + h, left + w]
+
+
+def test_a_whole_image_is_resized_whatever_its_aspect():
+    view = augment.View(8, [augment.Resize("bilinear"), augment.HorizontalFlip(p=0.0)], channels=3)
+    got = view.crop([picture()], [np.empty(0), np.array([0])])
+    wanted = picture().resize((8, 8), Image.Resampling.BILINEAR)
+    assert np.array_equal(got, np.asarray(wanted).transpose(2, 0, 1))

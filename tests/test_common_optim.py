@@ -279,16 +279,11 @@ def test_rates_by_epoch_change_once_an_epoch_but_in_the_warm_up():
     assert warm[:5] == [0, 0.25, 0.5, 0.75, 1]
 
 
-def test_a_stepwise_rate_falls_at_whole_epochs():
-    def rates(epochs, warmup_epochs=0, drops=(0.286, 0.571), start=0.0):
-        return optim.stepwise(0.4, start=start, drops=drops, factor=0.1, epochs=epochs,
-                              warmup_epochs=warmup_epochs, steps_per_epoch=2)
-
-    assert rates(105) == pytest.approx([0.4] * 60 + [0.04] * 60 + [0.004] * 90)
-    warm = rates(7, 1, start=0.1)
+def test_rates_fall_at_given_epochs():
+    warm = optim.lr_by_epoch(0.4, [2, 4], 7, 1, 2, start=0.1, gamma=0.1)
     assert warm == pytest.approx([0.1, 0.25] + [0.4] * 2 + [0.04] * 4 + [0.004] * 6)
-    assert rates(1) == [0.4, 0.4]  # what is shorter than a drop has none
-    assert rates(4, 3, drops=(0.25, 0.5))[6:] == pytest.approx([0.004] * 2)
+    assert optim.lr_by_epoch(0.4, [1, 2], 1, 0, 2) == [0.4, 0.4]
+    assert optim.lr_by_epoch(0.4, [1, 2], 4, 3, 2)[6:] == pytest.approx([0.004] * 2)
 
 
 def test_a_rate_is_set_in_every_group_times_its_scale():

@@ -35,9 +35,7 @@ def test_the_imagenet_recipes_are_those_of_papers_and_code():
     assert of("centroid_steps", "min_cluster", "num_clusters") == (10, 20, 10_000)
     assert of("epochs", "batch_size", "sobel", "sync_bn") == (440, 512, False, True)
     assert of("lr")[0] * 512 / 256 == pytest.approx(0.06)
-    rates = deepcluster_odc.optim.lr_by_epoch(1.0, "step", 440, 0, 1, drop=0.4,
-                                              drop_at=of("drop_at")[0])
-    assert rates[:400] == [1.0] * 400 and rates[400:] == [0.4] * 40
+    assert [share * 440 for share in of("drop_at")[0]] == pytest.approx([400])
 
 
 @pytest.mark.parametrize(
