@@ -269,7 +269,7 @@ def draw_masks(index: Tensor, step: int, *, steps_per_epoch: int, seed: int, ran
     shape = num_global, size, len(index)
     shares = batch_ratios(rng.philox(seed, rng.SHUFFLE, step), math.prod(shape), probability,
                           *ratio).reshape(shape)[:, rank]
-    smallest = 4 if method == "dinov2" else (min(grid) // 3) ** 2
+    smallest = 4 if method == "dinov2" else (min(grid) // 3) ** 2  # patches of a block
     masks = np.zeros((num_global, len(index), *grid), bool)
     for crop, row in np.ndindex(*masks.shape[:2]):
         generator = rng.philox(seed, rng.MASK, step // steps_per_epoch, int(index[row]), crop)
