@@ -65,7 +65,7 @@ RECIPES = {  # of rotation
         weight_decay=5e-4, decay_norms=True,
     ),
     # Ours, for the built-in digits. Rotation learns from them although some look alike when turned:
-    # k-NN with one label a class .60, untrained .49. Jigsaw and location do not (.49 and .48; five
+    # k-NN with one label a class .59, untrained .49. Jigsaw and location do not (.49 and .48; five
     # labels .68, untrained .58): where a stroke lies says little about the digit.
     "digits": IMAGENET | dict(
         arch="resnet_tiny", stem="small", image_size=16, mean=[0.5], std=[0.5],
