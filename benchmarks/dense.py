@@ -56,10 +56,9 @@ def points(boxes, grid: int) -> torch.Tensor:
 
 
 def distances(boxes, others, grid: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """From each cell of the first crops' maps to each of the second's: distances (n, L, L) in cells.
+    """From cells of the first crops to those of the second (n, L, L), along the longer side.
 
-    Along the longer side; up to a half, the point is in the cell. And whether it is in the second
-    crop at all (n, L).
+    In cells: up to a half, the point is in it. And whether it is in the second crop (n, L).
     """
     there = torch.as_tensor(others, dtype=torch.float64)
     at = (points(boxes, grid) - there[:, None, :2]) / there[:, None, 2:]  # (n, L, 2), of the side
@@ -105,8 +104,8 @@ def main(args):
             augment.RandomResizedCrop(args.scale, ratio=(1, 1), interpolation="bilinear"),
             augment.Normalize(settings["mean"], settings["std"])], settings["in_chans"])
         torch.manual_seed(args.seed)
-        backbone = features.build(settings)
-        backbone = features.freeze(backbone, checkpoint.weights, comm.World(0, 1, CPU))
+        backbone = features.freeze(features.build(settings), checkpoint.weights,
+                                   comm.World(0, 1, CPU))
         found = results[checkpoint.name] = measure(backbone, images, view, args)
         print(f"{checkpoint.name}: {args.layer} of {len(images)} images, {found['grid']} x "
               f"{found['grid']} cells")
