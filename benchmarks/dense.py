@@ -1,15 +1,14 @@
 """Does a cell of a backbone's map find its own place in another crop of the image?
 
-    python benchmarks/dense.py --checkpoint random runs/moco-digits-32 runs/densecl-digits-32
-    python benchmarks/dense.py --checkpoint runs/densecl --data /path/to/images --scale 0.2 1
+    python benchmarks/dense.py --checkpoint random runs/moco-digits runs/densecl-digits
 
 Two crops of a test image whose boxes are known, neither mirrored nor coloured. For every cell of
 the first crop's map whose centre lies in the second one as well, the cell of the second map with
 the largest cosine is looked up; it is right if the same point of the image lies in it. Printed:
 the share that is right, the mean distance between point and found cell's centre (larger side, in
 cells), for comparison those of a cell drawn at random ("any cell") and of the cell at the same
-place of the map ("same cell": what a backbone finds that knows places in the crop and no content),
-and over how many draws of the crops mean and standard deviation are. Last, one JSON object.
+place of the map ("same cell": what a backbone finds that knows places in the crop and no content).
+Means and standard deviations over draws of the crops. Last, one JSON object.
 """
 
 import argparse
@@ -25,7 +24,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from common import augment, backbones, distributed as comm, features, rng  # noqa: E402
+from common import augment, distributed as comm, features, rng  # noqa: E402
 from common.images import open_images  # noqa: E402
 from densecl import match_cells  # noqa: E402
 
@@ -38,7 +37,7 @@ def parse_args(argv=None):
     parser.add_argument("--checkpoint", nargs="+", required=True, metavar="RUN",
                         help="run folders of ResNets, or `random`")
     parser.add_argument("--data", help="images, if not those of the run")
-    parser.add_argument("--limit", type=int, default=1000, help="so many test images at most")
+    parser.add_argument("--limit", type=int, default=1000, help="test images at most")
     parser.add_argument("--layer", choices=("res3", "res4", "res5"), default="res5")
     parser.add_argument("--size", type=int, help="side of a crop in pixels, if not the run's")
     parser.add_argument("--scale", type=float, nargs=2, default=[0.3, 0.6],
@@ -57,11 +56,9 @@ def points(boxes, grid: int) -> torch.Tensor:
 
 
 def distances(boxes, others, grid: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """From each cell of the first crops' maps to each of the second's.
+    """From cells of the first crops to those of the second (n, L, L), along the longer side.
 
-    Returns:
-        Distances (n, L, L) along the longer of the two sides, in cells; up to a half, the point is
-        in the cell. And whether the point is in the second crop at all (n, L).
+    In cells: up to a half, the point is in it. And whether it is in the second crop (n, L).
     """
     there = torch.as_tensor(others, dtype=torch.float64)
     at = (points(boxes, grid) - there[:, None, :2]) / there[:, None, 2:]  # (n, L, 2), of the side
@@ -75,8 +72,7 @@ def measure(backbone, images, view, args) -> dict[str, list[float]]:
     found = {}
     sizes = np.array([images.read(i)[0].size[::-1] for i in range(len(images))])
     for draw in range(args.draws):
-        generator = rng.philox(args.seed, rng.SAMPLE, draw)
-        boxes, maps = [], []
+        generator, boxes, maps = rng.philox(args.seed, rng.SAMPLE, draw), [], []
         for _ in range(2):
             (box,), colour = view.draw(generator.random((len(images), view.num_uniforms)), sizes)
             crops = np.stack([view.crop(images.read(i), [box[i]]) for i in range(len(images))])
@@ -88,8 +84,8 @@ def measure(backbone, images, view, args) -> dict[str, list[float]]:
         distance, inside = distances(*boxes, grid)
         best = match_cells(*(m.flatten(2).transpose(1, 2) for m in maps))[:, :, None]
         here = torch.arange(grid**2)[None, :, None].expand_as(best)
-        for name, of in (("matched", distance.gather(2, best)), ("any cell", distance),
-                         ("same cell", distance.gather(2, here))):
+        for name, of in {"matched": distance.gather(2, best), "any cell": distance,
+                         "same cell": distance.gather(2, here)}.items():
             right = (of <= 0.5)[inside].double().mean().item()
             found.setdefault(f"{name}, right", []).append(right)
             found.setdefault(f"{name}, distance", []).append(of[inside].mean().item())
@@ -108,10 +104,8 @@ def main(args):
             augment.RandomResizedCrop(args.scale, ratio=(1, 1), interpolation="bilinear"),
             augment.Normalize(settings["mean"], settings["std"])], settings["in_chans"])
         torch.manual_seed(args.seed)
-        backbone = features.build(settings)
-        if not backbones.is_resnet(backbone):
-            raise SystemExit(f"{checkpoint.name}: {settings['arch']} has no maps of a ResNet")
-        backbone = features.freeze(backbone, checkpoint.weights, comm.World(0, 1, CPU))
+        backbone = features.freeze(features.build(settings), checkpoint.weights,
+                                   comm.World(0, 1, CPU))
         found = results[checkpoint.name] = measure(backbone, images, view, args)
         print(f"{checkpoint.name}: {args.layer} of {len(images)} images, {found['grid']} x "
               f"{found['grid']} cells")
