@@ -113,7 +113,7 @@ STARTS = {  # of `random`, beside features.DIGITS and features.FOLDER
 }
 TRANSFORMERS = {"digits": "vit_micro", "cifar10": "vit_small"}  # where a protocol wants one
 DIGIT_VIEWS = dict(views="digits", crop_scale=[0.6, 1.0])
-NOT_MIRRORED = ("digits", "mnist", "svhn")  # a mirrored digit is another sign
+NOT_MIRRORED = ("digits", "gtsrb", "mnist", "sst2", "svhn")  # mirrored, it is another sign
 
 
 def parse_args(argv=None):
@@ -131,6 +131,7 @@ def parse_args(argv=None):
     part.add_argument("--train-images", type=cli.pos_int, metavar="N",
                       help="so many, class-balanced")
     part.add_argument("--subset-list", metavar="FILE", help="those that it names, one a line")
+    cli.test_flags(group)
     group.add_argument("--labels", metavar="FILE", help=".npy of classes to train on instead")
     group.add_argument("--image-size", type=cli.pos_int, help="side in pixels")
     cli.channel_flags(group)
@@ -193,6 +194,10 @@ def parse_args(argv=None):
         parser.error(str(error))
     if protocol is None:
         parser.error(f"--protocol: choose one for --data {data}: {' '.join(PROTOCOLS)}")
+    if args.limit_per_class and args.limit:
+        parser.error(f"--limit {args.limit} and --limit-per-class {args.limit_per_class}: give one")
+    if args.labels and (args.test_data or args.limit_per_class):
+        parser.error(f"--labels {args.labels} goes with no --test-data and no --limit-per-class")
     if args.train_fraction == 0:
         parser.error("--train-fraction 0 leaves no image to train on")
     if args.flip is None:
@@ -200,14 +205,14 @@ def parse_args(argv=None):
     if isinstance(args.schedule, list):  # in shares of the published epochs
         published = PROTOCOLS[protocol]["epochs"]
         args.schedule = [at * args.epochs / published for at in args.schedule]
-    depth = backbones.VIT_SIZES.get(args.arch, (0, 4))[1]
+    depth = 4 if args.arch in backbones.RESNETS else backbones.VIT_SIZES.get(args.arch, (0, 0))[1]
     if args.freeze_blocks > depth:
         parser.error(f"--freeze-blocks {args.freeze_blocks}: {args.arch} has {depth}")
-    if args.arch in backbones.RESNETS:
+    if args.arch not in backbones.VITS:
         for flag, without in (("pool", "usual"), ("layer_decay", 1.0), ("drop_path", 0.0)):
             if getattr(args, flag) != without:
                 parser.error(f"--protocol {protocol} ({flag.replace('_', ' ')} "
-                             f"{getattr(args, flag)}) is for a transformer, not for {args.arch}")
+                             f"{getattr(args, flag)}) is for vit_*, not for {args.arch}")
     if args.sweep_head and not args.sweep:
         parser.error("--sweep-head goes with --sweep")
     if args.output is None:
@@ -273,10 +278,11 @@ class Classifier(nn.Module):
         """Logits (N, C)."""
         if self.pool == "usual":
             return self.head(self.backbone(images))
-        x = self.backbone.with_class_token(self.backbone.embed(images))
+        patches = self.backbone.embed(images)
+        x = self.backbone.with_first_tokens(patches)
         for block in self.backbone.blocks:
             x = block(x)
-        return self.head(self.backbone.norm(x[:, 1:].mean(1)))
+        return self.head(self.backbone.norm(x[:, -patches.shape[1]:].mean(1)))
 
 
 # --------------------------------------------------------------------------------------------- loss
@@ -399,10 +405,7 @@ def train(args, world, images, num_classes: int) -> Classifier | None:
         args = argparse.Namespace(**vars(args) | {"batch_size": fits})
 
     # Model
-    backbone = backbones.build_backbone(
-        args.arch, in_chans=args.in_chans, stem=args.stem, zero_init_residual=False,
-        image_size=args.image_size, patch_size=args.patch_size, positions="learned",
-        drop_path=args.drop_path)
+    backbone = features.build(vars(args), positions="learned", drop_path=args.drop_path)
     model = Classifier(backbone, num_classes, args.pool, args.head_std)
     model = comm.prepare(model, world, args.sync_bn)
     backbones.freeze_blocks(backbone, args.freeze_blocks)
@@ -424,7 +427,8 @@ def train(args, world, images, num_classes: int) -> Classifier | None:
 
     # Train
     repeated = cli.settings(args)
-    repeated |= {"subset_list": None, "labels": args.labels and zlib.crc32(labels.numpy())}
+    repeated |= {"subset_list": None, "test_data": None,
+                 "labels": args.labels and zlib.crc32(labels.numpy())}
     with Training(args, world, images, build_views(args), chance_loss=math.log(num_classes),
                   settings=repeated, start="checkpoint") as run:
         run.resume(model=model, optimizer=optimizer, scaler=scaler)

@@ -568,8 +568,9 @@ def freeze_blocks(backbone: nn.Module, count: int) -> None:
                  *(getattr(backbone, f"layer{stage}") for stage in range(1, count + 1))]
     elif count:
         parts = [backbone.patch_embed, *backbone.blocks[:count]]
-        for tokens in (backbone.cls_token, backbone.pos_embed):
-            tokens.requires_grad_(False)
+        for tokens in (backbone.cls_token, backbone.reg_token, backbone.pos_embed):
+            if tokens is not None:
+                tokens.requires_grad_(False)
     for part in parts:
         part.requires_grad_(False).eval()
 

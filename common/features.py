@@ -477,13 +477,13 @@ class Pixels(nn.Module):
         return images.flatten(1)
 
 
-def build(settings: dict) -> nn.Module:
+def build(settings: dict, positions: str = "sincos", drop_path: float = 0.0) -> nn.Module:
     """Build a backbone for weights from a file, or to be taken untrained."""
     size = settings["image_size"]
     backbone = backbones.build_backbone(
         settings["arch"], in_chans=settings["in_chans"], stem=settings.get("stem"),
-        zero_init_residual=False, patch_size=settings["patch_size"], positions="sincos",
-        image_size=settings.get("trained_size", size), drop_path=0.0,
+        zero_init_residual=False, patch_size=settings["patch_size"], positions=positions,
+        image_size=settings.get("trained_size", size), drop_path=drop_path,
         **{name: settings[name] for name in backbones.VIT_PARTS if name in settings})
     backbones.check_sizes(backbone, settings["in_chans"], {size})
     return backbone

@@ -17,21 +17,18 @@ def labelled_images(args) -> tuple:
         RunError: no labels, or such as do not fit; a class without a training image.
     """
     options = dict(root=args.data_root, download=args.download, limit=args.limit)
-    train = open_images(args.data, "pretrain" if args.labels else "train", args.in_chans, **options)
-    test = None if args.labels else open_images(args.data, "test", args.in_chans, **options)
+    if args.labels:
+        train = test = open_images(args.data, "pretrain", args.in_chans, **options)
+    else:
+        train, test = features.open_splits(args.data, args.in_chans, test_data=args.test_data,
+                                           limit_per_class=args.limit_per_class, **options)
     with comm.same_error_on_all_ranks():
         if args.labels:
             labels = read_labels(args.labels, len(train))
             train = train.subset(np.flatnonzero(labels >= 0))
             train.labels = np.unique(labels[labels >= 0], return_inverse=True)[1]
             comm.print_main(f"{args.labels}: {int(train.labels.max(initial=-1)) + 1} classes of "
-                            f"{len(train)} of {len(labels)} images")
-        for images in (train, train if test is None else test):
-            if images.labels is None:
-                raise RunError(f"--data {args.data}: no class folders, so no labels")
-            if images.labels.ndim > 1:
-                raise RunError(f"--data {args.data}: its images show several classes; that "
-                                    "is for eval_svm.py")
+                           f"{len(train)} of {len(labels)} images")
         if args.subset_list:
             train = train.subset(listed(args.subset_list, train))
         elif args.train_images:
@@ -39,7 +36,7 @@ def labelled_images(args) -> tuple:
         elif args.train_fraction:
             train = train.subset(
                 features.class_balanced(train.labels, args.train_fraction, args.seed))
-        test = train if test is None else test
+        test = train if args.labels else test
         return train, test, check_classes(train.labels, test.labels)
 
 
@@ -51,7 +48,7 @@ def check_classes(train: np.ndarray, test: np.ndarray) -> int:
         what = f"class {missing[0]} has no training image" if missing else (
             f"{num_classes} class, and there must be two")
         raise RunError(f"{what} ({len(train)} images, {num_classes} classes); take more of "
-                            "them, or other labels")
+                           "them, or other labels")
     return num_classes
 
 
@@ -69,7 +66,7 @@ def balanced(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
         wanted = count // len(classes) + (place < count % len(classes))
         if not 0 < wanted <= size:
             raise RunError(f"--train-images {count}: {wanted} of class {label}, which has "
-                                f"{size} images; give another number")
+                           f"{size} images; give another number")
         order = rng.philox(seed, rng.SUBSET, int(label)).permutation(size)
         taken.append(np.flatnonzero(labels == label)[order[:wanted]])
     return np.sort(np.concatenate(taken))
@@ -97,7 +94,7 @@ def listed(path: str, images) -> np.ndarray:
                         (twice & set(names), "the name of several training images")):
         if wrong or not names:
             raise RunError(f"--subset-list {path}: {len(wrong)} of {len(names)} names are "
-                                f"{what}{f', such as {min(wrong)}' if wrong else ''}")
+                           f"{what}{f', such as {min(wrong)}' if wrong else ''}")
     if len({rows[name] for name in names}) < len(names):
         raise RunError(f"--subset-list {path}: it names an image twice")
     return np.sort([rows[name] for name in names])
@@ -117,5 +114,5 @@ def read_labels(path: str, count: int) -> np.ndarray:
             array.ndim not in (1, 2) or array.shape[-1] != count or not array.size):
         found = f"{array.dtype} of shape {array.shape}" if hasattr(array, "dtype") else "a .npz"
         raise RunError(f"--labels {path}: {found}; wanted whole numbers, one for each of the "
-                            f"{count} images of --data")
+                           f"{count} images of --data")
     return (array[0] if array.ndim == 2 else array).astype(np.int64)
