@@ -206,6 +206,7 @@ def build_foreign(arch: str, in_chans: int, image_size: int | tuple[int, int]) -
             dict(img_size=image_size), {})
         names = model.default_cfg["classifier"] or ()
         model.classifier_names = (names,) if isinstance(names, str) else tuple(names)
+        take_activations_out(model)
     else:
         sides = (image_size, image_size) if isinstance(image_size, int) else image_size
         make = functools.partial(torchvision.models.get_model, name)
@@ -233,6 +234,17 @@ def first_accepted(arch: str, image_size, make, *options: dict):
                 raise
         except Exception as error:  # a size that does not fit raises whatever a model likes
             raise RunError(refusal(arch, image_size, error)) from error
+
+
+def take_activations_out(model: nn.Module) -> None:
+    """Make timm's batch norms with an activation inside plain ones with the activation behind.
+
+    So another batch norm can take their place. The names of tensors stay.
+    """
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d) and layer._modules.keys() == {"drop", "act"}:
+            layer.__class__ = nn.BatchNorm2d
+            layer.register_forward_hook(lambda layer, _, x: layer.act(layer.drop(x)))
 
 
 def take_classifier_off(model: nn.Module, arch: str) -> None:

@@ -531,14 +531,12 @@ def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
     """Replace every batch norm by one that shares its statistics among all processes.
 
     Raises:
-        RunError: a batch norm does more than that, in a way that is not known here.
+        RunError: a batch norm does more than that.
     """
     plain = nn.modules.batchnorm._BatchNorm
     for layer in module.modules():
         if size() > 1 and isinstance(layer, plain):
-            if layer._modules.keys() == {"drop", "act"}:  # timm's, with an activation behind it
-                layer.register_forward_hook(lambda layer, _, x: layer.act(layer.drop(x)))
-            elif type(layer).forward not in (plain.forward, SyncBatchNorm.forward):
+            if type(layer).forward not in (plain.forward, SyncBatchNorm.forward):
                 raise RunError(f"{type(layer).__name__} cannot be synchronised; pass --no-sync-bn")
             layer.__class__ = SyncBatchNorm  # parameters, statistics and modes stay as they are
     return module

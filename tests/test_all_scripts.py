@@ -454,6 +454,67 @@ def test_what_a_script_remembers_is_all_that_it_needs(script, pool, tmp_path):
     np.testing.assert_allclose(found[:8], losses[0][:8], rtol=1e-3)  # other sums, other roundings
 
 
+TRUNK = [*TINY, "--epochs", 2, "--image-size", 32]  # for trunks that halve the image five times
+
+
+def test_a_trunk_of_torchvision_with_stochastic_depth_goes_on_exactly(pool, tmp_path, capsys):
+    """Stopped after the first of four steps; then evaluated by what its file says of itself."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    flags = [*TRUNK, "--arch", "torchvision:efficientnet_b0", "--output"]
+    pool.run(2, run_to_the_end, "simclr", [*flags, whole])
+    pool.run(2, run_until, "simclr", [*flags, cut], 1)
+    pool.run(2, run_to_the_end, "simclr", [*flags, cut])
+    assert same_tensors(whole / "checkpoint.pt", cut / "checkpoint.pt")
+    assert [x["loss"] for x in lines(cut)] == [x["loss"] for x in lines(whole)]
+    evaluator = importlib.import_module("eval_knn")
+    flags = ["--checkpoint", str(cut / "backbone.pth"), "--limit", "200", "--shots"]
+    evaluator.main(evaluator.parse_args(flags))
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["results"][0]["layer"] == "features" and result["num_test"] == 200
+
+
+@pytest.mark.parametrize("script", ["dino", "moco_v3"])
+def test_a_transformer_of_timm_trains_on_crops_of_every_size(script, tmp_path):
+    pytest.importorskip("timm")
+    crops = ["--num-crops", "2", "1", "--crop-sizes", "32", "16", "--crop-scales", "0.6", "1",
+             "0.3", "0.6", "--freeze-last-layer-epochs", "0"]
+    module = importlib.import_module(script)
+    module.main(module.parse_args([
+        *map(str, TRUNK), "--epochs", "1", *(crops if script == "dino" else []),
+        "--arch", "timm:vit_tiny_patch16_224", "--output", str(tmp_path)]))
+    losses = [line["loss"] for line in lines(tmp_path)]
+    assert len(losses) == 2 and np.isfinite(losses).all()
+    assert "blocks.0.attn.qkv.weight" in torch.load(tmp_path / "backbone.pth", weights_only=True)
+
+
+@pytest.mark.parametrize("script, flags, named", [
+    ("simclr", ["--stem", "small"], "--stem small is for ResNets, and --arch is torchvision"),
+    ("dino", ["--patch-size", "8"], "--patch-size 8 is for our own transformers"),
+    ("dino", ["--grad-checkpoint"], "--grad-checkpoint"),
+    ("simclr_multicrop", ["--no-sync-bn", "--grad-cache", "8"], "stochastic depth"),
+    ("mae", [], "torchvision:efficientnet_b0 gives a pooled feature alone"),
+    ("eval_knn", ["--checkpoint", "random", "--stem", "small"], "--stem small is for ResNets"),
+])
+def test_what_another_librarys_trunk_does_not_have_is_refused(script, flags, named, capsys):
+    with pytest.raises(SystemExit):
+        importlib.import_module(script).parse_args([
+            *flags, "--arch", "torchvision:efficientnet_b0"])
+    assert named in capsys.readouterr().err
+
+
+def test_crops_that_a_trunk_does_not_take_are_refused_before_the_first_step(tmp_path):
+    module, args = parsed("swav", "--arch", "torchvision:alexnet", "--image-size", "64",
+                          "--crop-sizes", "64", "32", "--output", tmp_path)
+    with pytest.raises(RunError, match="torchvision:alexnet does not take images of 32x32 px"):
+        module.main(args)
+
+
+def test_the_output_folder_of_another_librarys_trunk_has_a_plain_name():
+    module = importlib.import_module("simclr")
+    args = module.parse_args(["--arch", "torchvision:swin_t"])
+    assert args.output == os.path.join("runs", "simclr-digits-torchvision-swin_t")
+
+
 @pytest.mark.slow
 @every_script
 def test_killed_it_goes_on_as_if_nothing_had_been(script, pool, tmp_path):

@@ -509,6 +509,17 @@ def test_the_features_are_what_the_classifier_sees():
     assert not any(layer.p for layer in ours.modules() if isinstance(layer, nn.Dropout))
 
 
+def test_timms_activations_inside_of_batch_norms_are_behind_plain_ones():
+    ours = foreign("timm:mobilenetv3_small_050").train()
+    timm = pytest.importorskip("timm")
+    theirs = timm.create_model("mobilenetv3_small_050", num_classes=0).train()
+    theirs.load_state_dict(shuffled(ours).state_dict())
+    images = torch.rand(4, 3, 32, 32)
+    torch.testing.assert_close(ours(images), theirs(images))
+    norms = [x for x in ours.modules() if isinstance(x, nn.modules.batchnorm._BatchNorm)]
+    assert {type(x) for x in norms} == {nn.BatchNorm2d} and len(norms) > 20
+
+
 def test_a_first_convolution_for_other_channels_keeps_the_spread_of_its_weights():
     old, new = foreign("torchvision:mnasnet0_5").layers[0], foreign("torchvision:mnasnet0_5", 10)
     assert new.layers[0].weight.shape[1] == 10 and new.layers[0].stride == old.stride

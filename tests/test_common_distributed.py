@@ -748,3 +748,19 @@ def test_in_one_process_conversion_changes_nothing():
 def test_sync_batch_norm_refuses_rows_without_channels():
     with pytest.raises(ValueError, match="batch norm needs"):
         comm.SyncBatchNorm(3)(torch.rand(3))
+
+
+class OddBatchNorm(nn.BatchNorm2d):
+    """A batch norm that does something else as well."""
+
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+def convert_odd():
+    with pytest.raises(comm.RunError, match="OddBatchNorm cannot be .*--no-sync-bn"):
+        comm.convert_sync_batchnorm(nn.Sequential(OddBatchNorm(3)))
+
+
+def test_a_batch_norm_that_does_more_is_not_replaced_in_silence(pool):
+    pool.run(2, convert_odd)
