@@ -212,7 +212,7 @@ def parse_args(argv=None):
         for flag, without in (("pool", "usual"), ("layer_decay", 1.0), ("drop_path", 0.0)):
             if getattr(args, flag) != without:
                 parser.error(f"--protocol {protocol} ({flag.replace('_', ' ')} "
-                             f"{getattr(args, flag)}) is for vit_*, not for {args.arch}")
+                             f"{getattr(args, flag)}) is for a transformer, not for {args.arch}")
     if args.sweep_head and not args.sweep:
         parser.error("--sweep-head goes with --sweep")
     if args.output is None:
