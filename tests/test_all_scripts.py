@@ -25,7 +25,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import drill
-from common import cli
+from common import backbones, cli
 from common.checkpoint import Run
 from common.distributed import RunError
 from common.log import Log
@@ -507,6 +507,19 @@ def test_crops_that_a_trunk_does_not_take_are_refused_before_the_first_step(tmp_
                           "--crop-sizes", "64", "32", "--output", tmp_path)
     with pytest.raises(RunError, match="torchvision:alexnet does not take images of 32x32 px"):
         module.main(args)
+
+
+def test_weights_with_parts_that_the_backbone_lacks_are_refused_in_one_line(tmp_path):
+    scaled = backbones.build_backbone(
+        "vit_micro", in_chans=3, image_size=16, patch_size=4, positions="learned", drop_path=0.0,
+        layer_scale=0.1)
+    torch.save(scaled.state_dict(), tmp_path / "scaled.pth")
+    module, args = parsed("dino", "--arch", "vit_micro", "--patch-size", "4", "--init",
+                          tmp_path / "scaled.pth", "--freeze-backbone-epochs", "0", "--output",
+                          tmp_path / "run")
+    with pytest.raises(RunError, match=r"scaled\.pth does not fit: .*ls1\.gamma") as error:
+        module.main(args)
+    assert "\n" not in str(error.value)
 
 
 def test_the_output_folder_of_another_librarys_trunk_has_a_plain_name():
