@@ -31,7 +31,10 @@ from common.distributed import RunError
 from common.log import Log
 from helpers import EXTRA, ROOT, SCRIPTS, TINY, lines, parsed
 
-DRILL = {"swav": ["--queue-length", "32", "--queue-start-epoch", "0"]}  # for a run that is stopped
+DRILL = {  # for a run that is stopped
+    "dinov2": ["--koleo-weight", "0"],  # KoLeo's neighbours are those of a process
+    "swav": ["--queue-length", "32", "--queue-start-epoch", "0"],
+}
 QUICK = {  # what keeps an evaluation short
     "eval_linear": ["--folds", "2", "--weight-decays", "0.001", "0.1"],
     "eval_svm": ["--costs", "1", "--low-shot", "1", "--draws", "1"],
