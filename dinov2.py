@@ -21,7 +21,8 @@ temperatures rise once an epoch; the patches' centre follows all patches, masked
 parameter is clipped on its own; frozen last layers have no gradient. DINOv2's: exactly half of a
 batch's crops are masked, their ratios evenly spread; each block drops alike; they rise each step;
 masked patches alone; backbone and heads are clipped each as a whole; frozen layers have a rate of
-0, while Adam's moments go on.
+0, while Adam's moments go on. KoLeo, of each process's own images as officially, is the one part
+that depends on the number of processes.
 
 Differs from the official code (facebookresearch/dinov2, bytedance/ibot): that half of the crops is
 of the batch over all processes, there of each process's; so is the mean for the patches' centre,
