@@ -306,3 +306,9 @@ def test_matrix_products_on_the_cpu_have_the_dtype_asked_for(amp, dtype):
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
     assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
     assert scaler.is_enabled() == (amp == "fp16")
+
+
+def test_a_rate_drops_at_shares_of_the_epochs():
+    rates = optim.lr_by_epoch(2.0, "step", 5, 1, 2, drop=0.5, drop_at=(0.4, 0.8))
+    assert rates == [0, 1, 2, 2, 1, 1, 1, 1, 0.5, 0.5]
+    assert optim.lr_by_epoch(2.0, "step", 5, 0, 1, drop_at=()) == [2.0] * 5
