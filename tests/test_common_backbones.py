@@ -592,3 +592,23 @@ def test_positions_are_resampled_with_antialiasing_beside_registers_alone():
         for parameter in net.patch_embed.parameters():
             nn.init.zeros_(parameter)
         torch.testing.assert_close(net.embed(torch.rand(1, 3, 8, 12)), wanted[antialias])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_sobel_stem_sees_the_slopes_of_the_mean_channel(channels):
+    conv = backbones.SobelConv2d(2, 1, 1, 0)
+    conv.weight.data = torch.eye(2)[:, :, None, None]  # shows the two maps
+    rows, columns = torch.meshgrid(torch.arange(6.0), torch.arange(7.0), indexing="ij")
+    gray = 3 * columns - 2 * rows
+    offsets = torch.arange(channels) - (channels - 1) / 2  # of mean 0
+    maps = conv((gray + offsets[:, None, None])[None])
+    inner = maps[0, :, 1:-1, 1:-1]
+    torch.testing.assert_close(inner[0], torch.full_like(inner[0], 8 * 3.0))
+    torch.testing.assert_close(inner[1], torch.full_like(inner[1], 8 * -2.0))
+    for stem, side in (("imagenet-sobel", 7), ("small-sobel", 3)):
+        model = backbones.build_backbone("resnet_tiny", stem=stem, in_chans=channels,
+                                         zero_init_residual=False)
+        assert model.state_dict()["conv1.weight"].shape == (16, 2, side, side)
+        assert "conv1.sobel" not in model.state_dict()
+        assert isinstance(model.maxpool, torch.nn.Identity) == (stem == "small-sobel")
+        assert model(torch.rand(2, channels, 32, 32)).shape == (2, 128)

@@ -101,6 +101,24 @@ def test_an_epoch_can_take_the_images_of_another_one_with_its_own_crops():
         assert not torch.equal(one.views[0], later.views[0])
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_method_can_say_which_images_an_epoch_takes_when_it_begins(workers):
+    images, asked = ArrayImages(random_images(), None, 3), []
+
+    def order(epoch):
+        asked.append(epoch)
+        return np.repeat([3, 7], 10) if epoch == 1 else None
+
+    made = loader(images, workers=workers, order=order)
+    usual = [batch.index.tolist() for batch in loader(images).epoch(0)]
+    assert asked == [] and [batch.index.tolist() for batch in made.epoch(0)] == usual
+    assert asked == [0]
+    second = [batch.index.tolist() for batch in made.epoch(1)]
+    assert second == [[3] * 4, [3] * 4, [3, 3, 7, 7], [7] * 4, [7] * 4] and asked == [0, 1]
+    late = loader(images, workers=workers, order=order, start_step=7)
+    assert [batch.index.tolist() for batch in late.epoch(1)] == second[2:]
+
+
 def test_views_epochs_and_seeds_draw_differently():
     images = ArrayImages(random_images(4), None, 3)
     views = small_views()[:1] * 2
