@@ -33,8 +33,12 @@ METHODS = {  # name: script and flags
     "VICReg": ["vicreg.py"],
     "LeJEPA": ["lejepa.py"],
     "MAE": ["mae.py"],
+    "SimMIM": ["simmim.py"],
+    "I-JEPA": ["ijepa.py"],
 }
-TRANSFORMERS = {"MAE": "patches"}  # and the layer that is evaluated
+TRANSFORMERS = {  # and the layer that is evaluated
+    "MAE": "patches", "SimMIM": "patches", "I-JEPA": "patches",
+}
 EVALUATIONS = {
     "eval_knn.py": [],
     "eval_linear.py": [],
@@ -80,7 +84,7 @@ def evaluate(folder: Path) -> dict:
     found = {}
     for layer, baselines, names in groups:
         runs = [folder / name.lower().replace(",", "").replace(" ", "-") for name in names]
-        suffix = f" ({layer})" if layer else ""
+        suffix = f" ({names[0]}'s, {layer})" if layer else ""  # each has an untrained twin
         titles = [b if b == "pixels" else f"random{suffix or ' (ResNet)'}" for b in baselines]
         for script, flags in EVALUATIONS.items():
             layers = ["--layers", layer] if layer else []

@@ -112,7 +112,7 @@ SCRIPTS = {
     "barlow_twins": "resnet_tiny", "npid_pirl": "resnet_tiny --method pirl --num-negatives 64",
     "deepcluster_v2": "resnet_tiny --num-clusters 8 8", "simsiam": "resnet_tiny",
     "byol": "resnet_tiny", "moco_v3": "resnet_tiny", "vicreg": "resnet_tiny",
-    "lejepa": "resnet_tiny" + CROPS,
+    "lejepa": "resnet_tiny" + CROPS, "simmim": "vit_micro --drop-path 0.1", "ijepa": "vit_micro",
 }
 CASES |= {f"tiny-{script}-x{size}": (script, size, TINY + own)
           for size in (1, 8) for script, own in SCRIPTS.items()}

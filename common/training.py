@@ -13,7 +13,6 @@ import contextlib
 import hashlib
 import math
 import os
-import sys
 import time
 
 import torch
@@ -96,6 +95,7 @@ class Training:
         trunks = [part.backbone for part in state.values() if hasattr(part, "backbone")]
         if new and self.initial:
             for trunk in trunks:
+                check_same_parts(trunk, self.initial, args.init)
                 trunk.load_state_dict(self.initial)
         self.initial = None
         self.freeze(trunks, (self.option("freeze_backbone_epochs") or 0) * self.steps_per_epoch)
@@ -271,7 +271,6 @@ def starting_weights(args) -> tuple[dict, str]:
             raise RunError(f"{flag} {settings[name]}, and --init {args.init} is of {flag} "
                            f"{given.settings[name]}; a backbone starts from one of its own kind")
     backbone = features.build(settings)
-    shapes = {name: value.shape for name, value in backbone.state_dict().items()}
     wanted = getattr(backbone, "grid", None)
     weights.load_backbone(backbone, given.weights)
     features.print_doubts(given, settings)
@@ -282,16 +281,22 @@ def starting_weights(args) -> tuple[dict, str]:
         state["pos_embed"] = torch.cat([first, table], dim=1)
         comm.print_main("positions resampled from {} x {} patches to {} x {}".format(
             *backbone.grid, *wanted))
-    for name in shapes.keys() | state.keys():  # a transformer takes the parts of its file
-        if name not in state or state[name].shape != shapes.get(name):
-            raise RunError(f"--init {args.init} is of a transformer with other parts than "
-                           f"{os.path.basename(sys.argv[0])}'s: {name} is in one of them alone, or "
-                           "of another shape")
     digest = hashlib.sha256()
     with open(given.weights, "rb") as file:
         for part in iter(lambda: file.read(2**24), b""):
             digest.update(part)
     return state, digest.hexdigest()[:12]
+
+
+def check_same_parts(backbone: nn.Module, given: dict, name: str) -> None:
+    """Raise a RunError where a file's backbone has other parts than the one that starts from it."""
+    shapes = [{key: tuple(value.shape) for key, value in state.items()}
+              for state in (backbone.state_dict(), given)]
+    for key in sorted(shapes[0].keys() | shapes[1].keys()):
+        ours, theirs = (each.get(key, "none") for each in shapes)
+        if ours != theirs:
+            raise RunError(f"--init {name}: {key} is {theirs} there and {ours} here; are flags of "
+                           "the backbone, such as --layer-scale and --registers, right?")
 
 
 def check_tensorboard() -> None:
