@@ -301,6 +301,20 @@ def build_views(args):
     return augment.normalized(views, args.in_chans, args.mean, args.std)
 
 
+def build_draw(args, steps_per_epoch):
+    side = args.image_size // args.patch_size
+    return functools.partial(draw_masks, seed=args.seed, steps_per_epoch=steps_per_epoch, rows=side,
+                             columns=side, num_targets=args.num_targets, min_keep=args.min_keep)
+
+
+def visible_patches(args, index: Tensor) -> list[tuple[int, Tensor]]:
+    """For a picture: the view's number, and bool (N, rows, columns), of context and each target."""
+    context, targets = build_draw(args, 1)(index, 0)
+    side = args.image_size // args.patch_size
+    return [(0, torch.zeros(len(index), side**2).scatter(1, block, 1.0).view(-1, side, side) == 1)
+            for block in (context, *targets.unbind(1))]
+
+
 def main(args):
     world = comm.setup(args.device, args.deterministic)
     torch.manual_seed(args.seed)
@@ -328,10 +342,7 @@ def main(args):
     autocast, scaler = optim.precision(args.amp, world.device)
 
     # Train
-    rows, columns = backbone.grid
-    draw = functools.partial(
-        draw_masks, seed=args.seed, steps_per_epoch=len(images) // args.batch_size, rows=rows,
-        columns=columns, num_targets=args.num_targets, min_keep=args.min_keep)
+    draw = build_draw(args, len(images) // args.batch_size)
     with Training(args, world, images, build_views(args), draw=draw,
                   floors={"z_std": 0.02}) as run:
         run.resume(model=model, target=target, optimizer=optimizer, scaler=scaler)

@@ -224,6 +224,17 @@ def build_views(args):
     return augment.normalized(views, args.in_chans, args.mean, args.std)
 
 
+def build_draw(args, steps_per_epoch):
+    return functools.partial(mask_noise, cells=args.image_size // args.cell_size, seed=args.seed,
+                             steps_per_epoch=steps_per_epoch)
+
+
+def visible_patches(args, index: Tensor) -> list[tuple[int, Tensor]]:
+    """For a picture: the view's number, and bool (N, H / P, W / P) of what is not hidden."""
+    noise = build_draw(args, 1)(index, 0)
+    return [(0, cell_mask(noise, args.mask_ratio, args.cell_size // args.patch_size) == 0)]
+
+
 def main(args):
     world = comm.setup(args.device, args.deterministic)
     torch.manual_seed(args.seed)
@@ -252,8 +263,7 @@ def main(args):
     autocast, scaler = optim.precision(args.amp, world.device)
 
     # Train
-    draw = functools.partial(mask_noise, cells=args.image_size // args.cell_size, seed=args.seed,
-                             steps_per_epoch=len(images) // args.batch_size)
+    draw = build_draw(args, len(images) // args.batch_size)
     with Training(args, world, images, build_views(args), draw=draw) as run:
         run.resume(model=model, optimizer=optimizer, scaler=scaler)
         ddp_model = comm.data_parallel(model)

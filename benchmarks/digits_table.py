@@ -37,11 +37,15 @@ METHODS = {  # name: script and flags
     "VICReg": ["vicreg.py"],
     "LeJEPA": ["lejepa.py"],
     "MAE": ["mae.py"],
+    "SimMIM": ["simmim.py"],
+    "I-JEPA": ["ijepa.py"],
     "Rotation": ["pretext.py"],
     "Jigsaw": ["pretext.py", "--task", "jigsaw"],
     "Relative location": ["pretext.py", "--task", "location"],
 }
-TRANSFORMERS = {"DINOv2": "cls", "MAE": "patches"}  # and the layer that is evaluated
+TRANSFORMERS = {  # and the layer that is evaluated
+    "DINOv2": "cls", "MAE": "patches", "SimMIM": "patches", "I-JEPA": "patches",
+}
 EVALUATIONS = {
     "eval_knn.py": [],
     "eval_linear.py": [],
@@ -87,7 +91,7 @@ def evaluate(folder: Path) -> dict:
     found = {}
     for layer, baselines, names in groups:
         runs = [folder / name.lower().replace(",", "").replace(" ", "-") for name in names]
-        suffix = f" ({layer})" if layer else ""
+        suffix = f" ({names[0]}'s, {layer})" if layer else ""  # each has an untrained twin
         titles = [b if b == "pixels" else f"random{suffix or ' (ResNet)'}" for b in baselines]
         for script, flags in EVALUATIONS.items():
             layers = ["--layers", layer] if layer else []

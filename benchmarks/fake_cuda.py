@@ -131,6 +131,7 @@ SCRIPTS = {
     "byol": "resnet_tiny", "moco_v3": "resnet_tiny", "vicreg": "resnet_tiny",
     "pretext": "resnet_tiny --task jigsaw --jigsaw-size 24 --jigsaw-patch-size 7",
     "lejepa": "resnet_tiny" + CROPS, "deepcluster_odc": "resnet_tiny --num-clusters 8",
+    "simmim": "vit_micro --drop-path 0.1", "ijepa": "vit_micro",
 }
 CASES |= {f"tiny-{script}-x{size}": (script, size, TINY + own)
           for size in (1, 8) for script, own in SCRIPTS.items()}

@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import statistics
+import string
 import zipfile
 from dataclasses import dataclass
 
@@ -61,7 +62,8 @@ def parser(
     group.add_argument("--layers", nargs="+", metavar="LAYER",
                        help="ResNet: conv1 res2 res3 res4 res5 avgpool, averaged over each map "
                        "or, as in res4-grid, to about 9,000 numbers; transformer: cls patches "
-                       f"cls4 (of the last 4 blocks); default: {resnet_layer} or cls")
+                       f"cls4 patches4 (of the last 4 blocks); default: {resnet_layer}, cls, or "
+                       "without a class token patches")
     made.set_defaults(resnet_layer=resnet_layer)
     group = made.add_argument_group("images (default: as the first run among the checkpoints)")
     group.add_argument("--data", help="labelled images, with a train and a test split")
@@ -539,15 +541,15 @@ def layer_names(backbone: nn.Module) -> list[str]:
 
     A ResNet has `conv1` (after batch norm and ReLU, before the pool), its stages `res2` to `res5`,
     and `avgpool`, the mean of `res5`. A transformer has `patches`, the mean of the last patch
-    tokens, and if it has a class token, `cls`, the last one, and `cls2` and up: those of so many
-    last blocks side by side. A trunk of another library has `features` alone.
+    tokens, and if it has a class token, `cls`, the last one; `cls2` and up, or without a class
+    token `patches2` and up, are those of so many last blocks side by side. A trunk of another
+    library has `features` alone.
     """
     if isinstance(backbone, Pixels):
         return ["pixels"]
     if isinstance(backbone, backbones.VisionTransformer):
-        if backbone.cls_token is None:
-            return ["patches"]
-        return [*(f"cls{n}" for n in range(len(backbone.blocks), 1, -1)), "patches", "cls"]
+        names = ["patches"] if backbone.cls_token is None else ["patches", "cls"]
+        return [*(f"{names[-1]}{n}" for n in range(len(backbone.blocks), 1, -1)), *names]
     return list(RESNET_LAYERS) if backbones.is_resnet(backbone) else ["features"]
 
 
@@ -571,12 +573,11 @@ def layers(backbone: nn.Module, images: Tensor, names=None) -> dict[str, Tensor]
     if known[0] in ("pixels", "features"):
         return {known[0]: backbone(images)}
     if isinstance(backbone, backbones.VisionTransformer):
-        depths = {name: int(name[3:]) for name in plain if name[3:].isdecimal()}
-        tokens = backbone.tokens(images, max(depths.values(), default=1))
-        patches = tokens[-1][:, int(backbone.cls_token is not None):]
-        rows = {"patches": patches.mean(1), "cls": tokens[-1][:, 0]}
-        rows |= {name: torch.cat([t[:, 0] for t in tokens[-n:]], 1) for name, n in depths.items()}
-        return {name: rows[name] for name in plain}
+        depths = {name: int(name.strip(string.ascii_letters) or 1) for name in plain}
+        tokens = backbone.tokens(images, max(depths.values()))
+        first = int(backbone.cls_token is not None)
+        return {name: torch.cat([t[:, 0] if name.startswith("cls") else t[:, first:].mean(1)
+                                 for t in tokens[-n:]], 1) for name, n in depths.items()}
     maps = resnet_maps(backbone, images, plain.values())
     return {name: (pool_to_grid(layer, maps[layer]) if name != layer else
                    nn.functional.adaptive_avg_pool2d(maps[layer], 1)).flatten(1)

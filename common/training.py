@@ -333,6 +333,17 @@ def starting_weights(args, flag: str) -> tuple[dict, str]:
     return state, digest.hexdigest()[:12]
 
 
+def check_same_parts(backbone: nn.Module, given: dict, name: str) -> None:
+    """Raise a RunError where a file's backbone has other parts than the one that starts from it."""
+    shapes = [{key: tuple(value.shape) for key, value in state.items()}
+              for state in (backbone.state_dict(), given)]
+    for key in sorted(shapes[0].keys() | shapes[1].keys()):
+        ours, theirs = (each.get(key, "none") for each in shapes)
+        if ours != theirs:
+            raise RunError(f"--init {name}: {key} is {theirs} there and {ours} here; are flags of "
+                           "the backbone, such as --layer-scale and --registers, right?")
+
+
 def check_tensorboard() -> None:
     """Raise a RunError where the package is missing."""
     try:

@@ -9,6 +9,7 @@ import torch
 import eval_knn
 import ijepa
 import mae
+from common import features
 from common.distributed import RunError
 from helpers import EXTRA, check_joined, own_gradients, own_rows, parsed, state_of, train
 
@@ -383,11 +384,20 @@ def test_untrained_networks_beside_a_run_have_no_class_token_either(tmp_path, ca
     assert len(built) == 12 and all(net.cls_token is None for net in built)
 
 
+def test_averages_of_several_blocks_stand_side_by_side():
+    vit, images = model().backbone.eval(), torch.rand(2, 3, 16, 16)
+    assert features.layer_names(vit) == ["patches4", "patches3", "patches2", "patches"]
+    found, tokens = features.layers(vit, images, ["patches4", "patches"]), vit.tokens(images, 4)
+    assert torch.equal(found["patches4"], torch.cat([x.mean(1) for x in tokens], 1))
+    assert torch.equal(found["patches"], features.layers(vit, images)["patches"])
+    assert torch.equal(found["patches"], vit(images))
+
+
 def test_a_backbone_with_other_parts_is_no_start(tmp_path):
     train(ijepa, tmp_path / "ijepa", dtype="float32")
     flags = ["--init", tmp_path / "ijepa", "--epochs", 2, "--patch-size",
              ijepa.RECIPES["digits"]["patch_size"]]
-    with pytest.raises(RunError, match="of a transformer with other parts"):
+    with pytest.raises(RunError, match=r"cls_token is none there and \(1, 1, 96\) here"):
         train(mae, tmp_path / "mae", *flags, dtype="float32")
     train(ijepa, tmp_path / "again", *flags, dtype="float32")
     state = state_of(tmp_path / "again")
