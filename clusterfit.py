@@ -3,7 +3,7 @@
 1. Take features of all images of pre-training, one central view each, and divide them by their
    length; with `--pca-dim` turn them to so many principal axes of unit variance.
 2. k-means: from K different images on, every image goes to the nearest centroid and every centroid
-   to the mean of its images, 50 times.
+   to the mean of its images, 50 times. An empty cluster takes half of one of the largest.
 3. Write the nearest centroid of every image: `assignments.npy`, int64 (N,), in the order of
    `--data`, and if images are files `labels.txt`, `path label` a line; the same of the test split
    under the same centroids, if there is one (`assignments-test.npy`, `labels-test.txt`).
@@ -12,8 +12,8 @@ A new network then learns them (`finetune.py --checkpoint random --labels`), oft
 the first, for it does not fit the pretext any more. Labels of the images are not needed; where
 there are some, their normalised mutual information (NMI) with the clusters is told.
 
-Differs from VISSL: every image counts in k-means, there at most 256 a cluster; a cluster that loses
-its images keeps its centroid, there a large one is split. 16,000 clusters of ImageNet want a GPU.
+Differs from VISSL: every image counts in k-means, there at most 256 a cluster; which large cluster
+is split is drawn at random there. 16,000 clusters of ImageNet want a GPU.
 
 Letters: N images, D feature size, K clusters.
 
@@ -23,7 +23,6 @@ Reference: Yan et al., ClusterFit, arXiv 1912.03330; numbers as in VISSL.
     python clusterfit.py --checkpoint random --num-clusters 100 --output runs/clusterfit-digits
 """
 
-import math
 import os
 import sys
 
@@ -35,8 +34,8 @@ from torch import Tensor
 from common import cli, distributed as comm, features, rng
 from common.checkpoint import atomic_write
 from common.images import FileImages
-
-ROWS = 2048  # that are compared with the centroids at a time; a process takes whole parts of them
+from common.kmeans import (ROWS, first_centroids, join_parts, kmeans, nearest_centroids,
+                           own_part)
 
 
 def parse_args(argv=None):
@@ -57,7 +56,7 @@ def parse_args(argv=None):
     return args
 
 
-# ----------------------------------------------------------------------------------------- clusters
+# ----------------------------------------------------------------------------------------- features
 
 
 def whitening(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -68,49 +67,13 @@ def whitening(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
     Returns:
         (D,) and (D, dim) float64, by falling variance; a variance below 1e-5 of the largest is
-        taken for that.
+        taken for that, one of equal rows for 1e-30.
     """
     mean = sum(part.double().sum(0) for part in x.split(ROWS)) / len(x)
     centred = (part.double() - mean for part in x.split(ROWS))
     variances, axes = torch.linalg.eigh(sum(part.T @ part for part in centred) / len(x))
     variances, axes = variances.flip(0)[:dim], axes.flip(1)[:, :dim]
-    return mean, axes * variances.clamp(min=1e-5 * variances[0]).rsqrt()
-
-
-def nearest_centroids(x: Tensor, centroids: Tensor) -> Tensor:
-    """The row of the nearest of the centroids (K, D) to each row (N, D)."""
-    half = centroids.square().sum(1) / 2
-    return torch.cat([(part @ centroids.T - half).argmax(1) for part in x.split(ROWS)])
-
-
-def kmeans(x: Tensor, centroids: Tensor, iterations: int) -> Tensor:
-    """Move centroids to the means of the rows that are nearest to them.
-
-    The sums are of whole numbers, so no order and no number of processes changes them.
-
-    Args:
-        x: this process's rows (N, D); N may differ among processes, and be 0.
-        centroids: (K, D), to start from, equal on every process. One without rows stays.
-
-    Returns:
-        Centroids (K, D), equal on every process.
-    """
-    count = comm.sum_over_processes(torch.tensor(len(x), device=x.device)).item()
-    largest = max(comm.all_gather_objects(x.abs().max().item() if len(x) else 0.0))
-    # All rows together stay below 2^61.
-    scale = 2.0 ** (61 - count.bit_length() - math.frexp(largest)[1])
-    for _ in range(iterations):
-        nearest = nearest_centroids(x, centroids)
-        sums = torch.zeros(centroids.shape, dtype=torch.int64, device=x.device)
-        for rows, part in zip(nearest.split(ROWS), x.split(ROWS), strict=True):
-            sums.index_add_(0, rows, (part.double() * scale).round().long())
-        sums = comm.sum_over_processes(sums).double() / scale
-        sizes = comm.sum_over_processes(nearest.bincount(minlength=len(centroids)))[:, None]
-        moved = torch.where(sizes > 0, (sums / sizes.clamp(min=1)).to(x.dtype), centroids)
-        if torch.equal(moved, centroids):
-            break
-        centroids = moved
-    return centroids
+    return mean, axes * variances.clamp(min=(1e-5 * variances[0]).clamp(min=1e-30)).rsqrt()
 
 
 # -------------------------------------------------------------------------------------------- files
@@ -158,12 +121,9 @@ def main(args):
     if len(found.train.layers) > 1:
         raise comm.RunError(f"{source.name} has the layers {' '.join(found.train.layers)}; choose "
                             "one with --layers")
-    splits = {"": found.train, "-test": found.test}
-    rows = {}
-    for ending, split in splits.items():
-        if split is not None:
-            (x,) = split.layers.values()
-            rows[ending] = x / (x.norm(dim=1, keepdim=True) + 1e-5)
+    splits = {ending: split for ending, split in (("", found.train), ("-test", found.test)) if split}
+    rows = {ending: next(iter(split.layers.values())) for ending, split in splits.items()}
+    rows = {ending: x / (x.norm(dim=1, keepdim=True) + 1e-5) for ending, x in rows.items()}
     n, d = rows[""].shape
     if args.num_clusters > n:
         raise comm.RunError(f"--num-clusters {args.num_clusters} is more than the {n} images")
@@ -172,31 +132,27 @@ def main(args):
                             f"{d} features")
     if args.pca_dim:
         mean, projection = whitening(rows[""], args.pca_dim)
-        for ending, x in rows.items():
-            rows[ending] = torch.cat([((part - mean) @ projection).float()
-                                      for part in x.split(ROWS)])
-    # 2. k-means, each process on a contiguous part of the images
-    start = rng.philox(args.seed, rng.CLUSTERS).permutation(n)[: args.num_clusters]
-    parts = rows[""].split(ROWS)
-    local = slice(*(len(parts) * r // world.size for r in (world.rank, world.rank + 1)))
-    x = torch.cat([rows[""][:0], *parts[local]]).to(world.device)
-    centroids = kmeans(x, rows[""][start].to(world.device), args.kmeans_iterations)
+        rows = {ending: torch.cat([((part - mean) @ projection).float() for part in x.split(ROWS)])
+                for ending, x in rows.items()}
+    # 2. k-means
+    own = {ending: own_part(x).to(world.device) for ending, x in rows.items()}
+    start = first_centroids(own[""], args.num_clusters, rng.philox(args.seed, rng.CLUSTERS))
+    centroids, _ = kmeans(own[""], start, args.kmeans_iterations)
     # 3. Nearest centroids
-    assignments = {ending: torch.cat([nearest_centroids(part.to(world.device), centroids).cpu()
-                                      for part in x.split(ROWS)]).numpy()
-                   for ending, x in rows.items()}
     line = {"eval": "clusterfit", "checkpoint": found.checkpoint, "num_clusters": args.num_clusters}
-    for (ending, split), images in zip(splits.items(), (source.train, source.test), strict=True):
-        assignment = assignments.get(ending)
-        with comm.same_error_on_all_ranks(writing=args.output):
-            if world.is_main:
-                write(args.output, ending, assignment, images)
-        if split is not None:
-            told = describe(assignment, split.labels, args.num_clusters)
+    for ending, images in (("", source.train), ("-test", source.test)):
+        assignment = None
+        if ending in splits:
+            nearest = nearest_centroids(own[ending], centroids)
+            assignment = join_parts(nearest, len(rows[ending])).cpu().numpy()
+            told = describe(assignment, splits[ending].labels, args.num_clusters)
             line |= {f"num{ending or '-train'}": len(assignment)}
             line |= {f"{name}{ending}": value for name, value in told.items()}
             comm.print_main(f"{len(assignment)} {'test ' * bool(ending)}images in {args.output}: "
                             + ", ".join(f"{k} {v:.4g}" for k, v in told.items() if v is not None))
+        with comm.same_error_on_all_ranks(writing=args.output):
+            if world.is_main:
+                write(args.output, ending, assignment, images)
     features.print_json({name.replace("-", "_"): value for name, value in line.items()})
 
 

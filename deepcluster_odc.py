@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from common import augment, backbones, cli, distributed as comm, features, optim, rng
 from common.checkpoint import atomic_write
 from common.images import open_images
+from common.kmeans import cluster_means, first_centroids, join_parts, kmeans, own_part
 from common.training import Training
 
 IMAGENET = dict(  # DeepCluster on a ResNet-50: MMSelfSup; k-means and whitening: paper, section 4
@@ -264,90 +265,10 @@ def pca_whiten(x: Tensor, dim: int) -> Tensor:
     return F.normalize(rows, eps=1e-8).to(x.dtype)  # a row at the mean is 0 but for rounding
 
 
-def own_part(x: Tensor) -> Tensor:
-    """This process's contiguous part of rows that are the same on every process."""
-    return x.tensor_split(comm.size())[comm.rank()]
-
-
 def cluster_sizes(assignment: Tensor, num_clusters: int) -> Tensor:
     """Number of images (K,) in each cluster; the host does not wait, as for bincount."""
     sizes = torch.zeros(num_clusters, device=assignment.device)
     return sizes.index_add_(0, assignment, torch.ones_like(assignment, dtype=sizes.dtype))
-
-
-@torch.no_grad()
-def nearest_centroids(x: Tensor, centroids: Tensor) -> Tensor:
-    """The row of the centroids (K, D) at the smallest distance of each row of x (n, D)."""
-    if x.device.type == "cpu" and x.dtype == torch.float32:
-        import faiss  # after torch, and never in a loader process: the other order can hang
-
-        _, rows = faiss.knn(x.contiguous().numpy(), centroids.contiguous().numpy(), 1)
-        return torch.from_numpy(rows)[:, 0]
-    half = centroids.square().sum(1) / 2
-    return torch.cat([(part @ centroids.T - half).argmax(1) for part in x.split(8192)])
-
-
-@torch.no_grad()
-def cluster_means(x: Tensor, labels: Tensor, centroids: Tensor) -> Tensor:
-    """Average the rows of all processes by label, in float64.
-
-    Args:
-        x: (n, D), this process's part of the rows.
-        labels: int64 (n,), in [0, K).
-        centroids: (K, D), what an empty cluster keeps.
-
-    Returns:
-        Means (K, D), equal on every process.
-    """
-    sums = torch.zeros(len(centroids), x.shape[1] + 1, dtype=torch.float64, device=x.device)
-    for part, rows in zip(x.split(8192), labels.split(8192), strict=True):
-        sums.index_add_(0, rows, F.pad(part.double(), (0, 1), value=1.0))
-    sums, counts = comm.sum_over_processes(sums).tensor_split([-1], dim=1)
-    return torch.where(counts > 0, sums / counts.clamp(min=1), centroids).to(centroids.dtype)
-
-
-def beside(centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Two points beside each centroid (..., D), to split its cluster by."""
-    signs = 1 - 2 * (torch.arange(centroids.shape[-1], device=centroids.device) % 2)
-    return centroids * (1 + signs / 1024), centroids * (1 - signs / 1024)
-
-
-@torch.no_grad()
-def kmeans(x: Tensor, num_clusters: int, iterations: int, generator: torch.Generator
-           ) -> tuple[Tensor, Tensor]:
-    """Cluster rows by distance, over all processes.
-
-    Args:
-        x: (n, D), this process's part of the rows; n may differ among processes.
-        num_clusters: K, at most as many as there are rows.
-        iterations: assignments followed by new centroids; one more assignment comes last.
-        generator: on the CPU, in the same state on every process; draws the start, which is K
-            different rows of all processes.
-
-    Returns:
-        Centroids (K, D), equal on every process; clusters int64 (n,) of the rows here. The largest
-        clusters give half of theirs to empty ones, which may stay empty at the end.
-
-    Reference: DeepCluster, section 3.3 (avoiding trivial solutions).
-    """
-    counts = comm.all_gather_no_grad(torch.tensor([len(x)], device=x.device)).tolist()
-    chosen = torch.randperm(sum(counts), generator=generator)[:num_clusters].to(x.device)
-    chosen -= sum(counts[: comm.rank()])
-    here = (chosen >= 0) & (chosen < len(x))
-    centroids = x.new_zeros(num_clusters, x.shape[1])
-    centroids[here] = x[chosen[here]]
-    centroids = comm.sum_over_processes(centroids)  # each row is on one process
-    for _ in range(iterations):
-        nearest = nearest_centroids(x, centroids)
-        centroids = cluster_means(x, nearest, centroids)
-        counts = comm.sum_over_processes(cluster_sizes(nearest, num_clusters))
-        order = counts.argsort(descending=True, stable=True)
-        large, small = (rows[: num_clusters // 2] for rows in (order, order.flip(0)))
-        empty = (counts[small] == 0)[:, None]
-        one, other = beside(centroids[large])
-        centroids[large] = torch.where(empty, one, centroids[large])
-        centroids[small] = torch.where(empty, other, centroids[small])
-    return centroids, nearest_centroids(x, centroids)
 
 
 @torch.no_grad()
@@ -365,11 +286,8 @@ def cluster_images(x: Tensor, num_clusters: int, iterations: int, pca_dim: int |
     """
     rows = own_part(x).to(device)
     rows = F.normalize(rows) if pca_dim is None else pca_whiten(rows, pca_dim)
-    draw = rng.philox(seed, rng.CLUSTERS, *key)
-    generator = torch.Generator().manual_seed(int(draw.integers(2**63)))
-    clusters = torch.zeros(len(x), dtype=torch.int64, device=device)
-    own_part(clusters).copy_(kmeans(rows, num_clusters, iterations, generator)[1])
-    return comm.sum_over_processes(clusters)
+    start = first_centroids(rows, num_clusters, rng.philox(seed, rng.CLUSTERS, *key))
+    return join_parts(kmeans(rows, start, iterations)[1], len(x))
 
 
 def balanced_order(assignment: np.ndarray, seed: int, epoch: int) -> np.ndarray:
@@ -415,6 +333,12 @@ def update_memory(memory: Tensor, assignment: Tensor, centroids: Tensor, index: 
     labels = (rows @ centroids.T).argmax(1)
     index, rows, labels = map(comm.all_gather_no_grad, (index, rows, labels))
     memory[index], assignment[index] = rows, labels
+
+
+@torch.no_grad()
+def update_centroids(centroids: Tensor, memory: Tensor, assignment: Tensor) -> None:
+    """Write the means of the clusters' rows (M, D) to (K, D); that of an empty one stays."""
+    centroids.copy_(cluster_means(own_part(memory), own_part(assignment), centroids)[0])
 
 
 @torch.no_grad()
@@ -558,7 +482,7 @@ def main(args):
                     start_top(model.top, args.seed, epoch)
                 elif epoch == 0:
                     memory.copy_(F.normalize(x))
-                    centroids.copy_(cluster_means(*map(own_part, (memory, assignment)), centroids))
+                    update_centroids(centroids, memory, assignment)
                 nmi.fill_(agreement(before, assignment) if epoch else 0.0)
                 before.copy_(assignment)
                 write_assignments(args.output, assignment, world)
@@ -581,7 +505,7 @@ def main(args):
             if odc:
                 update_memory(memory, assignment, centroids, index, z, args.memory_momentum)  # 4.
                 if (step + 1) % args.centroid_steps == 0:  # 5. centroids, small clusters
-                    centroids.copy_(cluster_means(*map(own_part, (memory, assignment)), centroids))
+                    update_centroids(centroids, memory, assignment)
                 repair_clusters(memory, assignment, centroids, args.min_cluster, args.seed, step)
 
 
