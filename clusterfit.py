@@ -34,8 +34,7 @@ from torch import Tensor
 from common import cli, distributed as comm, features, rng
 from common.checkpoint import atomic_write
 from common.images import FileImages
-from common.kmeans import (ROWS, first_centroids, join_parts, kmeans, nearest_centroids,
-                           own_part)
+from common.kmeans import ROWS, first_centroids, join_parts, kmeans, nearest_centroids, own_part
 
 
 def parse_args(argv=None):
@@ -81,8 +80,8 @@ def whitening(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 def write(folder: str, ending: str, assignment: np.ndarray | None, images) -> None:
     """Write assignments and the list, each whole or not at all; those of an earlier run go."""
-    array, listed = (os.path.join(folder, name)
-                     for name in (f"assignments{ending}.npy", f"labels{ending}.txt"))
+    array, listed = (os.path.join(folder, f"{name}{ending}.{kind}")
+                     for name, kind in (("assignments", "npy"), ("labels", "txt")))
     for path in filter(os.path.exists, (array, listed)):
         os.remove(path)
     if assignment is None:
@@ -121,9 +120,11 @@ def main(args):
     if len(found.train.layers) > 1:
         raise comm.RunError(f"{source.name} has the layers {' '.join(found.train.layers)}; choose "
                             "one with --layers")
-    splits = {ending: split for ending, split in (("", found.train), ("-test", found.test)) if split}
-    rows = {ending: next(iter(split.layers.values())) for ending, split in splits.items()}
-    rows = {ending: x / (x.norm(dim=1, keepdim=True) + 1e-5) for ending, x in rows.items()}
+    splits = {"": (found.train, source.train), "-test": (found.test, source.test)}
+    rows = {}
+    for ending, (split, _) in splits.items():
+        for x in split.layers.values() if split else ():
+            rows[ending] = x / (x.norm(dim=1, keepdim=True) + 1e-5)
     n, d = rows[""].shape
     if args.num_clusters > n:
         raise comm.RunError(f"--num-clusters {args.num_clusters} is more than the {n} images")
@@ -140,20 +141,20 @@ def main(args):
     centroids, _ = kmeans(own[""], start, args.kmeans_iterations)
     # 3. Nearest centroids
     line = {"eval": "clusterfit", "checkpoint": found.checkpoint, "num_clusters": args.num_clusters}
-    for ending, images in (("", source.train), ("-test", source.test)):
+    for ending, (split, images) in splits.items():
         assignment = None
-        if ending in splits:
+        if split:
             nearest = nearest_centroids(own[ending], centroids)
             assignment = join_parts(nearest, len(rows[ending])).cpu().numpy()
-            told = describe(assignment, splits[ending].labels, args.num_clusters)
-            line |= {f"num{ending or '-train'}": len(assignment)}
-            line |= {f"{name}{ending}": value for name, value in told.items()}
-            comm.print_main(f"{len(assignment)} {'test ' * bool(ending)}images in {args.output}: "
-                            + ", ".join(f"{k} {v:.4g}" for k, v in told.items() if v is not None))
+            told = describe(assignment, split.labels, args.num_clusters)
+            line[f"num_{ending[1:] or 'train'}"] = len(assignment)
+            line |= {name + ending.replace("-", "_"): value for name, value in told.items()}
+            comm.print_main(f"{len(assignment)} {ending[1:] or 'training'} images: " + ", ".join(
+                f"{name} {value:.4g}" for name, value in told.items() if value is not None))
         with comm.same_error_on_all_ranks(writing=args.output):
             if world.is_main:
                 write(args.output, ending, assignment, images)
-    features.print_json({name.replace("-", "_"): value for name, value in line.items()})
+    features.print_json(line)
 
 
 if __name__ == "__main__":

@@ -108,7 +108,8 @@ def parse_args(argv=None):
                        help="odc: smaller clusters are dissolved")
     group.add_argument("--schedule", choices=("cosine", "step"),
                        help="once an epoch: a cosine to 0, or times 0.4 at --drop-at")
-    group.add_argument("--drop-at", type=cli.fraction, nargs="*", help="shares of the epochs")
+    group.add_argument("--drop-at", type=cli.fraction, nargs="*",
+                       help="shares of the run, rounded to whole epochs")
     group.add_argument("--top-lr-scale", type=cli.positive,
                        help="rate of the top layer, which has no momentum, as a multiple of --lr")
     args = cli.parse(parser, recipes, argv)
@@ -120,6 +121,8 @@ def parse_args(argv=None):
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} needs --method {own}")
     if args.dropout == 1:
         parser.error("--dropout 1 leaves nothing; pass less")
+    if args.schedule == "cosine" and cli.peek(argv, "--drop-at", str) is not None:
+        parser.error("--drop-at needs --schedule step")
     if args.sobel:
         args.stem += "-sobel"  # of the backbone wherever it goes
     return args
@@ -461,7 +464,7 @@ def main(args):
         run.resume(model=model, assignment=assignment, before=before, nmi=nmi, memory=memory,
                    centroids=centroids, optimizer=optimizer, scaler=scaler)
         ddp_model = comm.data_parallel(model)
-        drops = [share * args.epochs for share in args.drop_at]
+        drops = [round(share * args.epochs) for share in args.drop_at]
         lr_of_step = optim.lr_by_epoch(lr, drops if args.schedule == "step" else "cosine",
                                        args.epochs, args.warmup_epochs, run.steps_per_epoch,
                                        gamma=0.4)

@@ -20,6 +20,7 @@ in their cells, in VISSL at 21 of the 22 places along each side. Whole images ar
 normalised, as in VISSL; the jigsaw paper normalises each patch. Batch norm sees the middle patch
 once an image, in MMSelfSup eight times, whose cells overlap by a pixel. VISSL decays the biases of
 linear layers too, changes the rate of its warm-up once an epoch, and fetches its 2,000 orders.
+Dropout hangs on the number of processes.
 
     python pretext.py
     python pretext.py --task jigsaw
@@ -29,7 +30,6 @@ linear layers too, changes the rate of its warm-up once an epoch, and fetches it
 import functools
 import itertools
 import math
-import os
 import sys
 
 import numpy as np
@@ -38,7 +38,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import augment, backbones, cli, distributed as comm, optim, rng
-from common.checkpoint import atomic_write
 from common.images import open_images
 from common.training import Training
 
@@ -82,14 +81,14 @@ TASKS = {
     "rotation": RECIPES,
     "jigsaw": {
         "imagenet": IMAGENET | PATCHES | dict(  # VISSL
-            num_permutations=2000, criterion="mean", head_dim=1000,
+            num_permutations=2000, head_dim=1000,
             warmup_epochs=5, warmup_start=0.25,
         ),
         "cifar10": RECIPES["cifar10"] | PATCHES | SMALL | dict(  # ours
-            num_permutations=100, criterion="mean", head_dim=256,
+            num_permutations=100, head_dim=256,
         ),
         "digits": RECIPES["digits"] | TINY | dict(  # ours
-            num_permutations=20, criterion="mean", head_dim=64,
+            num_permutations=20, head_dim=64,
         ),
     },
     "location": {
@@ -107,7 +106,7 @@ TASKS = {
 }
 OWN = {  # flags that a task has and another has not
     "rotation": {"angles"},
-    "jigsaw": {"jigsaw_size", "jigsaw_patch_size", "head_dim", "num_permutations", "criterion"},
+    "jigsaw": {"jigsaw_size", "jigsaw_patch_size", "head_dim", "num_permutations"},
     "location": {"jigsaw_size", "jigsaw_patch_size", "head_dim", "dropout"},
 }
 
@@ -132,8 +131,6 @@ def parse_args(argv=None):
                        help="jigsaw, location: side of a patch, which lies anywhere in its cell")
     group.add_argument("--num-permutations", type=cli.two_or_more, metavar="K",
                        help="jigsaw: how many of the 362,880 orders")
-    group.add_argument("--criterion", choices=("mean", "min"), help="jigsaw: which Hamming "
-                       "distance to the orders chosen before is made large, the mean or smallest")
     group.add_argument("--head-dim", type=cli.pos_int,
                        help="jigsaw: numbers that the head has of a patch; location: hidden width")
     group.add_argument("--dropout", type=cli.fraction, help="location: share of the hidden layer")
@@ -165,6 +162,8 @@ def parse_args(argv=None):
     if args.task != "rotation" and args.jigsaw_patch_size > side // 3:
         parser.error(f"--jigsaw-patch-size {args.jigsaw_patch_size} does not fit into the cells of "
                      f"{side // 3} px that --jigsaw-size {side} has")
+    if args.dropout == 1:
+        parser.error("--dropout 1 leaves nothing; pass less")
     if args.num_permutations and args.num_permutations > math.factorial(9):
         parser.error(f"--num-permutations {args.num_permutations}: nine patches have "
                      f"{math.factorial(9)} orders")
@@ -284,30 +283,6 @@ def hamming_permutations(count: int, pieces: int, criterion: str, rng: np.random
     return pool[chosen].astype(np.int64)
 
 
-def cached_permutations(folder: str, count: int, criterion: str, seed: int, world) -> Tensor:
-    """The orders (count, 9) of a run: made once, and kept in its folder under what makes them."""
-    path = os.path.join(folder, f"permutations-{criterion}-{count}-seed{seed}.npy")
-    orders = torch.zeros(count, 9, dtype=torch.int64)
-    with comm.same_error_on_all_ranks(writing=folder):
-        if world.is_main:
-            try:
-                made = np.load(path, allow_pickle=False)
-                whole = made.shape == orders.shape and (np.sort(made) == np.arange(9)).all()
-            except (OSError, ValueError, EOFError):  # not there, or torn
-                whole = False
-            if not whole:
-                draws = rng.philox(seed, rng.PERMUTATIONS)
-                made = hamming_permutations(count, 9, criterion, draws)
-                with atomic_write(path) as file:
-                    np.save(file, made)
-            orders.copy_(torch.from_numpy(made))
-            apart = F.pdist(orders[:10_000].float(), p=0)
-            comm.print_main(f"{count} orders of the patches ({path}): {apart.mean():.3f} of 9 "
-                            f"differ between two, at least {apart.min():.0f}")
-    comm.broadcast_rows(orders, [0] + [count] * world.size)
-    return orders.to(world.device)
-
-
 # -------------------------------------------------------------------------------------------- model
 
 
@@ -423,9 +398,10 @@ def main(args):
         if args.task == "rotation":
             puzzles = functools.partial(rotation_puzzles, angles=args.angles)
         elif args.task == "jigsaw":
-            permutations = cached_permutations(args.output, answers, args.criterion, args.seed,
-                                               world)
-            puzzles = functools.partial(jigsaw_puzzles, side=side, permutations=permutations)
+            orders = hamming_permutations(answers, 9, "mean",
+                                          rng.philox(args.seed, rng.PERMUTATIONS))
+            puzzles = functools.partial(jigsaw_puzzles, side=side,
+                                        permutations=torch.from_numpy(orders).to(world.device))
         else:
             puzzles = functools.partial(location_puzzles, side=side)
         run.resume(model=model, optimizer=optimizer, scaler=scaler)
@@ -437,9 +413,6 @@ def main(args):
         for step, batch in run.steps(export=model.backbone):
             optim.set_lr(optimizer, lr_of_step[step])
             optimizer.zero_grad(set_to_none=True)
-            if args.dropout:
-                draws = rng.philox(args.seed, rng.DEPTH, step, world.rank)
-                torch.manual_seed(int(draws.integers(2**63)))
             parts, answer = puzzles(batch.views[0], batch.drawn)  # 1. puzzles
             with autocast():
                 h, logits = ddp_model(parts)  # 2. backbone, 3. head

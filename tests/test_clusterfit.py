@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.cluster import KMeans
 from sklearn.metrics import normalized_mutual_info_score
 
 import clusterfit
@@ -14,7 +13,7 @@ import eval_knn
 from common import features
 from common.distributed import RunError
 from common.images import open_images
-from helpers import own_rows, random_images
+from helpers import random_images
 
 FLAGS = ["--checkpoint", "pixels", "--num-clusters", 12, "--workers", 0]
 
@@ -45,48 +44,6 @@ def photos(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------- clusters
-
-
-@pytest.mark.parametrize("iterations", [1, 3, 50])
-def test_kmeans_is_that_of_scikit_learn_from_the_same_start(iterations):
-    x = np.random.default_rng(0).normal(size=(500, 6)) * [30, 1, 1, 1, 1, 0.01]
-    theirs = KMeans(9, init=x[:9], n_init=1, max_iter=iterations, tol=0, algorithm="lloyd").fit(x)
-    found = clusterfit.kmeans(torch.from_numpy(x), torch.from_numpy(x[:9]), iterations)
-    np.testing.assert_allclose(found.numpy(), theirs.cluster_centers_, rtol=1e-9, atol=1e-9)
-    nearest = clusterfit.nearest_centroids(torch.from_numpy(x), found)
-    if iterations == 50:  # converged: its last labels are those of its last centroids
-        assert np.array_equal(nearest.numpy(), theirs.labels_)
-    loop = [np.argmin([((row - c) ** 2).sum() for c in found.numpy()]) for row in x]
-    assert nearest.tolist() == loop
-
-
-def test_a_centroid_without_rows_stays():
-    x = torch.tensor([[0.0, 1.0], [0.0, 3.0], [5.0, 0.0]])
-    start = torch.tensor([[0.0, 1.0], [9.0, 9.0], [5.0, 1.0]])
-    found = clusterfit.kmeans(x, start, 5)
-    assert found.tolist() == [[0.0, 2.0], [9.0, 9.0], [5.0, 0.0]]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
-def test_sums_of_whole_numbers_lose_nothing(size, dtype):
-    x = (torch.randn(3000, 4, dtype=torch.float64) * size).to(dtype)
-    mean = clusterfit.kmeans(x, x[:1], 1)
-    wanted = x.double().mean(0, keepdim=True).to(dtype)
-    torch.testing.assert_close(mean, wanted, rtol=1e-6, atol=1e-11 * size)
-
-
-def part_of_kmeans(x, k):
-    """Centroids of rows of which each process has a part."""
-    return clusterfit.kmeans(own_rows(x), torch.from_numpy(x[:k]), 20).numpy()
-
-
-@pytest.mark.parametrize("size", [2, 4])
-def test_processes_share_the_rows_and_change_no_bit(size, pool):
-    x = np.random.default_rng(1).normal(size=(400, 5)).astype(np.float32)
-    alone = part_of_kmeans(x, 7)
-    for found in pool.run(size, part_of_kmeans, x, 7):
-        assert np.array_equal(found, alone)
 
 
 def test_whitened_rows_have_unit_variance_but_where_there_is_none():
@@ -139,17 +96,10 @@ def test_the_seed_alone_decides(tmp_path):
     assert found[0] == found[1] and len({*found}) == 3
 
 
-def small_parts(*flags):
-    """A run in which every process has some rows."""
-    clusterfit.ROWS = 128
-    return run(*flags)
-
-
-def test_two_processes_write_the_same_files(pool, tmp_path, monkeypatch):
-    monkeypatch.setattr(clusterfit, "ROWS", 128)
+def test_two_processes_write_the_same_files(pool, tmp_path):
     flags = [*FLAGS, "--limit", 500, "--pca-dim", 8, "--output"]
     text, line = run(*flags, tmp_path / "one")
-    first, second = pool.run(2, small_parts, *flags, tmp_path / "two")
+    first, second = pool.run(2, run, *flags, tmp_path / "two")
     assert first[1] == line and second == ("", None)
     for name in ("assignments.npy", "assignments-test.npy"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()

@@ -45,6 +45,7 @@ def test_the_imagenet_recipes_are_those_of_papers_and_code():
         (["--method", "odc", "--pca-dim", "8"], "--pca-dim 8 needs --method deepcluster"),
         (["--method", "odc", "--dropout", "1"], "--dropout 1"),
         (["--num-clusters", "1"], "'1'"),
+        (["--drop-at", "0.5"], "--drop-at needs --schedule step"),
     ],
 )
 def test_combinations_that_cannot_be_are_refused(flags, named, capsys):
@@ -181,53 +182,6 @@ def test_axes_without_variance_and_beyond_the_last_are_zero():
     assert np.abs(whitened(x, 3)[-1]).max() < 1e-6  # at the mean
 
 
-def clustered(x, k, iterations, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    own = torch.from_numpy(np.array_split(x, comm.size())[comm.rank()])
-    return [part.numpy() for part in deepcluster_odc.kmeans(own, k, iterations, generator)]
-
-
-def kmeans_loops(x, centroids, iterations):
-    def nearest(row):
-        distances = [((row - c) ** 2).sum() for c in centroids]
-        return distances.index(min(distances))
-
-    for _ in range(iterations):
-        labels = np.array([nearest(row) for row in x])
-        centroids = [x[labels == k].mean(0) for k in range(len(centroids))]
-    return np.array(centroids), np.array([nearest(row) for row in x])
-
-
-@pytest.mark.parametrize("dtype", [np.float64, np.float32])
-def test_kmeans_equals_loops_and_starts_from_different_rows(dtype):
-    x = rows(80, 3).astype(dtype)
-    start = clustered(x, 5, 0)[0]
-    assert len({x.tolist().index(row) for row in start.tolist()}) == 5
-    wanted = kmeans_loops(x.astype(np.float64), start.astype(np.float64), 6)
-    centroids, labels = clustered(x, 5, 6)
-    np.testing.assert_allclose(centroids, wanted[0], rtol=1e-9 if dtype == np.float64 else 1e-4)
-    np.testing.assert_array_equal(labels, wanted[1])
-    assert not np.array_equal(start, clustered(x, 5, 0, seed=1)[0])
-
-
-@pytest.mark.parametrize("size", [2, 4])
-def test_clusters_are_the_same_on_any_number_of_processes(pool, size):
-    x = rows(203)
-    alone = clustered(x, 17, 10)
-    parts = pool.run(size, clustered, x, 17, 10)
-    for centroids, _ in parts:
-        np.testing.assert_allclose(centroids, alone[0], rtol=1e-9, atol=1e-12)
-    np.testing.assert_array_equal(np.concatenate([labels for _, labels in parts]), alone[1])
-
-
-def test_empty_clusters_are_filled_from_the_largest():
-    x = np.repeat(rows(4), 10, axis=0) + 1e-3 * np.random.default_rng(0).normal(size=(40, 6))
-    x[:30] = x[0]  # 30 equal rows, of which several centroids start
-    labels = clustered(x, 6, 20)[1]
-    assert len(np.unique(labels[30:])) >= 2  # halves of the cluster that can be split
-    assert len(np.unique(labels[:30])) == 1
-
-
 def test_an_epoch_takes_images_from_all_clusters_equally_often():
     assignment = np.repeat([0, 1, 3, 4], [60, 3, 1, 36])  # cluster 2 is empty
     order = deepcluster_odc.balanced_order(assignment, 0, 5)
@@ -275,21 +229,6 @@ def test_rows_move_and_take_the_label_of_the_largest_dot_product(pool, size):
     for found in pool.run(size, updated, memory, assignment, centroids, index, z, 0.3):
         np.testing.assert_allclose(found[0], wanted, rtol=1e-12)
         np.testing.assert_array_equal(found[1], labels)
-
-
-def means(x, labels, centroids):
-    own = map(deepcluster_odc.own_part, map(torch.from_numpy, (x, labels)))
-    return deepcluster_odc.cluster_means(*own, torch.from_numpy(centroids)).numpy()
-
-
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_centroids_are_the_means_of_their_rows_and_an_empty_one_stays(pool, size):
-    memory, assignment, centroids = bank(m=25)
-    assignment[assignment == 2] = 1
-    for found in pool.run(size, means, memory, assignment, centroids):
-        for k in (0, 1, 3):
-            np.testing.assert_allclose(found[k], memory[assignment == k].mean(0), rtol=1e-12)
-        np.testing.assert_array_equal(found[2], centroids[2])
 
 
 def repaired(memory, assignment, centroids, least):
@@ -429,17 +368,17 @@ def test_odc_keeps_its_classes_and_does_things_in_order(tmp_path, monkeypatch):
         monkeypatch.setattr(deepcluster_odc, name, call)
 
     for name in ("cluster_images", "class_weights", "cluster_loss", "update_memory",
-                 "cluster_means", "repair_clusters", "start_top"):
+                 "update_centroids", "repair_clusters", "start_top"):
         note(name)
     monkeypatch.setattr(deepcluster_odc, "kmeans",
-                        lambda x, k, *_: (None, torch.arange(len(x)) % k))
+                        lambda x, start, _: (None, torch.arange(len(x)) % len(start)))
     flags = ["--epochs", "2", "--min-cluster", "1", "--lr", "1e-9"]
     helpers.train(deepcluster_odc, tmp_path, *RUN, *METHODS["odc"], *flags)
     step = ["class_weights", "cluster_loss", "update_memory", "repair_clusters"]
     assert "start_top" not in events
-    assert events[:10] == ["cluster_images", "cluster_means", *step, *step]
-    assert events[10:15] == [*step[:3], "cluster_means", step[3]]
-    assert events.count("cluster_means") == 1 + 8 // 3
+    assert events[:10] == ["cluster_images", "update_centroids", *step, *step]
+    assert events[10:15] == [*step[:3], "update_centroids", step[3]]
+    assert events.count("update_centroids") == 1 + 8 // 3
 
 
 def test_the_backbone_is_clustered_as_it_stands_and_left_as_it_was(tmp_path, monkeypatch):

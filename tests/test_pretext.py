@@ -49,7 +49,7 @@ def test_the_recipes_of_rotation_are_those_of_the_official_codes():
 def test_the_recipes_of_patches_are_those_of_the_official_codes():
     of = settings("jigsaw")  # VISSL
     assert of("resize", "jigsaw_size", "jigsaw_patch_size") == (256, 255, 64)
-    assert of("grayscale", "flip", "num_permutations", "criterion") == (0.66, True, 2000, "mean")
+    assert of("grayscale", "flip", "num_permutations") == (0.66, True, 2000)
     assert of("head_dim", "lr", "batch_size", "weight_decay") == (1000, 0.1, 256, 1e-4)
     assert of("warmup_epochs", "warmup_start", "decay_norms") == (5, 0.25, False)
     assert drops("jigsaw") == ([30, 60, 90, 100], 105)
@@ -77,7 +77,8 @@ def test_each_task_has_its_recipes_and_its_folder():
         (["--task", "colour"], "colour"),
         (["--jigsaw-patch-size", "6"], "--jigsaw-patch-size 6 is not a flag of --task rotation"),
         (["--task", "jigsaw", "--angles", "one"], "--angles one is not a flag"),
-        (["--task", "location", "--criterion", "min"], "--criterion min is not a flag"),
+        (["--task", "location", "--num-permutations", "9"], "--num-permutations 9 is not a flag"),
+        (["--task", "location", "--dropout", "1"], "--dropout 1 leaves nothing"),
         (["--task", "jigsaw", "--recipe", "imagenet_all"], "imagenet_all"),
         (["--task", "jigsaw", "--jigsaw-size", "26", "--jigsaw-patch-size", "9"], "cells of 8 px"),
         (["--task", "jigsaw", "--num-permutations", "362881"], "362880 orders"),
@@ -298,30 +299,6 @@ def test_two_thousand_of_nine_are_made_in_seconds_and_the_same_everywhere(
     apart = nn.functional.pdist(torch.from_numpy(found).float(), p=0)
     assert apart.mean().item() == pytest.approx(mean, abs=1e-3) and apart.min() == least
     assert hashlib.sha256(found.astype("<i8").tobytes()).hexdigest()[:16] == digest
-
-
-def cached(folder, count=6, criterion="mean", seed=0):
-    world = comm.World(comm.rank(), comm.size(), torch.device("cpu"))
-    return pretext.cached_permutations(str(folder), count, criterion, seed, world).numpy()
-
-
-def test_a_run_keeps_its_permutations_in_its_folder(tmp_path, monkeypatch, capsys, pool):
-    found = cached(tmp_path)
-    assert "6 orders" in capsys.readouterr().out
-    others = [cached(tmp_path, seed=1), cached(tmp_path, 7), cached(tmp_path, criterion="min")]
-    files = sorted(tmp_path.iterdir())
-    assert len(files) == 4 and not np.array_equal(others[0], found)
-    (tmp_path / "of two").mkdir()
-    assert all(np.array_equal(x, found) for x in pool.run(2, cached, str(tmp_path / "of two")))
-    path = tmp_path / "permutations-mean-6-seed0.npy"
-    for content in (path.read_bytes()[:-1], b"", np.load(path)[:, ::-1] * 0):
-        if isinstance(content, bytes):
-            path.write_bytes(content)
-        else:
-            np.save(path, content)
-        assert np.array_equal(cached(tmp_path), found)  # made anew
-    monkeypatch.setattr(pretext, "hamming_permutations", None)
-    assert np.array_equal(cached(tmp_path), found)  # read
 
 
 # -------------------------------------------------------------------------------------------- model
