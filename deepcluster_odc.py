@@ -6,7 +6,7 @@
    images from all clusters equally often; ODC keeps its layer, and weighs small classes more.
 3. Classify a view of every image into the image's cluster.
 4. ODC: the memory keeps a unit row for every image. Move the row towards the image's embedding;
-   the centroid nearest to it is the image's new class.
+   the centroid with the largest dot product is the image's new class.
 5. ODC: every few steps, centroids are again the means of their rows; after every step, clusters
    that have become too small are dissolved, and the largest ones split instead.
 
@@ -131,20 +131,16 @@ def parse_args(argv=None):
 # -------------------------------------------------------------------------------------------- views
 
 
-def photo_views(crops, *_):
-    """MMSelfSup's views of both methods."""
-    views = []
-    for count, size, scale in crops:
-        steps = [
-            augment.RandomAffine(degrees=2, translate=0.0, scale=(1.0, 1.0), shear=0, fill=0,
-                                 interpolation="bilinear"),
-            augment.RandomResizedCrop(scale, ratio=(3 / 4, 4 / 3), interpolation="bilinear"),
-            augment.HorizontalFlip(p=0.5),
-            augment.ColorJitter(0.4, 0.4, saturation=1.0, hue=0.5, p=1.0),
-            augment.Grayscale(p=0.2),
-        ]
-        views += [(size, steps)] * count
-    return views
+def photo_view(image_size, crop_scale):
+    """MMSelfSup's view of both methods."""
+    return image_size, [
+        augment.RandomAffine(degrees=2, translate=0.0, scale=(1.0, 1.0), shear=0, fill=0,
+                             interpolation="bilinear"),
+        augment.RandomResizedCrop(crop_scale, ratio=(3 / 4, 4 / 3), interpolation="bilinear"),
+        augment.HorizontalFlip(p=0.5),
+        augment.ColorJitter(0.4, 0.4, saturation=1.0, hue=0.5, p=1.0),
+        augment.Grayscale(p=0.2),
+    ]
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -319,7 +315,7 @@ def balanced_order(assignment: np.ndarray, seed: int, epoch: int) -> np.ndarray:
 @torch.no_grad()
 def update_memory(memory: Tensor, assignment: Tensor, centroids: Tensor, index: Tensor, z: Tensor,
                   momentum: float) -> None:
-    """Move the rows of the images of all processes, and label them by the nearest centroid.
+    """Move the rows of the images of all processes, and label them by the centroids.
 
     Args:
         memory: unit rows (M, D), written in place: normalise(momentum old + (1 - momentum) new).
@@ -349,8 +345,8 @@ def repair_clusters(memory: Tensor, assignment: Tensor, centroids: Tensor, min_c
                     seed: int, step: int) -> None:
     """Dissolve clusters of fewer images than `min_cluster`, and split the largest ones instead.
 
-    Their images go to the nearest other clusters; each then gets one side of 2-means on what is the
-    largest cluster by then. The counts are read on the host.
+    Their images go to the other clusters with the largest dot products; each cluster then gets one
+    side of 2-means on what is the largest by then. The counts are read on the host.
 
     Args:
         memory: unit rows (M, D).
@@ -412,8 +408,10 @@ def write_assignments(folder: str, assignment: Tensor, world: comm.World) -> Non
 
 
 def build_views(args):
-    make = {"photo": photo_views, "digits": augment.digit_views}[args.views]
-    views = make([(1, args.image_size, args.crop_scale)], 0.5, False)
+    if args.views == "digits":
+        views = augment.digit_views([(1, args.image_size, args.crop_scale)], jitter=0.5, blur=False)
+    else:
+        views = [photo_view(args.image_size, args.crop_scale)]
     return augment.normalized(views, args.in_chans, args.mean, args.std)
 
 

@@ -204,12 +204,15 @@ def match_cells(q: Tensor, k: Tensor) -> Tensor:
         k: cells (N, L, C) of the same images' other views.
 
     Returns:
-        Indices (N, L) of cells of the key, the lowest in a tie.
+        Indices (N, L) of cells of the key, the lowest in a tie (up to rounding, which differs
+        among the places of equal cells in a matrix product).
 
     Reference: section 3.4.
     """
     q, k = F.normalize(comm.upcast(q), dim=2), F.normalize(comm.upcast(k), dim=2)
-    return (q @ k.transpose(1, 2)).argmax(2)
+    cosines = q @ k.transpose(1, 2)
+    best = cosines.amax(2, keepdim=True) - 16 * torch.finfo(cosines.dtype).eps
+    return (cosines >= best).byte().argmax(2)
 
 
 def dense_info_nce(q: Tensor, k: Tensor, match: Tensor, queue: Tensor,

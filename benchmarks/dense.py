@@ -94,7 +94,9 @@ def measure(backbone, images, view, args) -> dict[str, list[float]]:
 
 def main(args):
     checkpoints = [features.resolve_checkpoint(name) for name in args.checkpoint]
-    known = next(c.settings for c in checkpoints if c.settings)
+    known = next((c.settings for c in checkpoints if c.settings), None)
+    if known is None:
+        sys.exit("--checkpoint random has no settings of its own; name a run beside it")
     results = {}
     for checkpoint in checkpoints:
         settings = {"patch_size": None} | known | checkpoint.settings

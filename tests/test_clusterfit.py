@@ -58,6 +58,9 @@ def test_whitened_rows_have_unit_variance_but_where_there_is_none():
     np.testing.assert_allclose(lengths[:4], variances[:4] ** -0.5)
     np.testing.assert_allclose(lengths[4], (1e-5 * variances[0]) ** -0.5)
     assert clusterfit.whitening(torch.from_numpy(x), 2)[1].shape == (5, 2)
+    alike = torch.full((7, 3), 0.1)
+    mean, projection = clusterfit.whitening(alike, 2)
+    assert ((alike - mean) @ projection).abs().max() < 0.1
 
 
 # ------------------------------------------------------------------------------------------ running

@@ -38,6 +38,14 @@ def test_the_imagenet_recipes_are_those_of_papers_and_code():
     assert [share * 440 for share in of("drop_at")[0]] == pytest.approx([400])
 
 
+def test_the_rate_falls_at_whole_epochs(tmp_path):
+    """7 / 25 of 25 epochs are a little more than 7 in floating point."""
+    flags = ["--epochs", "25", "--schedule", "step", "--drop-at", "0.28"]
+    helpers.train(deepcluster_odc, tmp_path, *flags, "--limit", "16", "--num-clusters", "4",
+                  "--lr", "0.016")
+    assert [line["lr"] for line in lines(tmp_path)] == pytest.approx([0.001] * 7 + [0.0004] * 18)
+
+
 @pytest.mark.parametrize(
     "flags, named",
     [

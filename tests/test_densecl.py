@@ -99,10 +99,14 @@ def test_every_cell_is_matched_with_the_one_most_like_it():
     assert found[0, 2] == 0 and (found[2] == 4).all()
 
 
-def test_of_key_cells_that_are_alike_the_first_is_taken():
-    cell = torch.randn(8, dtype=torch.float64)
-    k = torch.stack([-cell, cell, cell, cell])[None]
-    assert densecl.match_cells(cell.expand(1, 4, 8), k).tolist() == [[1] * 4]
+@pytest.mark.parametrize("places, width", [(4, 8), (9, 128), (49, 256)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_of_key_cells_that_are_alike_the_first_is_taken(places, width, dtype):
+    """Whichever sum of a matrix product rounds up."""
+    cell = torch.randn(2, 1, width)
+    k = torch.cat([-cell, cell.expand(-1, places - 1, -1)], dim=1).to(dtype)
+    q = (cell + 0.5 * torch.randn(2, places, width)).to(dtype)
+    assert (densecl.match_cells(q, k) == 1).all()
 
 
 @pytest.mark.parametrize("temperature", [0.07, 0.2, 1.0])
