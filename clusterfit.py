@@ -59,14 +59,10 @@ def parse_args(argv=None):
 
 
 def whitening(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Mean and projection to principal axes of unit variance, for rows (x - mean) @ projection.
+    """Mean (D,) and projection (D, dim), float64, of rows (N, D) to axes of unit variance.
 
-    Args:
-        x: (N, D).
-
-    Returns:
-        (D,) and (D, dim) float64, by falling variance; a variance below 1e-5 of the largest is
-        taken for that, one of equal rows for 1e-30.
+    Used as (x - mean) @ projection; axes by falling variance. A variance below 1e-5 of the largest
+    is taken for that, one of equal rows for 1e-30.
     """
     mean = sum(part.double().sum(0) for part in x.split(ROWS)) / len(x)
     centred = (part.double() - mean for part in x.split(ROWS))
