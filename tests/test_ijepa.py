@@ -164,6 +164,17 @@ def test_masks_belong_to_an_image_of_an_epoch_and_sizes_to_a_step():
     assert len(set(shapes)) > 1  # not of the epoch
 
 
+def test_a_picture_shows_the_context_and_each_target():
+    args, index = ijepa.parse_args(["--image-size", "32"]), torch.tensor([4, 9])
+    side = 32 // args.patch_size
+    (_, context), *targets = ijepa.visible_patches(args, index)
+    assert len(targets) == args.num_targets and context.shape == (2, side, side)
+    drawn = ijepa.build_draw(args, 1)(index, 0)[0]
+    for n in range(2):
+        assert context[n].flatten().nonzero()[:, 0].tolist() == drawn[n].tolist()
+        assert all(3 <= target[n].sum() < context.shape[1] ** 2 / 4 for _, target in targets)
+
+
 # -------------------------------------------------------------------------------------------- model
 
 

@@ -247,3 +247,10 @@ def test_the_log_says_what_predicting_the_mean_scores(tmp_path):
     train(simmim, tmp_path, "--limit", 64, "--batch-size", 64, dtype="float32")
     (line,) = lines(tmp_path)
     assert 0.2 < line["mean_loss"] < line["loss"]
+
+
+def test_a_picture_shows_what_the_first_epoch_hides():
+    args, index = simmim.parse_args(["--mask-ratio", "0.3"]), torch.tensor([4, 9])
+    ((view, visible),) = simmim.visible_patches(args, index)
+    assert view == 0 and visible.shape == (2, 4, 4) and visible.dtype == torch.bool
+    assert ((~visible).sum((1, 2)) == 5).all()  # of 16
