@@ -304,7 +304,7 @@ def cached_permutations(folder: str, count: int, criterion: str, seed: int, worl
             apart = F.pdist(orders[:10_000].float(), p=0)
             comm.print_main(f"{count} orders of the patches ({path}): {apart.mean():.3f} of 9 "
                             f"differ between two, at least {apart.min():.0f}")
-    comm.broadcast_rows(orders, [0] + [count] * world.size)
+    comm.copy_from_first(orders)
     return orders.to(world.device)
 
 

@@ -171,8 +171,10 @@ class SobelConv2d(nn.Conv2d):
         self.register_buffer("sobel", torch.stack([slope, slope.T])[:, None], persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        gray = images.mean(1, keepdim=True)
-        return super().forward(nn.functional.conv2d(gray, self.sobel.to(gray.dtype), padding=1))
+        with torch.autocast(images.device.type, enabled=False):  # differences of like numbers
+            gray = images.mean(1, keepdim=True)
+            slopes = nn.functional.conv2d(gray, self.sobel.to(gray.dtype), padding=1)
+        return super().forward(slopes)
 
 
 def is_resnet(backbone: nn.Module) -> bool:
