@@ -223,8 +223,11 @@ def parse(made: Parser, recipes: dict, argv=None) -> argparse.Namespace:
     made.add_argument_group("recipe").add_argument(
         "--recipe", choices=sorted(recipes), help="named defaults; default: the one named like "
         "--data, else imagenet")
-    data = peek(argv, "--data", str, missing="digits")
-    name = peek(argv, "--recipe", str) or (data if data in recipes else "imagenet")
+    first = Parser(made.prog, add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe")
+    first.add_argument("--data", default="digits")
+    chosen, _ = first.parse_known_args(argv)
+    name = chosen.recipe or (chosen.data if chosen.data in recipes else "imagenet")
     made.set_defaults(**copy.deepcopy(recipes.get(name, {})))
     args = made.parse_args(argv)
     args.recipe = name
@@ -298,10 +301,10 @@ def processes() -> int:
     return max(1, comm.env_int("WORLD_SIZE", 1))
 
 
-def peek(argv, flag: str, kind=int, missing=None):
+def peek(argv, flag: str, kind=int):
     """The value of a flag, before other defaults that depend on it are known."""
     first = Parser(add_help=False, allow_abbrev=False)
-    first.add_argument(flag, type=kind, dest="value", default=missing)
+    first.add_argument(flag, type=kind, dest="value")
     return first.parse_known_args(argv)[0].value
 
 
