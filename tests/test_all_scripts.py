@@ -507,11 +507,13 @@ def test_what_another_librarys_trunk_does_not_have_is_refused(script, flags, nam
     assert named in capsys.readouterr().err
 
 
-def test_crops_that_a_trunk_does_not_take_are_refused_before_the_first_step(tmp_path):
+def test_crops_that_a_trunk_does_not_take_are_refused_before_a_run_is_replaced(tmp_path):
+    (tmp_path / "backbone.pth").write_text("of the run before")
     module, args = parsed("swav", "--arch", "torchvision:alexnet", "--image-size", "64",
-                          "--crop-sizes", "64", "32", "--output", tmp_path)
+                          "--crop-sizes", "64", "32", "--no-resume", "--output", tmp_path)
     with pytest.raises(RunError, match="torchvision:alexnet does not take images of 32x32 px"):
         module.main(args)
+    assert (tmp_path / "backbone.pth").exists()
 
 
 def test_weights_with_parts_that_the_backbone_lacks_are_refused_in_one_line(tmp_path):
