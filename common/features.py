@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from common import augment, backbones, cli, distributed as comm, weights
+from common import augment, backbones, cli, distributed as comm, trunks, weights
 from common.checkpoint import atomic_write
 from common.distributed import RunError, World
 from common.images import (
@@ -487,7 +487,7 @@ def build(settings: dict, positions: str = "sincos", drop_path: float = 0.0) -> 
         zero_init_residual=False, patch_size=settings["patch_size"], positions=positions,
         image_size=settings.get("trained_size", size), drop_path=drop_path,
         **{name: settings[name] for name in backbones.VIT_PARTS if name in settings})
-    backbones.check_sizes(backbone, settings["in_chans"], {size})
+    trunks.check_sizes(backbone, settings["in_chans"], {size})
     return backbone
 
 

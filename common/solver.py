@@ -124,7 +124,7 @@ def principal_axes(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
     covariance = comm.sum_over_processes((x.T @ x).double()) / n
     variances, axes = torch.linalg.eigh(covariance)
     joined = torch.cat([axes, variances[None]]).cpu().contiguous()
-    comm.broadcast_rows(joined, [0] + [len(joined)] * comm.size())  # the same ones on every machine
+    comm.copy_from_first(joined)  # the same ones on every machine
     joined = joined[:, joined[-1] > 1e-12 * joined[-1].max()]
     return joined[:-1], joined[-1]
 

@@ -18,7 +18,7 @@ import time
 import torch
 from torch import nn
 
-from common import backbones, cli, distributed as comm, features, rng, weights
+from common import backbones, cli, distributed as comm, features, rng, trunks, weights
 from common.checkpoint import Run
 from common.distributed import RunError
 from common.loader import Loader, check_batch_size
@@ -54,7 +54,7 @@ class Training:
         self.draw = draw
         self.bounds = dict(chance_loss=chance_loss, floors=floors or {}, ceilings=ceilings)
         self.initial, settings = None, settings or cli.settings(args)
-        if self.option(start) not in (None, "random"):
+        if self.option(start) and (start, self.option(start)) != ("checkpoint", "random"):
             with comm.same_error_on_all_ranks():
                 self.initial, content = starting_weights(args, start)
             settings |= {start: content}
@@ -92,24 +92,24 @@ class Training:
         comm.print_main(f"{len(self.images)} images; batch {args.batch_size} = "
                         f"{args.batch_size // size} on each of {size}; lr {args.lr:g}{tenth} x "
                         f"{args.batch_size} / 256 = {args.lr * args.batch_size / 256:g}")
+        found = [part.backbone for part in state.values() if hasattr(part, "backbone")]
+        for backbone in found:  # before anything is replaced
+            trunks.check_sizes(backbone, args.in_chans, {view.size for view in self.views})
         self.state, new = state, self.folder.checkpoint is None
         self.step = self.folder.start(state)
-        trunks = [part.backbone for part in state.values() if hasattr(part, "backbone")]
-        for trunk in trunks:
-            backbones.check_sizes(trunk, args.in_chans, {view.size for view in self.views})
-            if new and self.initial:
-                trunk.load_state_dict(self.initial)
+        for backbone in found if new and self.initial else ():
+            backbone.load_state_dict(self.initial)
         self.initial = None
-        self.freeze(trunks, (self.option("freeze_backbone_epochs") or 0) * self.steps_per_epoch)
+        self.freeze(found, (self.option("freeze_backbone_epochs") or 0) * self.steps_per_epoch)
         self.watch_gradients()
 
-    def freeze(self, trunks: list[nn.Module], steps: int) -> None:
+    def freeze(self, found: list[nn.Module], steps: int) -> None:
         """Keep backbones as they are until so many steps are done: no gradient, eval mode."""
         self.frozen, self.frozen_steps = [], steps
         if self.step < steps:
-            self.frozen = [(part, part.training) for trunk in trunks for part in trunk.modules()]
-            for trunk in trunks:
-                trunk.eval()
+            self.frozen = [(part, part.training) for whole in found for part in whole.modules()]
+            for whole in found:
+                whole.eval()
         elif steps:
             self.thaw()
 
@@ -324,24 +324,13 @@ def starting_weights(args, flag: str) -> tuple[dict, str]:
     for name in sorted(shapes.keys() | found.keys()):  # a transformer takes the parts of its file
         ours, theirs = (each.get(name, "none") for each in (shapes, found))
         if ours != theirs:
-            raise RunError(f"{named}: {name} is {theirs} there and {ours} here; are flags of the "
-                           "backbone, such as --layer-scale and --registers, right?")
+            raise RunError(f"{named} does not fit: {name} is {theirs} there and {ours} here; are "
+                           "flags of the backbone, such as --layer-scale and --registers, right?")
     digest = hashlib.sha256()
     with open(given.weights, "rb") as file:
         for part in iter(lambda: file.read(2**24), b""):
             digest.update(part)
     return state, digest.hexdigest()[:12]
-
-
-def check_same_parts(backbone: nn.Module, given: dict, name: str) -> None:
-    """Raise a RunError where a file's backbone has other parts than the one that starts from it."""
-    shapes = [{key: tuple(value.shape) for key, value in state.items()}
-              for state in (backbone.state_dict(), given)]
-    for key in sorted(shapes[0].keys() | shapes[1].keys()):
-        ours, theirs = (each.get(key, "none") for each in shapes)
-        if ours != theirs:
-            raise RunError(f"--init {name}: {key} is {theirs} there and {ours} here; are flags of "
-                           "the backbone, such as --layer-scale and --registers, right?")
 
 
 def check_tensorboard() -> None:

@@ -120,15 +120,14 @@ def fit_transformer(backbone: nn.Module, found: dict) -> None:
         backbone.reg_token = nn.Parameter(torch.zeros(1, registers.shape[1], dim))
     if getattr(table, "ndim", 0) != 3 or table.shape[::2] != current.shape[::2]:
         return
-    for first in (1, 0):  # rows before those of the patches
-        patches = table.shape[1] - first
-        side = math.isqrt(patches)
-        known = patches == math.prod(backbone.grid)
-        if known or side**2 == patches:
+    firsts = (1, 0) if "cls_token" in found else (0,)  # rows before those of the patches
+    squares = [(math.isqrt(max(0, table.shape[1] - first)),) * 2 for first in firsts]
+    for grid, first in zip((*[backbone.grid] * len(firsts), *squares), firsts * 2, strict=True):
+        if table.shape[1] - first == math.prod(grid) > 0:
+            backbone.grid = grid
             if table.shape != current.shape:
-                backbone.grid = backbone.grid if known else (side, side)
                 backbone.pos_embed = nn.Parameter(torch.zeros_like(table), current.requires_grad)
-            if not first and "cls_token" not in found:
+            if "cls_token" not in found:
                 backbone.cls_token = None
             return
 

@@ -55,7 +55,7 @@ SHARED = {
 CROPS = {"crop_scale", "num_crops", "crop_sizes", "crop_scales", "stem"}  # where a script has them
 BUDGET = {  # lines that `git diff --patience` of two neighbours may show, of both sides together
     ("simclr", "barlow_twins"): 180, ("simclr", "moco"): 320, ("simclr", "simclr_multicrop"): 205,
-    ("moco", "densecl"): 215,
+    ("moco", "densecl"): 217,
     ("deepcluster_v2", "swav"): 400,  # 25 of them its teacher
     ("swav", "dino"): 480, ("dino", "dinov2"): 670,
     ("simsiam", "byol"): 180, ("byol", "moco_v3"): 275, ("moco_v3", "dino"): 470,
@@ -256,9 +256,11 @@ def test_any_channel_count_trains(script, channels, tmp_path, capsys):
 
 @every_script
 def test_the_export_loads_in_every_evaluation(script, tmp_path, capsys):
+    """In k-NN, and in the others, which load in the same way, of a ResNet and of a transformer."""
     module, args = parsed(script, "--output", tmp_path)
     module.main(args)
-    for evaluation in sorted(p.stem for p in ROOT.glob("eval_*.py")):
+    evaluations = sorted(p.stem for p in ROOT.glob("eval_*.py"))
+    for evaluation in evaluations if script in ("simclr", "mae") else ["eval_knn"]:
         capsys.readouterr()
         evaluator = importlib.import_module(evaluation)
         flags = ["--checkpoint", str(tmp_path), "--limit", "200", *QUICK.get(evaluation, [])]
@@ -439,22 +441,22 @@ def run_until(script, flags, last_step):
 def test_what_a_script_remembers_is_all_that_it_needs(script, pool, tmp_path):
     """Stopped on two processes in the middle of an epoch; gone on with on two, and on one."""
     whole, cut, other = tmp_path / "whole", tmp_path / "cut", tmp_path / "other"
-    flags = [*TINY, "--limit", 64, "--epochs", 3, "--warmup-epochs", 1]  # 4 steps an epoch
+    flags = [*TINY, "--limit", 48, "--epochs", 3, "--warmup-epochs", 1]  # 3 steps an epoch
     flags += [*EXTRA.get(script, []), *DRILL.get(script, []), "--output"]
     pool.run(2, run_to_the_end, script, [*flags, whole])
-    pool.run(2, run_until, script, [*flags, cut], 5)
+    pool.run(2, run_until, script, [*flags, cut], 4)
     saved = torch.load(cut / "checkpoint.pt", weights_only=True)
-    assert (saved["step"], saved["processes"], len(lines(cut))) == (5, 2, 5)
+    assert (saved["step"], saved["processes"], len(lines(cut))) == (4, 2, 4)
     shutil.copytree(cut, other)
     pool.run(2, run_to_the_end, script, [*flags, cut])
     assert same_tensors(whole / "checkpoint.pt", cut / "checkpoint.pt")
     assert same_tensors(whole / "backbone.pth", cut / "backbone.pth")
     losses = [[line["loss"] for line in lines(folder)] for folder in (whole, cut)]
-    assert losses[0] == losses[1] and len(losses[0]) == 12
+    assert losses[0] == losses[1] and len(losses[0]) == 9
     pool.run(1, run_to_the_end, script, [*flags, other])
     found = [line["loss"] for line in lines(other)]
-    assert len(found) == 12
-    np.testing.assert_allclose(found[:8], losses[0][:8], rtol=1e-3)  # other sums, other roundings
+    assert len(found) == 9
+    np.testing.assert_allclose(found[:6], losses[0][:6], rtol=1e-3)  # other sums, other roundings
 
 
 TRUNK = [*TINY, "--epochs", 2, "--image-size", 32]  # for trunks that halve the image five times
@@ -505,11 +507,13 @@ def test_what_another_librarys_trunk_does_not_have_is_refused(script, flags, nam
     assert named in capsys.readouterr().err
 
 
-def test_crops_that_a_trunk_does_not_take_are_refused_before_the_first_step(tmp_path):
+def test_crops_that_a_trunk_does_not_take_are_refused_before_a_run_is_replaced(tmp_path):
+    (tmp_path / "backbone.pth").write_text("of the run before")
     module, args = parsed("swav", "--arch", "torchvision:alexnet", "--image-size", "64",
-                          "--crop-sizes", "64", "32", "--output", tmp_path)
+                          "--crop-sizes", "64", "32", "--no-resume", "--output", tmp_path)
     with pytest.raises(RunError, match="torchvision:alexnet does not take images of 32x32 px"):
         module.main(args)
+    assert (tmp_path / "backbone.pth").exists()
 
 
 def test_weights_with_parts_that_the_backbone_lacks_are_refused_in_one_line(tmp_path):

@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from common import backbones
+from common import backbones, trunks
 from common.distributed import RunError
 
 META = torch.device("meta")  # shapes without numbers: the widest nets cost nothing
@@ -562,16 +562,17 @@ def test_a_trunk_or_size_that_does_not_fit_is_one_line(arch, size, named):
 
 def test_sizes_of_further_crops_are_checked():
     trunk = foreign("torchvision:alexnet", image_size=64)
-    assert backbones.check_sizes(trunk, 3, {(64, 64), 96}) == 4096
+    assert trunks.check_sizes(trunk, 3, {(64, 64), 96}) == 4096
     with pytest.raises(RunError, match="does not take images of 32x32 px"):
-        backbones.check_sizes(trunk, 3, {(64, 64), (32, 32)})
-    assert backbones.check_sizes(build("resnet18"), 3, {1}) == 512  # ours take what they take
+        trunks.check_sizes(trunk, 3, {(64, 64), (32, 32)})
+    assert trunks.check_sizes(build("resnet18"), 3, {1}) == 512  # ours take what they take
 
 
 def test_a_teacher_leaves_nothing_out():
     trunk = backbones.without_dropping(foreign("torchvision:efficientnet_b0").train())
     ours = backbones.without_dropping(vit(drop_path=0.5).train())
-    for net in (trunk, ours):
+    timms = pytest.importorskip("timm").layers.DropPath(0.5)  # as in its Swin transformers
+    for net in (trunk, ours, backbones.without_dropping(nn.Sequential(timms).train())):
         for layer in net.modules():  # whose statistics would differ by the rounding
             if isinstance(layer, nn.BatchNorm2d):
                 layer.momentum = 0.0

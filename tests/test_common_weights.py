@@ -583,6 +583,21 @@ def micro_of(**parts):
                                     positions="learned", drop_path=0.0, **parts)
 
 
+@pytest.mark.parametrize("side, parts", [
+    (4, dict(class_token=False)), ((8, 20), dict(class_token=False)), ((8, 20), {}),
+])
+def test_few_positions_are_not_taken_for_a_class_tokens(side, parts, tmp_path):
+    """One patch, or ten, which might be a class token's and nine of a square."""
+    make = dict(in_chans=3, image_size=side, patch_size=4, positions="learned", drop_path=0.0)
+    trained = backbones.build_backbone("vit_micro", **make, **parts)
+    torch.save(trained.state_dict(), tmp_path / "few.pth")
+    backbone = backbones.build_backbone("vit_micro", **make)
+    load_backbone(backbone, str(tmp_path / "few.pth"))
+    images = torch.rand(2, 3, *((side, side) if isinstance(side, int) else side))
+    with torch.no_grad():
+        assert torch.equal(backbone(images), trained(images))
+
+
 def test_the_classifier_of_another_librarys_file_is_left_out_and_nothing_else(tmp_path, capsys):
     whole = torchvision.models.mnasnet0_5()
     path, state = str(tmp_path / "released.pth"), whole.state_dict()
