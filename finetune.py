@@ -484,7 +484,7 @@ def test(model: Classifier, images, args, world) -> dict:
 
 def sweep(args, world, images, num_classes: int) -> list[dict] | None:
     """The rates to choose from, the best on a tenth left out of training first; None if stopped."""
-    left_out = features.class_balanced(images.labels, 0.1, args.seed)
+    left_out = labelled.class_balanced(images.labels, 0.1, args.seed)
     kept = np.setdiff1d(np.arange(len(images)), left_out)
     held, rest, results = images.subset(left_out), images.subset(kept), []
     labelled.check_classes(rest.labels, held.labels)

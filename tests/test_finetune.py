@@ -166,7 +166,7 @@ def test_balanced_draws_have_the_law_of_the_low_shot_sets_and_are_nested():
 
 def test_one_percent_is_inside_ten_percent():
     labels = np.random.default_rng(0).integers(0, 7, 3000)
-    one, ten = (set(features.class_balanced(labels, share, 3).tolist()) for share in (0.01, 0.1))
+    one, ten = (set(labelled.class_balanced(labels, share, 3).tolist()) for share in (0.01, 0.1))
     assert one < ten and (len(one), len(ten)) == (30, 300)
 
 
