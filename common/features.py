@@ -374,6 +374,15 @@ def build(settings: dict, positions: str = "sincos", drop_path: float = 0.0) -> 
     return backbone
 
 
+def parts_in(path: str, settings: dict) -> dict:
+    """Which of `backbones.VIT_PARTS` the transformer in a file has that does not say it."""
+    backbone = build(settings)
+    weights.load_backbone(backbone, path)
+    registers = 0 if backbone.reg_token is None else backbone.reg_token.shape[1]
+    return {"class_token": backbone.cls_token is not None, "registers": registers,
+            "layer_scale": float(hasattr(backbone.blocks[0].ls1, "gamma"))}
+
+
 def freeze(backbone: nn.Module, path: str | None, world: World) -> nn.Module:
     """Put a backbone on the device in eval mode, with weights from a file or as it stands."""
     with comm.same_error_on_all_ranks():

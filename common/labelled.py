@@ -1,14 +1,17 @@
 """Labelled images: a training and a test split, parts of the classes, and the mean over them."""
 
+import argparse
+import itertools
 import os
 
 import numpy as np
 from torch import Tensor
 
-from common import distributed as comm, rng
+from common import cli, distributed as comm, rng
 from common.distributed import RunError
 from common.images import FileImages, NoSplit, open_images, some
 from common.labelled_sets import MEAN_PER_CLASS, NOTES, of_each_class
+from common.log import Diverged
 
 # -------------------------------------------------------------------------------------- both splits
 
@@ -122,6 +125,41 @@ def described(data: str, args, train, test) -> str:
 
 
 # ------------------------------------------------------------------ images to train a classifier on
+
+
+def image_flags(group) -> None:
+    """What `labelled_images` opens, beside where the images come from."""
+    part = group.add_mutually_exclusive_group()
+    part.add_argument("--train-fraction", type=cli.fraction, metavar="SHARE",
+                      help="class-balanced fraction of the training images")
+    part.add_argument("--train-images", type=cli.pos_int, metavar="N",
+                      help="so many, class-balanced")
+    part.add_argument("--subset-list", metavar="FILE", help="those that it names, one a line")
+    cli.test_flags(group)
+    group.add_argument("--labels", metavar="FILE", help=".npy of classes to train on instead")
+
+
+def sweep_flags(group) -> None:
+    """The rates that `sweep` chooses from."""
+    group.add_argument("--sweep", type=cli.positive, nargs="+", metavar="LR",
+                       help="rates to choose from on a tenth of the training images")
+    group.add_argument("--sweep-head", type=cli.positive, nargs="+", metavar="FACTOR",
+                       help="the linear layer's rates to choose from, as multiples")
+
+
+def check_flags(parser: cli.Parser, args: argparse.Namespace, argv) -> None:
+    """Refuse flags of these two that do not go together."""
+    if args.limit_per_class and args.limit:
+        parser.error(f"--limit {args.limit} and --limit-per-class {args.limit_per_class}: give one")
+    if args.labels and (args.test_data or args.limit_per_class):
+        parser.error(f"--labels {args.labels} goes with no --test-data and no --limit-per-class")
+    if args.train_fraction == 0:
+        parser.error("--train-fraction 0 leaves no image to train on")
+    if args.sweep_head and not args.sweep:
+        parser.error("--sweep-head goes with --sweep")
+    for flag, other in (("--lr", "--sweep"), ("--head-lr", "--sweep-head")):
+        if args.sweep and (value := cli.peek(argv, flag, str)):
+            parser.error(f"{flag} {value} goes with no --sweep; give {other} what to choose from")
 
 
 def labelled_images(args) -> tuple:
@@ -249,6 +287,48 @@ def read_labels(path: str, count: int) -> np.ndarray:
         raise RunError(f"--labels {path}: {found}; wanted whole numbers, one for each of the "
                            f"{count} images of --data")
     return (array[0] if array.ndim == 2 else array).astype(np.int64)
+
+
+# ------------------------------------------------------------------------------------------- rates
+
+
+def sweep(args: argparse.Namespace, images, accuracy) -> list[dict] | None:
+    """Rates to choose from, best first on a tenth of the training images that is left out for it.
+
+    Every pair of `args.sweep` and `args.sweep_head` is tried in a folder of its own, and what is
+    finished there is only tested again. A rate at which the training diverges is left out.
+
+    Args:
+        accuracy: of (args, kept, held), on held images of a network trained on the kept ones with
+            the rates of these `args`; None if the training was told to stop.
+
+    Returns:
+        "lr", "head_lr" and "validation" of each; None if one was told to stop.
+
+    Raises:
+        RunError: no rate trains to its end; a class without an image that is kept.
+    """
+    left_out = class_balanced(images.labels, 0.1, args.seed)
+    kept = images.subset(np.setdiff1d(np.arange(len(images)), left_out))
+    held, results = images.subset(left_out), []
+    check_classes(kept.labels, held.labels)
+    for lr, factor in itertools.product(
+            args.sweep, args.sweep_head or [(args.head_lr or args.lr) / args.lr]):
+        tried = dict(lr=lr, head_lr=lr * factor)
+        options = dict(output=os.path.join(args.output, f"sweep-{lr:g}-{factor:g}"),
+                       keep_every=None, probe_every=None, profile=None)
+        try:
+            found = accuracy(argparse.Namespace(**vars(args) | tried | options), kept, held)
+        except Diverged as error:
+            comm.print_main(f"sweep: {tried}: {error}")
+            continue
+        if found is None:
+            return None
+        results.append(tried | {"validation": found})
+        comm.print_main(f"sweep: {results[-1]}")
+    if not results:
+        raise RunError(f"--sweep {' '.join(map(str, args.sweep))}: no rate trains to its end")
+    return sorted(results, key=lambda result: -result["validation"])
 
 
 # ----------------------------------------------------------------------------------- mean per class

@@ -16,7 +16,7 @@ import drill
 import finetune
 from common import augment, backbones, checkpoint, features, labelled
 from common.distributed import RunError
-from common.log import Log
+from common.log import Diverged, Log
 from helpers import lines, state_of
 
 VIT = ["--arch", "vit_micro", "--patch-size", "4"]
@@ -70,10 +70,15 @@ def weights(tmp_path_factory):
         (["--data", "folder"], "--protocol: choose one for --data folder"),
         (["--train-fraction", "0"], "--train-fraction 0"),
         (["--train-fraction", "0.1", "--train-images", "10"], "not allowed with"),
-        (["--protocol", "mae", "--arch", "resnet_tiny"], "is for a transformer, not for resnet"),
+        (["--protocol", "mae", "--arch", "resnet_tiny"], "vit_huge, not for resnet"),
         (["--drop-path", "0.1"], "drop path 0.1"),
         (["--freeze-blocks", "5"], "--freeze-blocks 5: resnet_tiny has 4"),
         (["--sweep-head", "2"], "--sweep-head goes with --sweep"),
+        (["--sweep", "1", "2", "--lr", "0.1"], "--lr 0.1 goes with no --sweep; give --sweep"),
+        (["--sweep", "1", "2", "--head-lr", "2"], "--head-lr 2 goes with no --sweep; give --sweep"),
+        (["--protocol", "low_shot", "--data", "fake", "--crop-scale", ".5", "1"], "does not crop"),
+        (["--arch", "torchvision:resnet18", "--stem", "small"], "--stem small is for ResNets"),
+        (["--arch", "torchvision:swin_t", "--drop-path", "0.1"], "not for torchvision:swin_t"),
         (["--checkpoint", "pixels"], "pixels has no weights"),
         (["--epochs", "5"], "--warmup-epochs 5 leaves nothing"),
         (["--mean", "1", "2"], "2 values"),
@@ -86,10 +91,10 @@ def test_a_bad_argument_is_one_line_with_its_value(flags, named, capsys):
     assert ended.value.code == 2 and named in printed and printed.count("\n") == 1
 
 
-def test_weights_that_are_not_there_are_refused_first():
-    args = parsed("--checkpoint", "nowhere", "--data", "no/images", "--protocol", "vissl")
-    with pytest.raises(RunError, match="--checkpoint nowhere: no file nowhere"):
-        finetune.main(args)
+def test_weights_that_are_not_there_are_refused_first(capsys):
+    with pytest.raises(SystemExit):
+        parsed("--checkpoint", "nowhere", "--data", "no/images", "--protocol", "nobody")
+    assert "--checkpoint nowhere: no file nowhere" in capsys.readouterr().err
 
 
 def test_a_batch_that_does_not_divide_is_refused(monkeypatch, capsys):
@@ -554,6 +559,32 @@ def test_a_sweep_chooses_on_images_that_it_leaves_out(tmp_path):
     identity = json.loads((tmp_path / folders[0] / "run.json").read_text())["data"]
     assert identity.startswith("90 images")
     assert tiny(tmp_path, *flags) == line  # all of it finished: only tested
+    flags.insert(1, 1e-7)  # a longer list: what was tried is not trained again
+    trained = [(tmp_path / name / "checkpoint.pt").stat().st_mtime_ns for name in folders]
+    longer = tiny(tmp_path, *flags)
+    assert len(longer["sweep"]) == 6 and all(tried in longer["sweep"] for tried in line["sweep"])
+    assert trained == [(tmp_path / name / "checkpoint.pt").stat().st_mtime_ns for name in folders]
+
+
+def test_a_sweep_leaves_out_rates_that_diverge_and_stops_at_other_errors(tmp_path):
+    args = parsed("--sweep", 1, 2, 3, "--output", tmp_path)
+    images, _, _ = labelled.labelled_images(args)
+
+    def accuracy(tried, kept, held):
+        if tried.lr == 2:
+            raise Diverged("the loss of step 3 is not finite")
+        assert len(kept) + len(held) == 1442 and not set(kept.index) & set(held.index)
+        return tried.lr / 10
+
+    found = labelled.sweep(args, images, accuracy)
+    assert [tried["lr"] for tried in found] == [3, 1]
+    assert labelled.sweep(args, images, lambda *given: None) is None
+
+    def full(*given):
+        raise RunError("the disk is full")
+
+    with pytest.raises(RunError, match="disk is full"):
+        labelled.sweep(args, images, full)
 
 
 # ----------------------------------------------------------------- processes, stopping, going on
