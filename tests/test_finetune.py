@@ -655,6 +655,35 @@ def test_killed_it_ends_with_the_same_numbers(processes, weights, tmp_path):
     assert printed.splitlines()[-1] == whole.splitlines()[-1]
 
 
+@pytest.mark.parametrize("parts", [dict(registers=2, layer_scale=0.1), dict(class_token=False)])
+def test_a_file_that_does_not_say_it_keeps_the_parts_of_its_transformer(parts, tmp_path):
+    backbone = backbones.build_backbone(
+        "vit_micro", in_chans=3, image_size=16, patch_size=4, positions="learned", drop_path=0.0,
+        **parts)
+    torch.save(dict(backbone.state_dict()), tmp_path / "bare.pth")
+    tiny(tmp_path / "run", "--checkpoint", tmp_path / "bare.pth", *VIT, "--protocol", "mae",
+         "--freeze-blocks", 1)
+    exported = torch.load(tmp_path / "run/backbone.pth", weights_only=True)
+    assert exported.keys() == backbone.state_dict().keys()
+    frozen = "blocks.0.ls1.gamma" if "layer_scale" in parts else "blocks.0.attn.qkv.weight"
+    assert torch.equal(exported[frozen], backbone.state_dict()[frozen])
+
+
+def test_other_labels_of_the_same_files_are_refused(image_folder, tmp_path):
+    files = sorted(Path(image_folder).glob("train/*/*.jpg"))
+
+    def run(period):
+        (tmp_path / "list.txt").write_text("".join(
+            f"{file} {row % period}\n" for row, file in enumerate(files)))
+        return tiny(tmp_path / "run", "--data", tmp_path / "list.txt", "--test-data",
+                    tmp_path / "list.txt", "--protocol", "small", "--arch", "resnet_tiny", "--stem",
+                    "small", "--image-size", 16, "--batch-size", 8)
+
+    run(2)
+    with pytest.raises(RunError, match="--labels is .* and was"):
+        run(4)
+
+
 def test_other_settings_and_other_weights_are_refused(weights, tmp_path):
     flags = ["--checkpoint", weights["resnet_tiny"]]
     tiny(tmp_path / "run", *flags)
