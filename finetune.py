@@ -12,8 +12,9 @@ The protocols are the papers' (`PROTOCOLS`), but the digits have views of their 
 and its images are those of the checkpoint. Nothing is chosen on the test images: the last epoch
 counts, where SwAV's, Barlow Twins' and VICReg's semi-supervised code reports the best epoch on the
 test split, and MMSelfSup the best of a grid. `--sweep` chooses rates on a tenth of the training
-images, which it leaves out, and then trains on all. `--train-fraction` and `--train-images` take class-balanced parts, a smaller one
-inside a larger one; `--subset-list` the files that a list names, such as SimCLR's 1 % and 10 %.
+images, which it leaves out, and then trains on all. `--train-fraction` and `--train-images` take
+class-balanced parts, a smaller one inside a larger one; `--subset-list` the files that a list
+names, such as SimCLR's 1 % and 10 %.
 
 With `--labels` the classes are given numbers, one for each image of pre-training, as ClusterFit's;
 of several rows the first; an image with a negative number is left out. The test images have no such
