@@ -30,7 +30,7 @@ import sys
 import numpy as np
 import torch
 
-from common import cli, distributed as comm, features
+from common import cli, distributed as comm, features, labelled
 from common.knn import count_right, knn_predict  # noqa: F401  knn_predict: to be copied
 
 
@@ -105,8 +105,8 @@ def evaluate(given: features.Features, args, world) -> dict:
         by_class = comm.sum_over_processes(by_class)
         for (k, temperature), top1, right in zip(settings, found, by_class, strict=True):
             results.append({"layer": layer, "k": k, "temperature": temperature, "top1": top1})
-            means.append(features.mean_per_class(right, test.labels))
-            if features.mean_per_class_is_usual(given.protocol):
+            means.append(labelled.mean_per_class(right, test.labels))
+            if labelled.mean_per_class_is_usual(given.protocol):
                 results[-1]["mean_per_class"] = means[-1]
         shares = {k: share for (k, _), share in zip(settings, undecided, strict=True)}
         for k, share in shares.items():

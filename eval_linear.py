@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import augment, cli, distributed as comm, features, optim, solver, weights
+from common import augment, cli, distributed as comm, features, labelled, optim, solver, weights
 from common.training import Training
 
 # lr: per 256 images, at the published batch size. schedule: milestones, where it is multiplied by
@@ -120,7 +120,7 @@ def auto_probe(found: features.Features, args, world) -> dict:
     if labels.ndim != 1:
         raise comm.RunError(f"{found.checkpoint}: the probe needs images of one class each")
     num_classes = int(max(labels.max(), truth.max())) + 1
-    chosen = features.class_balanced(labels, args.train_fraction, args.seed)
+    chosen = labelled.class_balanced(labels, args.train_fraction, args.seed)
     if len(chosen) < 2:
         raise comm.RunError(f"{found.checkpoint}: {len(chosen)} training image; give 2 or more")
     results = []
@@ -136,7 +136,7 @@ def auto_probe(found: features.Features, args, world) -> dict:
 
 def summary(counts: dict, results: list[dict], protocol: str, num_train: int, num_test: int):
     """What is told of one backbone: the result that counts, and all of them."""
-    usual = features.mean_per_class_is_usual(protocol)
+    usual = labelled.mean_per_class_is_usual(protocol)
     shown = [{name: value for name, value in result.items() if usual or name != "mean_per_class"}
              for result in results]
     return {**{name: counts[name] for name in ("top1", "top5", "mean_per_class")},
@@ -242,7 +242,7 @@ def paper_probe(source: features.Source, backbone, mark: str, args, world) -> di
     protocol, settings = PROTOCOLS[args.protocol], source.settings
     train, test = source.train, source.test
     if args.train_fraction < 1:
-        train = train.subset(features.class_balanced(train.labels, args.train_fraction, args.seed))
+        train = train.subset(labelled.class_balanced(train.labels, args.train_fraction, args.seed))
     epochs, base_lr = args.epochs or protocol["epochs"], args.lr or protocol["lr"]
     batch_size = args.train_batch_size or protocol["batch_size"]
     if batch_size > len(train):
@@ -316,7 +316,7 @@ def paper_probe(source: features.Source, backbone, mark: str, args, world) -> di
         right = torch.zeros(num_classes, dtype=torch.float64)
         right.index_add_(0, test_labels, rows[:, 0].double())
         results.append({"layer": name, "top1": top1, "top5": top5,
-                        "mean_per_class": features.mean_per_class(right, test.labels)})
+                        "mean_per_class": labelled.mean_per_class(right, test.labels)})
     return summary(results[-1], results, source.protocol, len(train), len(test))
 
 

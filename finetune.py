@@ -8,12 +8,13 @@
 
 Letters: N images per process, W processes, C classes (channels, of images), H x W pixels.
 
-The protocols are the papers' (`PROTOCOLS`); the backbone and its images are those of the
-checkpoint. Nothing is chosen on the test images: the last epoch counts, where SwAV's, Barlow Twins'
-and VICReg's semi-supervised code reports the best epoch on the test split, and MMSelfSup the best
-of a grid. `--sweep` chooses rates on a tenth of the training images, which it leaves out, and then
-trains on all. `--train-fraction` and `--train-images` take class-balanced parts, a smaller one
-inside a larger one; `--subset-list` the files that a list names, such as SimCLR's 1 % and 10 %.
+The protocols are the papers' (`PROTOCOLS`), but the digits have views of their own; the backbone
+and its images are those of the checkpoint. Nothing is chosen on the test images: the last epoch
+counts, where SwAV's, Barlow Twins' and VICReg's semi-supervised code reports the best epoch on the
+test split, and MMSelfSup the best of a grid. `--sweep` chooses rates on a tenth of the training
+images, which it leaves out, and then trains on all. `--train-fraction` and `--train-images` take
+class-balanced parts, a smaller one inside a larger one; `--subset-list` the files that a list
+names, such as SimCLR's 1 % and 10 %.
 
 With `--labels` the classes are given numbers, one for each image of pre-training, as ClusterFit's;
 of several rows the first; an image with a negative number is left out. The test images have no such
@@ -32,8 +33,6 @@ layer norm behind the pool, as it is where the evaluations load MAE's fine-tuned
 """
 
 import argparse
-import contextlib
-import itertools
 import math
 import os
 import re
@@ -49,7 +48,6 @@ from torch import Tensor, nn
 
 from common import augment, backbones, cli, distributed as comm, features, labelled, optim, rng
 from common.training import Training
-from common.workers import default_workers
 
 # Rates are per 256 images, head_lr that of the linear layer (None: lr). schedule: "cosine" every
 # step, "epochs": once an epoch, or the epochs at which the rate is multiplied by gamma. pool: what
@@ -124,15 +122,8 @@ def parse_args(argv=None):
     group.add_argument("--freeze-blocks", type=cli.nonneg_int, default=0, metavar="K",
                        help="keep the stem and the first K blocks (of a ResNet: stages)")
     features.backbone_flags(group)
-    group = parser.add_argument_group("training images (default: all)")
-    part = group.add_mutually_exclusive_group()
-    part.add_argument("--train-fraction", type=cli.fraction, metavar="SHARE",
-                      help="class-balanced fraction of them")
-    part.add_argument("--train-images", type=cli.pos_int, metavar="N",
-                      help="so many, class-balanced")
-    part.add_argument("--subset-list", metavar="FILE", help="those that it names, one a line")
-    cli.test_flags(group)
-    group.add_argument("--labels", metavar="FILE", help=".npy of classes to train on instead")
+    group = parser.add_argument_group("images (default: all to train on)")
+    labelled.image_flags(group)
     group.add_argument("--image-size", type=cli.pos_int, help="side in pixels")
     cli.channel_flags(group)
     group = parser.add_argument_group("protocol")
@@ -141,7 +132,7 @@ def parse_args(argv=None):
     group.add_argument("--crop-scale", type=cli.fraction, nargs=2,
                        help="smallest, largest area fraction of a crop")
     group.add_argument("--flip", action=cli.Switch,
-                       help="mirror half of the crops; default: yes, but for images of digits")
+                       help="mirror half of the crops; default: yes, but for digits, signs, text")
     group.add_argument("--rand-augment", action=cli.Switch, help="two random operations an image")
     group.add_argument("--erasing", type=cli.fraction, help="chance of a box of noise")
     group.add_argument("--mixup", type=cli.not_negative, help="alpha of mixup; 0: none")
@@ -149,29 +140,17 @@ def parse_args(argv=None):
     group.add_argument("--smoothing", type=cli.fraction, help="share of a target for all classes")
     group.add_argument("--sync-bn", action=cli.Switch, help="synchronised batch norm")
     group.add_argument("--drop-path", type=cli.fraction, help="stochastic depth of a transformer")
-    group.add_argument("--epochs", type=cli.pos_int, help="passes over the images; steps of the "
-                       "rate scale")
-    group.add_argument("--batch-size", type=cli.pos_int, help="global batch, over all processes")
-    group.add_argument("--lr", type=cli.positive, help="learning rate per 256 images")
+    cli.length_flags(group)
     group.add_argument("--head-lr", type=cli.positive, help="of the linear layer, if another")
     group.add_argument("--layer-decay", type=cli.fraction,
                        help="a block's rate as a share of the next one's")
-    group.add_argument("--weight-decay", type=cli.not_negative, help="weight decay")
-    group.add_argument("--warmup-epochs", type=cli.nonneg_int, help="epochs of linear warm-up")
-    group.add_argument("--sweep", type=cli.positive, nargs="+", metavar="LR",
-                       help="rates to choose from on a tenth of the training images")
-    group.add_argument("--sweep-head", type=cli.positive, nargs="+", metavar="FACTOR",
-                       help="the linear layer's rates to choose from, as multiples")
-    group.add_argument("--seed", type=cli.nonneg_int, default=0, help="random seed")
+    labelled.sweep_flags(group)
 
     # What the checkpoint and the protocol say, then the flags
-    checkpoint = cli.peek(argv, "--checkpoint", str) or "random"
-    if checkpoint == "pixels":
-        parser.error("--checkpoint pixels has no weights; give a run folder, a file or random")
-    given = features.Checkpoint(checkpoint, None, {})
-    with contextlib.suppress(comm.RunError):  # nothing of that name: `main` says so
-        given = features.resolve_checkpoint(checkpoint)
     try:
+        given = features.resolve_checkpoint(cli.peek(argv, "--checkpoint", str) or "random")
+        if given.name == "pixels":
+            parser.error("--checkpoint pixels has no weights; give a run folder, a file or random")
         data = cli.peek(argv, "--data", str) or given.settings.get("data", "digits")
         protocol = cli.peek(argv, "--protocol", str)
         if given.weights is None:
@@ -190,16 +169,14 @@ def parse_args(argv=None):
             given = replace(given, settings={
                 name: value for name, value in start.items() if getattr(args, name) is None})
         vars(args).update(features.evaluation_settings(args, [given]))
+        if given.weights and args.arch in backbones.VITS and "arch" not in given.settings:
+            vars(args).update(features.parts_in(given.weights, vars(args)))
     except comm.RunError as error:
         parser.error(str(error))
     if protocol is None:
         parser.error(f"--protocol: choose one for --data {data}: {' '.join(PROTOCOLS)}")
-    if args.limit_per_class and args.limit:
-        parser.error(f"--limit {args.limit} and --limit-per-class {args.limit_per_class}: give one")
-    if args.labels and (args.test_data or args.limit_per_class):
-        parser.error(f"--labels {args.labels} goes with no --test-data and no --limit-per-class")
-    if args.train_fraction == 0:
-        parser.error("--train-fraction 0 leaves no image to train on")
+    labelled.check_flags(parser, args, argv)
+    cli.check_arch_flags(parser, args, argv)
     if args.flip is None:
         args.flip = data not in NOT_MIRRORED
     if isinstance(args.schedule, list):  # in shares of the published epochs
@@ -212,15 +189,15 @@ def parse_args(argv=None):
         for flag, without in (("pool", "usual"), ("layer_decay", 1.0), ("drop_path", 0.0)):
             if getattr(args, flag) != without:
                 parser.error(f"--protocol {protocol} ({flag.replace('_', ' ')} "
-                             f"{getattr(args, flag)}) is for a transformer, not for {args.arch}")
-    if args.sweep_head and not args.sweep:
-        parser.error("--sweep-head goes with --sweep")
+                             f"{getattr(args, flag)}) is for {' '.join(backbones.VITS)}, not for "
+                             f"{args.arch}")
+    if args.views == "whole" and cli.peek(argv, "--crop-scale", str):
+        parser.error(f"--crop-scale: --protocol {protocol} does not crop")
     if args.output is None:
         source, start = (re.sub(r"\.\w+$", "", os.path.basename(os.path.normpath(name)))
                          for name in (args.data, args.checkpoint))
-        part = args.train_fraction or args.train_images
-        name = f"finetune-{source}-{protocol}{f'-{part}' if part else ''}-{start}"
-        args.output = os.path.join("runs", name)
+        parts = "finetune", source, protocol, args.train_fraction or args.train_images, start
+        args.output = os.path.join("runs", "-".join(str(part) for part in parts if part))
     cli.check(parser, args)
     return args
 
@@ -370,7 +347,7 @@ def parameter_groups(model: Classifier, weight_decay: float, decay_norms: bool, 
     for name, p in model.named_parameters():
         if p.requires_grad:
             name = name.removeprefix("backbone.")
-            plain = p.ndim < 2 or name in ("cls_token", "pos_embed")
+            plain = p.ndim < 2 or name in ("cls_token", "reg_token", "pos_embed")
             scale = head_scale if name.startswith("head.") else (
                 layer_scale_of(name, depth, layer_decay))
             decay = 0.0 if plain and not decay_norms else weight_decay
@@ -426,9 +403,8 @@ def train(args, world, images, num_classes: int) -> Classifier | None:
     autocast, scaler = optim.precision(args.amp, world.device)
 
     # Train
-    repeated = cli.settings(args)
-    repeated |= {"subset_list": None, "test_data": None,
-                 "labels": args.labels and zlib.crc32(labels.numpy())}
+    repeated = cli.settings(args) | {"subset_list": None, "test_data": None, "sweep": None,
+                                     "sweep_head": None, "labels": zlib.crc32(labels.numpy())}
     with Training(args, world, images, build_views(args), chance_loss=math.log(num_classes),
                   settings=repeated, start="checkpoint") as run:
         run.resume(model=model, optimizer=optimizer, scaler=scaler)
@@ -456,8 +432,7 @@ def train(args, world, images, num_classes: int) -> Classifier | None:
             run.log(loss, lr_of_step[step], partial(indicators, logits, truth))
         if run.folder.stopping:
             return None
-    for buffer in model.buffers():  # of all processes the first one's, which are saved
-        buffer.copy_(comm.sum_over_processes(buffer * world.is_main))
+    comm.copy_from_first(*model.buffers())  # which are saved
     return model.eval()
 
 
@@ -470,55 +445,31 @@ def test(model: Classifier, images, args, world) -> dict:
         return {"right": torch.stack([features.share_right(logits, truth, min(k, logits.shape[1]))
                                       for k in (1, 5)], dim=1)}
 
-    workers = args.workers if args.workers is not None or images.reads_files else 0
-    workers = default_workers() if workers is None else workers
     right = features.extract(correct, images, test_view(args), world, batch_size=256,
-                             workers=workers, labels=labels)["right"].double()
+                             workers=args.workers, labels=labels)["right"].double()
     top1, top5 = right.mean(0).tolist()
-    classes = [right[labels == label, 0].mean().item() for label in labels.unique()]
-    return {"top1": top1, "top5": top5 if model.head.out_features > 5 else None,
-            "mean_per_class": float(np.mean(classes))}
-
-
-def sweep(args, world, images, num_classes: int) -> list[dict] | None:
-    """The rates to choose from, the best on a tenth left out of training first; None if stopped."""
-    left_out = features.class_balanced(images.labels, 0.1, args.seed)
-    kept = np.setdiff1d(np.arange(len(images)), left_out)
-    held, rest, results = images.subset(left_out), images.subset(kept), []
-    labelled.check_classes(rest.labels, held.labels)
-    factors = args.sweep_head or [(args.head_lr or args.lr) / args.lr]
-    for lr, factor in itertools.product(args.sweep, factors):
-        tried = dict(lr=lr, head_lr=lr * factor)
-        folder = os.path.join(args.output, f"sweep-{lr:g}-{factor:g}")
-        options = dict(output=folder, keep_every=None, probe_every=None, profile=None)
-        try:
-            model = train(argparse.Namespace(**vars(args) | tried | options), world, rest,
-                          num_classes)
-        except comm.RunError as error:  # a rate that is too high, most likely
-            comm.print_main(f"sweep: {tried}: {error}")
-            continue
-        if model is None:
-            return None
-        results.append(tried | {"validation": test(model, held, args, world)["top1"]})
-        comm.print_main(f"sweep: {results[-1]}")
-    if not results:
-        raise comm.RunError(f"--sweep {' '.join(map(str, args.sweep))}: no rate trains to its end")
-    return sorted(results, key=lambda result: -result["validation"])
+    num_classes = model.head.out_features
+    by_class = right.new_zeros(num_classes).index_add(0, labels, right[:, 0])
+    return {"top1": top1, "top5": top5 if num_classes > 5 else None,
+            "mean_per_class": labelled.mean_per_class(by_class, images.labels)}
 
 
 def main(args):
     world = comm.setup(args.device, args.deterministic)
-    with comm.same_error_on_all_ranks():
-        features.resolve_checkpoint(args.checkpoint)
     if args.arch in backbones.VITS and args.optimizer != "adamw":
         comm.print_main(f"warning: the rates of --protocol {args.protocol} are for ResNets, and "
                         f"{args.arch} is a transformer")
     images, test_images, num_classes = labelled.labelled_images(args)
-    tried = sweep(args, world, images, num_classes) if args.sweep else [{}]
-    if tried is None:
-        return
-    best = {name: rate for name, rate in tried[0].items() if name != "validation"}
-    args = argparse.Namespace(**vars(args) | best)
+
+    def accuracy(args, kept, held):
+        model = train(args, world, kept, num_classes)
+        return None if model is None else test(model, held, args, world)["top1"]
+
+    if args.sweep:
+        tried = labelled.sweep(args, images, accuracy)
+        if tried is None:
+            return
+        args.lr, args.head_lr = tried[0]["lr"], tried[0]["head_lr"]
     model = train(args, world, images, num_classes)
     if model is None:
         return

@@ -316,8 +316,8 @@ class RandAugment(Step):
     torchvision's RandAugment has other operations and levels.
 
     Args:
-        magnitude, deviation: of the level's distribution. fill: 0-255 for each channel, the value
-        of pixels from outside the image.
+        magnitude, deviation: of the level's distribution.
+        fill: 0-255, of pixels from outside the image: one value for each channel, or one for all.
 
     Reference: Cubuk et al., arXiv 1909.13719; there without the probability.
     """
@@ -344,7 +344,9 @@ class RandAugment(Step):
         return drawn.reshape(len(u), -1)
 
     def apply(self, plane, drawn, size):
-        fill = tuple(self.fill) if plane.mode == "RGB" else round(sum(self.fill) / len(self.fill))
+        fill, bands = tuple(self.fill), len(plane.getbands())
+        if len(fill) != bands:  # Pillow would take a single value for that of red
+            fill = (round(sum(fill) / len(fill)),) * bands
         for number, level, sign in drawn.reshape(-1, 3).tolist():
             if number >= 0:
                 plane = operate(plane, OPERATIONS[int(number)], level / 10, int(sign), fill,

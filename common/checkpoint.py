@@ -27,6 +27,7 @@ from torch import nn
 
 from common import backbones, distributed as comm
 from common.distributed import RunError, World
+from common.log import Diverged
 from common.workers import set_malloc_thresholds
 
 RECORD = {"step", "settings", "identity", "processes", "state"}  # what a checkpoint holds
@@ -310,7 +311,7 @@ class Run:
             tensors = part.state_dict() if isinstance(part, nn.Module) else {key: part}
             for name, value in tensors.items():
                 if isinstance(value, torch.Tensor) and not value.isfinite().all():
-                    raise RunError(
+                    raise Diverged(
                         f"{name} is not finite after step {step}; {self.last_good()}; "
                         "lower --lr or raise --warmup-epochs"
                     )

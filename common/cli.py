@@ -197,15 +197,20 @@ def method_parser(script: str, description: str, archs, *, crops: str, batch_nor
         group.add_argument("--stem", choices=("imagenet", "small"),
                            help="stem of a ResNet; small: 3x3 stride 1, no pool")
         group.add_argument("--sync-bn", action=Switch, help="synchronised batch norm")
+    length_flags(group, {"weights": " of weights, not of biases and norms",
+                         "all": " of all parameters",
+                         "both": " of weights; with adamw of biases and norms too"}[decay])
+    return made, made.add_argument_group("method")
+
+
+def length_flags(group, decayed: str = "") -> None:
+    """How long and how fast to train; `decayed`: what decays, in words."""
     group.add_argument("--epochs", type=pos_int, help="passes over the images")
     group.add_argument("--batch-size", type=pos_int, help="global batch, over all processes")
     group.add_argument("--lr", type=positive, help="learning rate per 256 images")
-    decayed = {"weights": "weights, not of biases and norms", "all": "all parameters",
-               "both": "weights; with adamw of biases and norms too"}[decay]
-    group.add_argument("--weight-decay", type=not_negative, help=f"weight decay of {decayed}")
+    group.add_argument("--weight-decay", type=not_negative, help=f"weight decay{decayed}")
     group.add_argument("--warmup-epochs", type=nonneg_int, help="epochs of linear warm-up")
     group.add_argument("--seed", type=nonneg_int, default=0, help="random seed")
-    return made, made.add_argument_group("method")
 
 
 def crops(args: argparse.Namespace) -> list[tuple[int, int, tuple[float, float]]]:

@@ -22,18 +22,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from common import augment, backbones, cli, distributed as comm, trunks, weights
+from common import augment, backbones, cli, distributed as comm, labelled, trunks, weights
 from common.checkpoint import atomic_write
 from common.distributed import RunError, World
-from common.images import (
-    MEAN_PER_CLASS,
-    NOTES,
-    FileImages,
-    NoSplit,
-    of_each_class,
-    open_images,
-    some,
-)
 from common.workers import default_workers, end_if_unsent, fork_workers
 
 # ------------------------------------------------------------------------------------- command line
@@ -304,104 +295,6 @@ class Source:
         return found
 
 
-def open_splits(
-    data: str, channels: int, *, test_data: str | None = None, limit_per_class: int | None = None,
-    several_classes: bool = False, limit: int | None = None, **options,
-) -> list:
-    """Open the labelled images to train and to test on.
-
-    Args:
-        data: a source with both splits (`images.open_images`); with `test_data` it may be all of
-            the training images: a folder of class folders or a list `path label`.
-        test_data: a folder or list that is tested on instead. Its class folders are those of the
-            same name among the training images (of a list: named by their numbers), its labels
-            the same numbers.
-        limit_per_class: number of evenly spaced training images of every class, if not all.
-        several_classes: whether labels (N, C) are taken as well.
-        limit, options: of `open_images`; `limit` is of each split.
-
-    Raises:
-        NoSplit: there are no labels, or several of an image.
-        RunError: a source cannot be opened; a class is unknown, or without a training image.
-    """
-    options |= dict(limit=limit)
-    train = open_images(data, "train", channels, whole=test_data is not None, **options)
-    check_labels(f"--data {data}", train, several_classes and not test_data)
-    if test_data is None:
-        test = open_images(data, "test", channels, **options)
-        check_labels(f"--data {data}", test, several_classes)
-    else:
-        if not os.path.exists(test_data):
-            raise RunError(f"--test-data {test_data}: no such folder or list")
-        numbers = {str(label): label for label in np.unique(train.labels).tolist()}
-        if train.class_names is not None:
-            numbers = {name: label for label, name in enumerate(train.class_names)}
-        try:
-            test = open_images(test_data, "test", channels, whole=True, classes=numbers, **options)
-        except RunError as error:
-            told = str(error).replace(f"--data {test_data}", f"--test-data {test_data}")
-            raise type(error)(told) from error
-        check_labels(f"--test-data {test_data}", test, False)
-        if shared := shared_files(train, test):
-            comm.print_main(f"warning: {len(shared)} of the {len(test)} test images are training "
-                            f"images too: {some(shared)}")
-    if limit_per_class:
-        train = train.subset(rows_per_class(train, limit_per_class))
-    return [train, test]
-
-
-def open_unlabelled(data: str, channels: int, *, limit_per_class=None, **options) -> list:
-    """Open the images of pre-training, with their labels if they have some, and the test split.
-
-    Args:
-        options: of `open_splits`. The test split is None where the images have no such splits.
-    """
-    sources = {name: options[name] for name in ("root", "download", "limit") if name in options}
-    images = open_images(data, "pretrain", channels, **sources)
-    try:
-        train, test = open_splits(data, channels, **options)
-    except NoSplit:
-        if options.get("test_data"):
-            raise
-        return [images, None]
-    return [train if train.identity() == images.identity() else images, test]
-
-
-def shared_files(train, test) -> set[str]:
-    """Files that are among both images."""
-    if not (isinstance(train, FileImages) and isinstance(test, FileImages)):
-        return set()
-    tested, trained = ({os.path.abspath(images.name(i)) for i in range(len(images))}
-                       for images in (test, train))
-    return tested & trained
-
-
-def check_labels(source: str, images, several_classes: bool) -> None:
-    """Stop at images without labels, or with several where one is wanted."""
-    if images.labels is None:
-        raise NoSplit(f"{source}: no class folders, so no labels")
-    if images.labels.ndim > 1 and not several_classes:
-        raise NoSplit(f"{source}: its images show several classes; that is for eval_svm.py, "
-                      "without --test-data")
-    if images.labels.ndim == 1 and images.labels.min() < 0:
-        raise RunError(f"{source}: label {images.labels.min()}; the least is 0")
-
-
-def rows_per_class(images, most: int) -> np.ndarray:
-    """Rising rows of so many images of every class, or of all that a class has, which is told."""
-    if images.labels.ndim > 1:
-        raise RunError(f"--limit-per-class {most}: the images show several classes")
-    names = images.class_names or list(map(str, range(images.labels.max() + 1)))
-    counts = np.bincount(images.labels, minlength=len(names))
-    if images.class_names is not None and not counts.all():
-        empty = [names[label] for label in np.flatnonzero(counts == 0)]
-        raise RunError(f"--limit-per-class {most}: no training image of {some(empty)}")
-    if few := [names[label] for label in np.flatnonzero((counts > 0) & (counts < most))]:
-        comm.print_main(f"warning: --limit-per-class {most}: all there are of {some(few)}, "
-                        "which have fewer")
-    return of_each_class(images.labels, most)
-
-
 def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
             several_classes: bool = False, unlabelled: bool = False):
     """Yield a `Source` for each of what `--checkpoint` or `--features` name.
@@ -432,13 +325,13 @@ def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
         channels, size = settings["in_chans"], settings["image_size"]
         settings["trained_size"] = checkpoint.settings.get("image_size", size)
         if channels not in opened:
-            opened[channels] = (open_unlabelled if unlabelled else open_splits)(
+            opened[channels] = (labelled.open_unlabelled if unlabelled else labelled.open_splits)(
                 settings["data"], channels, test_data=args.test_data, root=args.data_root,
                 download=args.download, limit=args.limit, limit_per_class=args.limit_per_class,
                 several_classes=several_classes)
         train, test = opened[channels]
         view = central_view(settings, crop, interpolation, args.resize)
-        protocol = described(settings["data"], args, train, test)
+        protocol = labelled.described(settings["data"], args, train, test)
         protocol += f" of {size} px, {view.geometry[0]}"
         if protocol not in said:
             comm.print_main(protocol)
@@ -446,16 +339,6 @@ def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
         arch = f" ({settings['arch']})" if checkpoint.name == "random" else ""
         yield Source(checkpoint.name + arch, args, world, checkpoint, settings, train, test, view,
                      protocol)
-
-
-def described(data: str, args, train, test) -> str:
-    """What the images of an evaluation are, in words."""
-    few = f" ({args.limit_per_class} a class)" if args.limit_per_class else ""
-    where = f" (of {args.test_data})" if args.test_data else ""
-    notes = [NOTES.get(data), "its usual number is the mean per class" * (data in MEAN_PER_CLASS)]
-    notes = "".join(f" ({note})" for note in notes if note)
-    tested = f" and {len(test)} test images{where}" if test is not None else " images"
-    return f"{data}{notes}: {len(train)} training{few}{tested}"
 
 
 def central_view(settings: dict, crop, interpolation: str, resize: int | None = None):
@@ -489,6 +372,15 @@ def build(settings: dict, positions: str = "sincos", drop_path: float = 0.0) -> 
         **{name: settings[name] for name in backbones.VIT_PARTS if name in settings})
     trunks.check_sizes(backbone, settings["in_chans"], {size})
     return backbone
+
+
+def parts_in(path: str, settings: dict) -> dict:
+    """Which of `backbones.VIT_PARTS` the transformer in a file has that does not say it."""
+    backbone = build(settings)
+    weights.load_backbone(backbone, path)
+    registers = 0 if backbone.reg_token is None else backbone.reg_token.shape[1]
+    return {"class_token": backbone.cls_token is not None, "registers": registers,
+            "layer_scale": float(hasattr(backbone.blocks[0].ls1, "gamma"))}
 
 
 def freeze(backbone: nn.Module, path: str | None, world: World) -> nn.Module:
@@ -719,22 +611,6 @@ def effective_rank(x: Tensor) -> Tensor:
     return torch.where(x.isfinite().all(), rank, torch.nan)
 
 
-def class_balanced(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Rising rows of a fraction of the images, class-balanced, at least one image of every class.
-
-    A smaller fraction is part of a larger one.
-    """
-    if fraction == 1:
-        return np.arange(len(labels))
-    rng = np.random.default_rng(seed)
-    classes = np.unique(labels)
-    members = [rng.permutation(np.flatnonzero(labels == c)) for c in classes]
-    order = rng.permutation(len(classes))  # who gets one of what does not divide
-    rounds = range(max(len(rows) for rows in members))
-    taken = [members[c][i] for i in rounds for c in order if i < len(members[c])]
-    return np.sort(np.array(taken[: max(round(fraction * len(labels)), len(classes))]))
-
-
 def share_right(scores: Tensor, truth: Tensor, k: int) -> Tensor:
     """Whether the true class is among the k highest scores: 1 if it is, 0 if not.
 
@@ -753,21 +629,6 @@ def share_right(scores: Tensor, truth: Tensor, k: int) -> Tensor:
     above = scores.shape[-1] - (scores <= score).sum(-1)
     equal = (scores == score).sum(-1).clamp(min=1)
     return ((k - above).double() / equal).clamp(0, 1)
-
-
-def mean_per_class(right: Tensor, labels: np.ndarray) -> float:
-    """The mean of the classes' accuracies, of those that have an image.
-
-    Args:
-        right: (C,), how many images of each class are correct. labels: (N,), of all images.
-    """
-    counts = np.bincount(labels, minlength=len(right))
-    return float((right.cpu().numpy()[counts > 0] / counts[counts > 0]).mean())
-
-
-def mean_per_class_is_usual(protocol: str) -> bool:
-    """Whether the number usually told of a protocol's images is the mean of their classes'."""
-    return protocol.split(" ")[0].rstrip(":") in MEAN_PER_CLASS
 
 
 # -------------------------------------------------------------------------------------------- files

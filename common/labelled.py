@@ -1,10 +1,165 @@
-"""Images of one class each to train on: all, a class-balanced part, or with labels from a file."""
+"""Labelled images: a training and a test split, parts of the classes, and the mean over them."""
+
+import argparse
+import itertools
+import os
 
 import numpy as np
+from torch import Tensor
 
-from common import distributed as comm, features, rng
+from common import cli, distributed as comm, rng
 from common.distributed import RunError
-from common.images import open_images
+from common.images import FileImages, NoSplit, open_images, some
+from common.labelled_sets import MEAN_PER_CLASS, NOTES, of_each_class
+from common.log import Diverged
+
+# -------------------------------------------------------------------------------------- both splits
+
+
+def open_splits(
+    data: str, channels: int, *, test_data: str | None = None, limit_per_class: int | None = None,
+    several_classes: bool = False, limit: int | None = None, **options,
+) -> list:
+    """Open the labelled images to train and to test on.
+
+    Args:
+        data: a source with both splits (`images.open_images`); with `test_data` it may be all of
+            the training images: a folder of class folders or a list `path label`.
+        test_data: a folder or list that is tested on instead. Its class folders are those of the
+            same name among the training images (of a list: named by their numbers), its labels
+            the same numbers.
+        limit_per_class: number of evenly spaced training images of every class, if not all.
+        several_classes: whether labels (N, C) are taken as well.
+        limit, options: of `open_images`; `limit` is of each split.
+
+    Raises:
+        NoSplit: there are no labels, or several of an image.
+        RunError: a source cannot be opened; a class is unknown, or without a training image.
+    """
+    options |= dict(limit=limit)
+    train = open_images(data, "train", channels, whole=test_data is not None, **options)
+    check_labels(f"--data {data}", train, several_classes and not test_data)
+    if test_data is None:
+        test = open_images(data, "test", channels, **options)
+        check_labels(f"--data {data}", test, several_classes)
+    else:
+        if not os.path.exists(test_data):
+            raise RunError(f"--test-data {test_data}: no such folder or list")
+        numbers = {str(label): label for label in np.unique(train.labels).tolist()}
+        if train.class_names is not None:
+            numbers = {name: label for label, name in enumerate(train.class_names)}
+        try:
+            test = open_images(test_data, "test", channels, whole=True, classes=numbers, **options)
+        except RunError as error:
+            told = str(error).replace(f"--data {test_data}", f"--test-data {test_data}")
+            raise type(error)(told) from error
+        check_labels(f"--test-data {test_data}", test, False)
+        if shared := shared_files(train, test):
+            comm.print_main(f"warning: {len(shared)} of the {len(test)} test images are training "
+                            f"images too: {some(shared)}")
+    if limit_per_class:
+        train = train.subset(rows_per_class(train, limit_per_class))
+    return [train, test]
+
+
+def open_unlabelled(data: str, channels: int, *, limit_per_class=None, **options) -> list:
+    """Open the images of pre-training, with their labels if they have some, and the test split.
+
+    Args:
+        options: of `open_splits`. The test split is None where the images have no such splits.
+    """
+    sources = {name: options[name] for name in ("root", "download", "limit") if name in options}
+    images = open_images(data, "pretrain", channels, **sources)
+    try:
+        train, test = open_splits(data, channels, **options)
+    except NoSplit:
+        if options.get("test_data"):
+            raise
+        return [images, None]
+    return [train if train.identity() == images.identity() else images, test]
+
+
+def check_labels(source: str, images, several_classes: bool) -> None:
+    """Stop at images without labels, or with several where one is wanted."""
+    if images.labels is None:
+        raise NoSplit(f"{source}: no class folders, so no labels")
+    if images.labels.ndim > 1 and not several_classes:
+        raise NoSplit(f"{source}: its images show several classes; that is for eval_svm.py, "
+                      "without --test-data")
+    if images.labels.ndim == 1 and images.labels.min() < 0:
+        raise RunError(f"{source}: label {images.labels.min()}; the least is 0")
+
+
+def shared_files(train, test) -> set[str]:
+    """Files that are among both images."""
+    if not (isinstance(train, FileImages) and isinstance(test, FileImages)):
+        return set()
+    tested, trained = ({os.path.abspath(images.name(i)) for i in range(len(images))}
+                       for images in (test, train))
+    return tested & trained
+
+
+def rows_per_class(images, most: int) -> np.ndarray:
+    """Rising rows of so many images of every class, or of all that a class has, which is told."""
+    if images.labels.ndim > 1:
+        raise RunError(f"--limit-per-class {most}: the images show several classes")
+    names = images.class_names or list(map(str, range(images.labels.max() + 1)))
+    counts = np.bincount(images.labels, minlength=len(names))
+    if images.class_names is not None and not counts.all():
+        empty = [names[label] for label in np.flatnonzero(counts == 0)]
+        raise RunError(f"--limit-per-class {most}: no training image of {some(empty)}")
+    if few := [names[label] for label in np.flatnonzero((counts > 0) & (counts < most))]:
+        comm.print_main(f"warning: --limit-per-class {most}: all there are of {some(few)}, "
+                        "which have fewer")
+    return of_each_class(images.labels, most)
+
+
+def described(data: str, args, train, test) -> str:
+    """What the images of an evaluation are, in words."""
+    few = f" ({args.limit_per_class} a class)" if args.limit_per_class else ""
+    where = f" (of {args.test_data})" if args.test_data else ""
+    notes = [NOTES.get(data), "its usual number is the mean per class" * (data in MEAN_PER_CLASS)]
+    notes = "".join(f" ({note})" for note in notes if note)
+    tested = f" and {len(test)} test images{where}" if test is not None else " images"
+    return f"{data}{notes}: {len(train)} training{few}{tested}"
+
+
+# ------------------------------------------------------------------ images to train a classifier on
+
+
+def image_flags(group) -> None:
+    """What `labelled_images` opens, beside where the images come from."""
+    part = group.add_mutually_exclusive_group()
+    part.add_argument("--train-fraction", type=cli.fraction, metavar="SHARE",
+                      help="class-balanced fraction of the training images")
+    part.add_argument("--train-images", type=cli.pos_int, metavar="N",
+                      help="so many, class-balanced")
+    part.add_argument("--subset-list", metavar="FILE", help="those that it names, one a line")
+    cli.test_flags(group)
+    group.add_argument("--labels", metavar="FILE", help=".npy of classes to train on instead")
+
+
+def sweep_flags(group) -> None:
+    """The rates that `sweep` chooses from."""
+    group.add_argument("--sweep", type=cli.positive, nargs="+", metavar="LR",
+                       help="rates to choose from on a tenth of the training images")
+    group.add_argument("--sweep-head", type=cli.positive, nargs="+", metavar="FACTOR",
+                       help="the linear layer's rates to choose from, as multiples")
+
+
+def check_flags(parser: cli.Parser, args: argparse.Namespace, argv) -> None:
+    """Refuse flags of these two that do not go together."""
+    if args.limit_per_class and args.limit:
+        parser.error(f"--limit {args.limit} and --limit-per-class {args.limit_per_class}: give one")
+    if args.labels and (args.test_data or args.limit_per_class):
+        parser.error(f"--labels {args.labels} goes with no --test-data and no --limit-per-class")
+    if args.train_fraction == 0:
+        parser.error("--train-fraction 0 leaves no image to train on")
+    if args.sweep_head and not args.sweep:
+        parser.error("--sweep-head goes with --sweep")
+    for flag, other in (("--lr", "--sweep"), ("--head-lr", "--sweep-head")):
+        if args.sweep and (value := cli.peek(argv, flag, str)):
+            parser.error(f"{flag} {value} goes with no --sweep; give {other} what to choose from")
 
 
 def labelled_images(args) -> tuple:
@@ -20,7 +175,7 @@ def labelled_images(args) -> tuple:
     if args.labels:
         train = test = open_images(args.data, "pretrain", args.in_chans, **options)
     else:
-        train, test = features.open_splits(args.data, args.in_chans, test_data=args.test_data,
+        train, test = open_splits(args.data, args.in_chans, test_data=args.test_data,
                                            limit_per_class=args.limit_per_class, **options)
     with comm.same_error_on_all_ranks():
         if args.labels:
@@ -35,7 +190,7 @@ def labelled_images(args) -> tuple:
             train = train.subset(balanced(train.labels, args.train_images, args.seed))
         elif args.train_fraction:
             train = train.subset(
-                features.class_balanced(train.labels, args.train_fraction, args.seed))
+                class_balanced(train.labels, args.train_fraction, args.seed))
         test = train if args.labels else test
         return train, test, check_classes(train.labels, test.labels)
 
@@ -50,6 +205,22 @@ def check_classes(train: np.ndarray, test: np.ndarray) -> int:
         raise RunError(f"{what} ({len(train)} images, {num_classes} classes); take more of "
                            "them, or other labels")
     return num_classes
+
+
+def class_balanced(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Rising rows of a fraction of the images, class-balanced, at least one image of every class.
+
+    A smaller fraction is part of a larger one.
+    """
+    if fraction == 1:
+        return np.arange(len(labels))
+    rng = np.random.default_rng(seed)
+    classes = np.unique(labels)
+    members = [rng.permutation(np.flatnonzero(labels == c)) for c in classes]
+    order = rng.permutation(len(classes))  # who gets one of what does not divide
+    rounds = range(max(len(rows) for rows in members))
+    taken = [members[c][i] for i in rounds for c in order if i < len(members[c])]
+    return np.sort(np.array(taken[: max(round(fraction * len(labels)), len(classes))]))
 
 
 def balanced(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -116,3 +287,63 @@ def read_labels(path: str, count: int) -> np.ndarray:
         raise RunError(f"--labels {path}: {found}; wanted whole numbers, one for each of the "
                            f"{count} images of --data")
     return (array[0] if array.ndim == 2 else array).astype(np.int64)
+
+
+# ------------------------------------------------------------------------------------------- rates
+
+
+def sweep(args: argparse.Namespace, images, accuracy) -> list[dict] | None:
+    """Rates to choose from, best first on a tenth of the training images that is left out for it.
+
+    Every pair of `args.sweep` and `args.sweep_head` is tried in a folder of its own, and what is
+    finished there is only tested again. A rate at which the training diverges is left out.
+
+    Args:
+        accuracy: of (args, kept, held), on held images of a network trained on the kept ones with
+            the rates of these `args`; None if the training was told to stop.
+
+    Returns:
+        "lr", "head_lr" and "validation" of each; None if one was told to stop.
+
+    Raises:
+        RunError: no rate trains to its end; a class without an image that is kept.
+    """
+    left_out = class_balanced(images.labels, 0.1, args.seed)
+    kept = images.subset(np.setdiff1d(np.arange(len(images)), left_out))
+    held, results = images.subset(left_out), []
+    check_classes(kept.labels, held.labels)
+    for lr, factor in itertools.product(
+            args.sweep, args.sweep_head or [(args.head_lr or args.lr) / args.lr]):
+        tried = dict(lr=lr, head_lr=lr * factor)
+        options = dict(output=os.path.join(args.output, f"sweep-{lr:g}-{factor:g}"),
+                       keep_every=None, probe_every=None, profile=None)
+        try:
+            found = accuracy(argparse.Namespace(**vars(args) | tried | options), kept, held)
+        except Diverged as error:
+            comm.print_main(f"sweep: {tried}: {error}")
+            continue
+        if found is None:
+            return None
+        results.append(tried | {"validation": found})
+        comm.print_main(f"sweep: {results[-1]}")
+    if not results:
+        raise RunError(f"--sweep {' '.join(map(str, args.sweep))}: no rate trains to its end")
+    return sorted(results, key=lambda result: -result["validation"])
+
+
+# ----------------------------------------------------------------------------------- mean per class
+
+
+def mean_per_class(right: Tensor, labels: np.ndarray) -> float:
+    """The mean of the classes' accuracies, of those that have an image.
+
+    Args:
+        right: (C,), how many images of each class are correct. labels: (N,), of all images.
+    """
+    counts = np.bincount(labels, minlength=len(right))
+    return float((right.cpu().numpy()[counts > 0] / counts[counts > 0]).mean())
+
+
+def mean_per_class_is_usual(protocol: str) -> bool:
+    """Whether the number usually told of a protocol's images is the mean of their classes'."""
+    return protocol.split(" ")[0].rstrip(":") in MEAN_PER_CLASS

@@ -14,6 +14,10 @@ from common import distributed as comm
 from common.distributed import RunError, World
 
 
+class Diverged(RunError):
+    """A loss or a weight is not finite."""
+
+
 class Log:
     """Writes log.jsonl and the progress line; rank 0 only, nothing leaves the device in between.
 
@@ -113,7 +117,7 @@ class Log:
         bad_steps = comm.all_gather_no_grad(self.bad_step[None]).tolist()
         bad_steps = [step for step in bad_steps if step >= 0]
         if bad_steps:
-            raise RunError(
+            raise Diverged(
                 f"the loss of step {min(bad_steps)} is not finite; what was saved before it is "
                 "untouched; lower --lr, raise --warmup-epochs, or try --amp none"
             )

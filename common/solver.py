@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import distributed as comm, features
+from common import distributed as comm, features, labelled
 
 LOGITS_AT_A_TIME = 2**25
 MANY_ROWS = 20_000  # from here on, one fold left out tells enough
@@ -65,7 +65,7 @@ def cross_validated(
     by_class = torch.zeros(num_classes, dtype=torch.float64, device=world.device)
     top1, top5 = ((count_correct(points, x, y, every, k, num_classes, right) / len(truth)).item()
                   for k, right in ((1, by_class), (5, None)))
-    per_class = features.mean_per_class(comm.sum_over_processes(by_class), truth)
+    per_class = labelled.mean_per_class(comm.sum_over_processes(by_class), truth)
     return {"top1": top1, "top5": top5, "mean_per_class": per_class, "validation": validation,
             "weight_decay": decay}
 

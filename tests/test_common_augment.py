@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import math
 
@@ -616,6 +617,16 @@ def test_rand_augment_draws_operation_level_and_sign():
     assert np.std(drawn[drawn[:, 1] < 9, 1] - 9) == pytest.approx(
         0.5 * np.sqrt(1 - 2 / np.pi), rel=0.03)  # half of a normal distribution
     assert set(drawn[:, 2]) == {-1, 1} and abs(drawn[:, 2].mean()) < 0.02
+
+
+@pytest.mark.parametrize("mode, fill, corner", [
+    ("RGB", (10, 20, 30), (10, 20, 30)), ("RGB", (128,), (128, 128, 128)), ("L", (10, 20, 30), 20),
+    ("L", (128,), 128),
+])
+def test_rand_augment_fills_every_channel(mode, fill, corner):
+    step = dataclasses.replace(rand_augment(), fill=fill)
+    turned = step.apply(Image.new(mode, (16, 16), "white"), np.array([[3, 10, 1]]), None)  # rotate
+    assert turned.getpixel((0, 0)) == corner
 
 
 def test_rand_augments_operations_are_those_of_timm():

@@ -12,7 +12,7 @@ from torch import nn
 
 import drill
 import eval_linear
-from common import backbones, checkpoint, features
+from common import backbones, checkpoint, features, labelled
 from common.distributed import RunError, World
 from common.images import open_images
 from common.loader import Loader
@@ -103,21 +103,21 @@ def test_the_learning_rates_step_or_fall_as_published():
 
 def test_a_fraction_has_equally_many_of_every_class():
     labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2, 7], 50))
-    rows = features.class_balanced(labels, 0.1, 0)
+    rows = labelled.class_balanced(labels, 0.1, 0)
     assert np.bincount(labels[rows]).tolist() == [5, 5, 5, 0, 0, 0, 0, 5]
     assert len(set(rows)) == 20 and (np.diff(rows) > 0).all()
-    more = features.class_balanced(labels, 0.25, 0)
+    more = labelled.class_balanced(labels, 0.25, 0)
     assert len(more) == 50 and set(rows) < set(more)
     assert sorted(np.bincount(labels[more])[[0, 1, 2, 7]]) == [12, 12, 13, 13]
-    assert np.array_equal(rows, features.class_balanced(labels, 0.1, 0))
-    assert not np.array_equal(rows, features.class_balanced(labels, 0.1, 1))
-    assert len(features.class_balanced(labels, 0.001, 0)) == 4  # one of each at least
-    assert np.array_equal(features.class_balanced(labels, 1.0, 0), np.arange(200))
+    assert np.array_equal(rows, labelled.class_balanced(labels, 0.1, 0))
+    assert not np.array_equal(rows, labelled.class_balanced(labels, 0.1, 1))
+    assert len(labelled.class_balanced(labels, 0.001, 0)) == 4  # one of each at least
+    assert np.array_equal(labelled.class_balanced(labels, 1.0, 0), np.arange(200))
 
 
 def test_a_class_with_fewer_images_gives_all_it_has():
     labels = np.array([0] * 2 + [1] * 98)
-    rows = features.class_balanced(labels, 0.1, 0)
+    rows = labelled.class_balanced(labels, 0.1, 0)
     assert np.bincount(labels[rows]).tolist() == [2, 8]
 
 

@@ -16,7 +16,7 @@ import drill
 import finetune
 from common import augment, backbones, checkpoint, features, labelled
 from common.distributed import RunError
-from common.log import Log
+from common.log import Diverged, Log
 from helpers import lines, state_of
 
 VIT = ["--arch", "vit_micro", "--patch-size", "4"]
@@ -70,10 +70,15 @@ def weights(tmp_path_factory):
         (["--data", "folder"], "--protocol: choose one for --data folder"),
         (["--train-fraction", "0"], "--train-fraction 0"),
         (["--train-fraction", "0.1", "--train-images", "10"], "not allowed with"),
-        (["--protocol", "mae", "--arch", "resnet_tiny"], "is for a transformer, not for resnet"),
+        (["--protocol", "mae", "--arch", "resnet_tiny"], "vit_huge, not for resnet"),
         (["--drop-path", "0.1"], "drop path 0.1"),
         (["--freeze-blocks", "5"], "--freeze-blocks 5: resnet_tiny has 4"),
         (["--sweep-head", "2"], "--sweep-head goes with --sweep"),
+        (["--sweep", "1", "2", "--lr", "0.1"], "--lr 0.1 goes with no --sweep; give --sweep"),
+        (["--sweep", "1", "2", "--head-lr", "2"], "--head-lr 2 goes with no --sweep; give --sweep"),
+        (["--protocol", "low_shot", "--data", "fake", "--crop-scale", ".5", "1"], "does not crop"),
+        (["--arch", "torchvision:resnet18", "--stem", "small"], "--stem small is for ResNets"),
+        (["--arch", "torchvision:swin_t", "--drop-path", "0.1"], "not for torchvision:swin_t"),
         (["--checkpoint", "pixels"], "pixels has no weights"),
         (["--epochs", "5"], "--warmup-epochs 5 leaves nothing"),
         (["--mean", "1", "2"], "2 values"),
@@ -86,10 +91,10 @@ def test_a_bad_argument_is_one_line_with_its_value(flags, named, capsys):
     assert ended.value.code == 2 and named in printed and printed.count("\n") == 1
 
 
-def test_weights_that_are_not_there_are_refused_first():
-    args = parsed("--checkpoint", "nowhere", "--data", "no/images", "--protocol", "vissl")
-    with pytest.raises(RunError, match="--checkpoint nowhere: no file nowhere"):
-        finetune.main(args)
+def test_weights_that_are_not_there_are_refused_first(capsys):
+    with pytest.raises(SystemExit):
+        parsed("--checkpoint", "nowhere", "--data", "no/images", "--protocol", "nobody")
+    assert "--checkpoint nowhere: no file nowhere" in capsys.readouterr().err
 
 
 def test_a_batch_that_does_not_divide_is_refused(monkeypatch, capsys):
@@ -166,7 +171,7 @@ def test_balanced_draws_have_the_law_of_the_low_shot_sets_and_are_nested():
 
 def test_one_percent_is_inside_ten_percent():
     labels = np.random.default_rng(0).integers(0, 7, 3000)
-    one, ten = (set(features.class_balanced(labels, share, 3).tolist()) for share in (0.01, 0.1))
+    one, ten = (set(labelled.class_balanced(labels, share, 3).tolist()) for share in (0.01, 0.1))
     assert one < ten and (len(one), len(ten)) == (30, 300)
 
 
@@ -554,6 +559,32 @@ def test_a_sweep_chooses_on_images_that_it_leaves_out(tmp_path):
     identity = json.loads((tmp_path / folders[0] / "run.json").read_text())["data"]
     assert identity.startswith("90 images")
     assert tiny(tmp_path, *flags) == line  # all of it finished: only tested
+    flags.insert(1, 1e-7)  # a longer list: what was tried is not trained again
+    trained = [(tmp_path / name / "checkpoint.pt").stat().st_mtime_ns for name in folders]
+    longer = tiny(tmp_path, *flags)
+    assert len(longer["sweep"]) == 6 and all(tried in longer["sweep"] for tried in line["sweep"])
+    assert trained == [(tmp_path / name / "checkpoint.pt").stat().st_mtime_ns for name in folders]
+
+
+def test_a_sweep_leaves_out_rates_that_diverge_and_stops_at_other_errors(tmp_path):
+    args = parsed("--sweep", 1, 2, 3, "--output", tmp_path)
+    images, _, _ = labelled.labelled_images(args)
+
+    def accuracy(tried, kept, held):
+        if tried.lr == 2:
+            raise Diverged("the loss of step 3 is not finite")
+        assert len(kept) + len(held) == 1442 and not set(kept.index) & set(held.index)
+        return tried.lr / 10
+
+    found = labelled.sweep(args, images, accuracy)
+    assert [tried["lr"] for tried in found] == [3, 1]
+    assert labelled.sweep(args, images, lambda *given: None) is None
+
+    def full(*given):
+        raise RunError("the disk is full")
+
+    with pytest.raises(RunError, match="disk is full"):
+        labelled.sweep(args, images, full)
 
 
 # ----------------------------------------------------------------- processes, stopping, going on
@@ -622,6 +653,35 @@ def test_killed_it_ends_with_the_same_numbers(processes, weights, tmp_path):
     status, printed = drill.run("finetune.py", *flags, tmp_path / "cut", processes=processes)
     assert status == 0 and "resuming" in printed, printed
     assert printed.splitlines()[-1] == whole.splitlines()[-1]
+
+
+@pytest.mark.parametrize("parts", [dict(registers=2, layer_scale=0.1), dict(class_token=False)])
+def test_a_file_that_does_not_say_it_keeps_the_parts_of_its_transformer(parts, tmp_path):
+    backbone = backbones.build_backbone(
+        "vit_micro", in_chans=3, image_size=16, patch_size=4, positions="learned", drop_path=0.0,
+        **parts)
+    torch.save(dict(backbone.state_dict()), tmp_path / "bare.pth")
+    tiny(tmp_path / "run", "--checkpoint", tmp_path / "bare.pth", *VIT, "--protocol", "mae",
+         "--freeze-blocks", 1)
+    exported = torch.load(tmp_path / "run/backbone.pth", weights_only=True)
+    assert exported.keys() == backbone.state_dict().keys()
+    frozen = "blocks.0.ls1.gamma" if "layer_scale" in parts else "blocks.0.attn.qkv.weight"
+    assert torch.equal(exported[frozen], backbone.state_dict()[frozen])
+
+
+def test_other_labels_of_the_same_files_are_refused(image_folder, tmp_path):
+    files = sorted(Path(image_folder).glob("train/*/*.jpg"))
+
+    def run(period):
+        (tmp_path / "list.txt").write_text("".join(
+            f"{file} {row % period}\n" for row, file in enumerate(files)))
+        return tiny(tmp_path / "run", "--data", tmp_path / "list.txt", "--test-data",
+                    tmp_path / "list.txt", "--protocol", "small", "--arch", "resnet_tiny", "--stem",
+                    "small", "--image-size", 16, "--batch-size", 8)
+
+    run(2)
+    with pytest.raises(RunError, match="--labels is .* and was"):
+        run(4)
 
 
 def test_other_settings_and_other_weights_are_refused(weights, tmp_path):

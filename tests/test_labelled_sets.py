@@ -9,14 +9,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import torchvision
 from PIL import Image
 from scipy.io import savemat
 
 import eval_knn
-from common import features
+from common import labelled
 from common.distributed import RunError
-from common.images import LABELLED, MEAN_PER_CLASS, NoSplit, divide, open_images
+from common.images import NoSplit, open_images
+from common.labelled_sets import LABELLED, MEAN_PER_CLASS, divide
 
 TRAIN, VAL, TEST = range(3)
 CLASSES = 3
@@ -213,7 +215,7 @@ def test_a_set_without_splits_is_divided_by_class(make, counts, wanted, tmp_path
     train, test = ({images.name(i) for i in range(len(images))} for images in splits)
     assert not train & test
     args = SimpleNamespace(test_data=None, limit_per_class=None)
-    assert "a class" in features.described(make.__name__, args, *splits)
+    assert "a class" in labelled.described(make.__name__, args, *splits)
 
 
 def test_a_class_is_divided_evenly_by_its_order_alone():
@@ -274,7 +276,7 @@ def photos(tmp_path):
 ])
 def test_classes_are_told_by_their_names(data, test, trained, labels, photos):
     source = data if data == "digits" else str(photos / data)
-    train, tested = features.open_splits(source, 3, test_data=str(photos / test))
+    train, tested = labelled.open_splits(source, 3, test_data=str(photos / test))
     assert tested.labels.tolist() == labels
     if trained:
         assert train.labels.tolist() == [0, 0, 1, 1, 2, 2]
@@ -298,40 +300,40 @@ def test_test_images_that_do_not_fit_are_refused(data, test, said, photos):
     lines(photos / "minus.txt", ["new/b/0.jpg -1", "new/b/1.jpg 0"])
     test = test if test == "digits" else str(photos / test)
     with pytest.raises(RunError, match=said):
-        features.open_splits(str(photos / data), 3, test_data=test)
+        labelled.open_splits(str(photos / data), 3, test_data=test)
 
 
 def test_a_test_image_that_was_trained_on_is_told(photos, capsys):
     lines(photos / "some.txt", ["all/b/0.jpg 1", "new/b/1.jpg 1"])
-    features.open_splits(str(photos / "all"), 3, test_data=str(photos / "some.txt"))
+    labelled.open_splits(str(photos / "all"), 3, test_data=str(photos / "some.txt"))
     assert f"1 of the 2 test images are training images too: {photos}/all/b/0.jpg" in (
         capsys.readouterr().out)
 
 
 def test_a_list_alone_has_no_test_images(photos):
     with pytest.raises(NoSplit, match="or --test-data"):
-        features.open_splits(str(photos / "all.txt"), 3)
+        labelled.open_splits(str(photos / "all.txt"), 3)
 
 
 # ------------------------------------------------------------------------- few images of each class
 
 
 def test_some_images_of_every_class(capsys):
-    train, test = features.open_splits("digits", 3, limit_per_class=4)
+    train, test = labelled.open_splits("digits", 3, limit_per_class=4)
     whole = open_images("digits", "train", 3)
     assert np.bincount(train.labels).tolist() == [4] * 10 and len(test) == 355
     assert np.array_equal(train.labels, whole.labels[train.index])
     zeros = np.flatnonzero(whole.labels == 0)
     assert train.index[train.labels == 0].tolist() == [zeros[i * len(zeros) // 4] for i in range(4)]
     assert capsys.readouterr().out == ""
-    assert len(features.open_splits("digits", 3, limit_per_class=145)[0]) < 1450
+    assert len(labelled.open_splits("digits", 3, limit_per_class=145)[0]) < 1450
     assert "have fewer" in capsys.readouterr().out
 
 
 def test_a_class_without_images_has_no_few(photos):
     (photos / "all" / "d").mkdir()
     with pytest.raises(RunError, match="--limit-per-class 1: no training image of d"):
-        features.open_splits(str(photos / "all"), 3, test_data=str(photos / "new"),
+        labelled.open_splits(str(photos / "all"), 3, test_data=str(photos / "new"),
                              limit_per_class=1)
 
 
@@ -363,7 +365,7 @@ def test_the_mean_per_class_is_that_of_a_loop():
     hit = np.array([1.0, 0, 1, 0.5, 0, 1])
     right = np.bincount(truth, hit, minlength=7)
     wanted = np.mean([hit[truth == c].mean() for c in (0, 2, 5)])
-    found = features.mean_per_class(features.torch.from_numpy(right), truth)
+    found = labelled.mean_per_class(torch.from_numpy(right), truth)
     assert found == pytest.approx(wanted, abs=1e-15)
 
 
