@@ -632,8 +632,6 @@ def main(args):
                 if frozen and group["last_layer"]:
                     group["lr"] = 0.0  # Adam's moments go on
             optimizer.zero_grad(set_to_none=True)
-            draws = rng.philox(args.seed, rng.DEPTH, step, world.rank)
-            torch.manual_seed(int(draws.integers(2**63)))  # of stochastic depth
             global_views, local_views = batch.views[:num_global], batch.views[num_global:]
             num_crops = num_global * len(batch.index)
             mask, weights = spread_masks(batch.drawn, num_crops, num_patches)

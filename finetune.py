@@ -447,8 +447,6 @@ def train(args, world, images, num_classes: int) -> Classifier | None:
                 draw = rng.philox(args.seed, rng.MIX, step)
                 drawn = draw_mix(draw, args.mixup, args.cutmix, args.image_size)
                 mixed, targets = mix(mixed, targets, *drawn)
-            draw = rng.philox(args.seed, rng.DEPTH, step, world.rank)
-            torch.manual_seed(int(draw.integers(2**63)))  # of stochastic depth
             with autocast():
                 logits = ddp_model(mixed)
             loss = F.cross_entropy(comm.upcast(logits), targets)  # 3. cross-entropy

@@ -437,9 +437,6 @@ def main(args):
         for step, batch in run.steps(export=model.backbone):
             optim.set_lr(optimizer, lr_of_step[step])
             optimizer.zero_grad(set_to_none=True)
-            if args.dropout:
-                draws = rng.philox(args.seed, rng.DEPTH, step, world.rank)
-                torch.manual_seed(int(draws.integers(2**63)))
             parts, answer = puzzles(batch.views[0], batch.drawn)  # 1. puzzles
             with autocast():
                 h, logits = ddp_model(parts)  # 2. backbone, 3. head

@@ -276,8 +276,6 @@ def main(args):
             view = batch.views[0]
             mask = cell_mask(batch.drawn, args.mask_ratio, args.cell_size // args.patch_size)  # 2.
             optimizer.zero_grad(set_to_none=True)
-            draws = rng.philox(args.seed, rng.DEPTH, step, world.rank)
-            torch.manual_seed(int(draws.integers(2**63)))  # of stochastic depth
             with autocast():
                 pred = ddp_model(view, mask)  # 3. encode
             loss = masked_l1(pred, view, mask)  # 4. compare
