@@ -112,8 +112,7 @@ def parse_args(argv=None):
     parser, group = cli.method_parser(__file__, __doc__, backbones.VITS, crops="multi",
                                       batch_norm=False)
     group.add_argument("--method", choices=("dinov2", "ibot"), help="whose rules hold, see above")
-    group.add_argument("--patch-size", type=cli.pos_int,
-                       help="side of a patch in pixels; smaller is better, and slower")
+    group.add_argument("--patch-size", type=cli.pos_int, help="side of a patch in pixels")
     group.add_argument("--drop-path", type=cli.fraction, help="stochastic depth of the student")
     group.add_argument("--layer-scale", type=cli.not_negative, help="its start; 0: none")
     group.add_argument("--registers", type=cli.nonneg_int, help="tokens beside the class token")
@@ -123,8 +122,7 @@ def parse_args(argv=None):
     group.add_argument("--jitter-strength", type=cli.not_negative, help="strength of colour jitter")
     group.add_argument("--blur", action=cli.Switch, help="Gaussian blur, of each crop its own rate")
     group.add_argument("--mask-probability", type=cli.fraction, help="share of masked global crops")
-    group.add_argument("--mask-ratio", type=cli.fraction, nargs=2,
-                       help="smallest, largest share of their patches")
+    group.add_argument("--mask-ratio", type=cli.fraction, nargs=2, help="range of a crop's share")
     group.add_argument("--hidden-dim", type=cli.pos_int, help="width of the head's hidden layers")
     group.add_argument("--bottleneck-dim", type=cli.pos_int, help="D, before the last layer")
     group.add_argument("--num-outputs", type=cli.pos_int,
@@ -134,8 +132,7 @@ def parse_args(argv=None):
     group.add_argument("--patch-head", type=cli.pos_int, nargs="*", metavar="SIZE",
                        help="what patches have of their own: nothing; K outputs: a last layer; "
                        "hidden width, D and K: a head")
-    group.add_argument("--norm-last-layer", action=cli.Switch, help="keep last layers' rows at "
-                       "norm 1: steadier")
+    group.add_argument("--norm-last-layer", action=cli.Switch, help="rows at norm 1: steadier")
     group.add_argument("--freeze-last-layer-epochs", type=cli.nonneg_int,
                        help="last layers frozen so long; more, if the loss does not fall")
     group.add_argument("--student-temperature", type=cli.positive,
@@ -172,6 +169,10 @@ def parse_args(argv=None):
                      f"{args.patch_size}")
     if args.mask_ratio[0] > args.mask_ratio[1]:
         parser.error("--mask-ratio {:g} {:g} is not a range".format(*args.mask_ratio))
+    side = args.crop_sizes[0] // args.patch_size
+    if args.patch_weight and (side == 1 or int(side**2 * args.mask_ratio[1]) == 0):
+        parser.error(f"--mask-ratio {args.mask_ratio[1]:g} masks none of {side} x {side} patches; "
+                     "use more or smaller ones, or pass --patch-weight 0")
     if len(args.patch_head) not in (0, 1, 3):
         parser.error(f"--patch-head has {len(args.patch_head)} values; give none, one or three")
     if args.targets == "sinkhorn" and cli.peek(argv, "--center-momentum", float) is not None:
