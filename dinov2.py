@@ -154,14 +154,12 @@ def parse_args(argv=None):
                        help="EMA momentum of the teacher in the first step, a cosine takes it to "
                        "1; higher for small batches")
     group.add_argument("--final-lr", type=cli.not_negative, help="per 256, where the cosine ends")
-    group.add_argument("--layer-decay", type=cli.positive,
-                       help="factor of the rate from each block to the one before")
-    group.add_argument("--patch-embed-lr", type=cli.positive,
-                       help="one more factor of the rate of the patches' projection")
+    group.add_argument("--layer-decay", type=cli.positive, help="a block's rate by the next one's")
+    group.add_argument("--patch-embed-lr", type=cli.positive, help="patch projection's factor more")
     group.add_argument("--final-weight-decay", type=cli.not_negative,
                        help="where a cosine takes it; a low start lets the loss fall early")
-    group.add_argument("--clip-norm", type=cli.not_negative, help="largest gradient norm of a "
-                       "parameter or network; 0: none; lower it if the loss jumps")
+    group.add_argument("--clip-norm", type=cli.not_negative,
+                       help="largest gradient norm; 0: none; lower it if the loss jumps")
     args = cli.parse(parser, RECIPES, argv)
     if any(size % args.patch_size for size in args.crop_sizes):
         sizes = " ".join(map(str, args.crop_sizes))
@@ -395,9 +393,8 @@ def centered_targets(logits: Tensor, center: Tensor, temperature: float) -> Tens
 def sinkhorn_targets(logits: Tensor, temperature: float, iterations: int) -> Tensor:
     """Turn teacher logits (M, K) into probabilities that use every output equally.
 
-    One iteration scales each output to the same mass over all processes, then each row to the mass
-    1. On logarithms: exp(logit / temperature) may overflow float32. M may differ between processes,
-    and be 0.
+    One iteration scales each output to the same mass over all processes, then each row to mass 1.
+    On logarithms: exp(logit / temperature) may overflow. M may differ between processes, and be 0.
 
     Reference: DINOv2, section 4; SwAV, arXiv 2006.09882, section 3.1.
     """
@@ -475,8 +472,7 @@ def update_center(center: Tensor, teacher: Tensor, momentum: float) -> None:
     """
     teacher = teacher.to(center.dtype)
     total = torch.cat([teacher.sum(0), teacher.new_full((1,), len(teacher))])
-    total = comm.sum_over_processes(total)
-    total, count = total[:-1], total[-1]
+    total, count = comm.sum_over_processes(total).tensor_split([-1])
     center.lerp_(total / count.clamp(min=1), (1 - momentum) * (count > 0).to(total.dtype))
 
 
@@ -642,14 +638,13 @@ def main(args):
                         global_views, [], batch.drawn, mean_of_all=ibot)
                 h, z, predicted, patch_predicted, _ = ddp_model(
                     global_views, local_views, batch.drawn, mask)
-            class_temperature, patch_temperature = (t[step // period] for t in temperatures)
+            temperature, patch_temperature = (t[step // period] for t in temperatures)
             if centers:  # 2. targets
-                targets = centered_targets(logits, centers["center"], class_temperature)
+                targets = centered_targets(logits, centers["center"], temperature)
                 patch_targets = centered_targets(patch_logits, centers["patch_center"],
                                                  patch_temperature)
             else:
-                targets = sinkhorn_targets(logits.flatten(0, 1), class_temperature, 3)
-                targets = targets.view_as(logits)
+                targets = sinkhorn_targets(logits.flatten(0, 1), temperature, 3).view_as(logits)
                 patch_targets = sinkhorn_targets(patch_logits, patch_temperature, 3)
             losses = {  # 3. predict
                 "class_loss": dino_loss(predicted, targets, args.student_temperature),

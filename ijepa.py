@@ -13,8 +13,8 @@ arXiv 2301.08243.
 Letters: N images per process, L patches of an image, D backbone width, E predictor width, T target
 blocks, K patches of the context, M of a target block.
 
-The target encoder is what a run exports. There is no class token: evaluate `--layers patches`.
-Collapse does not show in the loss, which then goes to 0: watch `z_std`.
+The export is the target encoder, without class token: evaluate `--layers patches`. Collapse does
+not show in the loss, which then goes to 0: watch `z_std`.
 
 As in the official code (facebookresearch/ijepa), unlike the paper's text: one number decides both
 the area and the aspect of a block, so they rise together; blocks never touch the last row and
@@ -88,8 +88,7 @@ def parse_args(argv=None):
     group.add_argument("--predictor-depth", type=cli.pos_int, help="blocks of the predictor")
     group.add_argument("--momentum", type=cli.fraction, help="EMA momentum of the target in the "
                        "first step, a line takes it to 1; lower for short runs")
-    group.add_argument("--start-lr", type=cli.not_negative, help="per 256 images, where the "
-                       "warm-up begins")
+    group.add_argument("--start-lr", type=cli.not_negative, help="per 256 images, first step")
     group.add_argument("--final-lr", type=cli.not_negative, help="per 256 images, at the end")
     group.add_argument("--final-weight-decay", type=cli.not_negative, help="at the end")
     group.add_argument("--stretch", type=cli.positive, help="schedules are those of a run so many "
@@ -144,7 +143,6 @@ def sample_masks(rng: np.random.Generator, rows: int, columns: int, sizes=None,
     """Draw the blocks of an image of rows x columns patches.
 
     Args:
-        rng: the only source of randomness.
         sizes: `block_sizes` of the image's batch; drawn as well if not given.
         num_targets: T.
         min_keep: a context has more patches. After every 20 blocks that leave no more, it may
@@ -227,8 +225,7 @@ class IJEPA(nn.Module):
         x = torch.cat([seen.repeat_interleave(targets.shape[1], dim=0), asked], dim=1)
         for block in self.blocks:
             x = block(x)
-        x = self.predict(self.norm(x[:, context.shape[1] :]))
-        return x.unflatten(0, targets.shape[:2])
+        return self.predict(self.norm(x[:, context.shape[1] :])).unflatten(0, targets.shape[:2])
 
 
 class Target(nn.Module):
@@ -266,10 +263,7 @@ def prediction_loss(predictions: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def update_ema(target: nn.Module, online: nn.Module, momentum: float) -> None:
-    """Move the target's parameters to the online network's of the same names.
-
-    They keep a share `momentum` of their own.
-    """
+    """Move the target's parameters to the online network's of the same names, keeping a share."""
     old = dict(target.named_parameters())
     torch._foreach_lerp_([*old.values()], [*map(online.get_parameter, old)], 1 - momentum)
 
