@@ -112,8 +112,7 @@ def parse_args(argv=None):
     parser, group = cli.method_parser(__file__, __doc__, backbones.VITS, crops="multi",
                                       batch_norm=False)
     group.add_argument("--method", choices=("dinov2", "ibot"), help="whose rules hold, see above")
-    group.add_argument("--patch-size", type=cli.pos_int,
-                       help="side of a patch in pixels; smaller is better, and slower")
+    group.add_argument("--patch-size", type=cli.pos_int, help="side of a patch in pixels")
     group.add_argument("--drop-path", type=cli.fraction, help="stochastic depth of the student")
     group.add_argument("--layer-scale", type=cli.not_negative, help="its start; 0: none")
     group.add_argument("--registers", type=cli.nonneg_int, help="tokens beside the class token")
@@ -123,8 +122,7 @@ def parse_args(argv=None):
     group.add_argument("--jitter-strength", type=cli.not_negative, help="strength of colour jitter")
     group.add_argument("--blur", action=cli.Switch, help="Gaussian blur, of each crop its own rate")
     group.add_argument("--mask-probability", type=cli.fraction, help="share of masked global crops")
-    group.add_argument("--mask-ratio", type=cli.fraction, nargs=2,
-                       help="smallest, largest share of their patches")
+    group.add_argument("--mask-ratio", type=cli.fraction, nargs=2, help="range of a crop's share")
     group.add_argument("--hidden-dim", type=cli.pos_int, help="width of the head's hidden layers")
     group.add_argument("--bottleneck-dim", type=cli.pos_int, help="D, before the last layer")
     group.add_argument("--num-outputs", type=cli.pos_int,
@@ -134,8 +132,7 @@ def parse_args(argv=None):
     group.add_argument("--patch-head", type=cli.pos_int, nargs="*", metavar="SIZE",
                        help="what patches have of their own: nothing; K outputs: a last layer; "
                        "hidden width, D and K: a head")
-    group.add_argument("--norm-last-layer", action=cli.Switch, help="keep last layers' rows at "
-                       "norm 1: steadier")
+    group.add_argument("--norm-last-layer", action=cli.Switch, help="rows at norm 1: steadier")
     group.add_argument("--freeze-last-layer-epochs", type=cli.nonneg_int,
                        help="last layers frozen so long; more, if the loss does not fall")
     group.add_argument("--student-temperature", type=cli.positive,
@@ -157,14 +154,12 @@ def parse_args(argv=None):
                        help="EMA momentum of the teacher in the first step, a cosine takes it to "
                        "1; higher for small batches")
     group.add_argument("--final-lr", type=cli.not_negative, help="per 256, where the cosine ends")
-    group.add_argument("--layer-decay", type=cli.positive,
-                       help="factor of the rate from each block to the one before")
-    group.add_argument("--patch-embed-lr", type=cli.positive,
-                       help="one more factor of the rate of the patches' projection")
+    group.add_argument("--layer-decay", type=cli.positive, help="a block's rate by the next one's")
+    group.add_argument("--patch-embed-lr", type=cli.positive, help="patch projection's factor more")
     group.add_argument("--final-weight-decay", type=cli.not_negative,
                        help="where a cosine takes it; a low start lets the loss fall early")
-    group.add_argument("--clip-norm", type=cli.not_negative, help="largest gradient norm of a "
-                       "parameter or network; 0: none; lower it if the loss jumps")
+    group.add_argument("--clip-norm", type=cli.not_negative,
+                       help="largest gradient norm; 0: none; lower it if the loss jumps")
     args = cli.parse(parser, RECIPES, argv)
     if any(size % args.patch_size for size in args.crop_sizes):
         sizes = " ".join(map(str, args.crop_sizes))
@@ -172,6 +167,10 @@ def parse_args(argv=None):
                      f"{args.patch_size}")
     if args.mask_ratio[0] > args.mask_ratio[1]:
         parser.error("--mask-ratio {:g} {:g} is not a range".format(*args.mask_ratio))
+    side = args.crop_sizes[0] // args.patch_size
+    if args.patch_weight and (side == 1 or int(side**2 * args.mask_ratio[1]) == 0):
+        parser.error(f"--mask-ratio {args.mask_ratio[1]:g} masks none of {side} x {side} patches; "
+                     "use more or smaller ones, or pass --patch-weight 0")
     if len(args.patch_head) not in (0, 1, 3):
         parser.error(f"--patch-head has {len(args.patch_head)} values; give none, one or three")
     if args.targets == "sinkhorn" and cli.peek(argv, "--center-momentum", float) is not None:
@@ -394,9 +393,8 @@ def centered_targets(logits: Tensor, center: Tensor, temperature: float) -> Tens
 def sinkhorn_targets(logits: Tensor, temperature: float, iterations: int) -> Tensor:
     """Turn teacher logits (M, K) into probabilities that use every output equally.
 
-    One iteration scales each output to the same mass over all processes, then each row to the mass
-    1. On logarithms: exp(logit / temperature) may overflow float32. M may differ between processes,
-    and be 0.
+    One iteration scales each output to the same mass over all processes, then each row to mass 1.
+    On logarithms: exp(logit / temperature) may overflow. M may differ between processes, and be 0.
 
     Reference: DINOv2, section 4; SwAV, arXiv 2006.09882, section 3.1.
     """
@@ -474,8 +472,7 @@ def update_center(center: Tensor, teacher: Tensor, momentum: float) -> None:
     """
     teacher = teacher.to(center.dtype)
     total = torch.cat([teacher.sum(0), teacher.new_full((1,), len(teacher))])
-    total = comm.sum_over_processes(total)
-    total, count = total[:-1], total[-1]
+    total, count = comm.sum_over_processes(total).tensor_split([-1])
     center.lerp_(total / count.clamp(min=1), (1 - momentum) * (count > 0).to(total.dtype))
 
 
@@ -641,14 +638,13 @@ def main(args):
                         global_views, [], batch.drawn, mean_of_all=ibot)
                 h, z, predicted, patch_predicted, _ = ddp_model(
                     global_views, local_views, batch.drawn, mask)
-            class_temperature, patch_temperature = (t[step // period] for t in temperatures)
+            temperature, patch_temperature = (t[step // period] for t in temperatures)
             if centers:  # 2. targets
-                targets = centered_targets(logits, centers["center"], class_temperature)
+                targets = centered_targets(logits, centers["center"], temperature)
                 patch_targets = centered_targets(patch_logits, centers["patch_center"],
                                                  patch_temperature)
             else:
-                targets = sinkhorn_targets(logits.flatten(0, 1), class_temperature, 3)
-                targets = targets.view_as(logits)
+                targets = sinkhorn_targets(logits.flatten(0, 1), temperature, 3).view_as(logits)
                 patch_targets = sinkhorn_targets(patch_logits, patch_temperature, 3)
             losses = {  # 3. predict
                 "class_loss": dino_loss(predicted, targets, args.student_temperature),

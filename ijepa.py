@@ -13,8 +13,8 @@ arXiv 2301.08243.
 Letters: N images per process, L patches of an image, D backbone width, E predictor width, T target
 blocks, K patches of the context, M of a target block.
 
-The target encoder is what a run exports. There is no class token: evaluate `--layers patches`.
-Collapse does not show in the loss, which then goes to 0: watch `z_std`.
+The export is the target encoder, without class token: evaluate `--layers patches`. Collapse does
+not show in the loss, which then goes to 0: watch `z_std`.
 
 As in the official code (facebookresearch/ijepa), unlike the paper's text: one number decides both
 the area and the aspect of a block, so they rise together; blocks never touch the last row and
@@ -90,8 +90,7 @@ def parse_args(argv=None):
     group.add_argument("--predictor-depth", type=cli.pos_int, help="blocks of the predictor")
     group.add_argument("--momentum", type=cli.fraction, help="EMA momentum of the target in the "
                        "first step, a line takes it to 1; lower for short runs")
-    group.add_argument("--start-lr", type=cli.not_negative, help="per 256 images, where the "
-                       "warm-up begins")
+    group.add_argument("--start-lr", type=cli.not_negative, help="per 256 images, first step")
     group.add_argument("--final-lr", type=cli.not_negative, help="per 256 images, at the end")
     group.add_argument("--final-weight-decay", type=cli.not_negative, help="at the end")
     group.add_argument("--stretch", type=cli.positive, help="schedules are those of a run so many "
@@ -125,15 +124,6 @@ def photo_views(image_size, crop_scale):
     ])]
 
 
-def digit_views(image_size, crop_scale):
-    """One view that leaves a digit what it is: it is moved, never mirrored."""
-    return [(image_size, [
-        augment.RandomAffine(degrees=15, translate=0.1, scale=(0.8, 1.2), shear=10, fill=0,
-                             interpolation="bilinear"),
-        augment.RandomResizedCrop(crop_scale, ratio=(3 / 4, 4 / 3), interpolation="bilinear"),
-    ])]
-
-
 # -------------------------------------------------------------------------------------------- masks
 
 
@@ -155,7 +145,6 @@ def sample_masks(rng: np.random.Generator, rows: int, columns: int, sizes=None,
     """Draw the blocks of an image of rows x columns patches.
 
     Args:
-        rng: the only source of randomness.
         sizes: `block_sizes` of the image's batch; drawn as well if not given.
         num_targets: T.
         min_keep: a context has more patches. After every 20 blocks that leave no more, it may
@@ -238,8 +227,7 @@ class IJEPA(nn.Module):
         x = torch.cat([seen.repeat_interleave(targets.shape[1], dim=0), asked], dim=1)
         for block in self.blocks:
             x = block(x)
-        x = self.predict(self.norm(x[:, context.shape[1] :]))
-        return x.unflatten(0, targets.shape[:2])
+        return self.predict(self.norm(x[:, context.shape[1] :])).unflatten(0, targets.shape[:2])
 
 
 class Target(nn.Module):
@@ -277,10 +265,7 @@ def prediction_loss(predictions: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def update_ema(target: nn.Module, online: nn.Module, momentum: float) -> None:
-    """Move the target's parameters to the online network's of the same names.
-
-    They keep a share `momentum` of their own.
-    """
+    """Move the target's parameters to the online network's of the same names, keeping a share."""
     old = dict(target.named_parameters())
     torch._foreach_lerp_([*old.values()], [*map(online.get_parameter, old)], 1 - momentum)
 
@@ -298,7 +283,7 @@ def indicators(z: Tensor, targets: Tensor) -> dict[str, Tensor]:
 
 
 def build_views(args):
-    make = {"photo": photo_views, "digits": digit_views}[args.views]
+    make = {"photo": photo_views, "digits": augment.moved_digit}[args.views]
     views = make(args.image_size, args.crop_scale)
     return augment.normalized(views, args.in_chans, args.mean, args.std)
 

@@ -91,15 +91,6 @@ def photo_views(image_size, crop_scale):
     ])]
 
 
-def digit_views(image_size, crop_scale):
-    """One view that leaves a digit what it is: it is moved, never mirrored."""
-    return [(image_size, [
-        augment.RandomAffine(degrees=15, translate=0.1, scale=(0.8, 1.2), shear=10, fill=0,
-                             interpolation="bilinear"),
-        augment.RandomResizedCrop(crop_scale, ratio=(3 / 4, 4 / 3), interpolation="bilinear"),
-    ])]
-
-
 # -------------------------------------------------------------------------------------------- model
 
 
@@ -253,7 +244,7 @@ def indicators(images: Tensor, mask: Tensor, patch_size: int, norm_pix: bool) ->
 
 
 def build_views(args):
-    make = {"photo": photo_views, "digits": digit_views}[args.views]
+    make = {"photo": photo_views, "digits": augment.moved_digit}[args.views]
     views = make(args.image_size, args.crop_scale)
     return augment.normalized(views, args.in_chans, args.mean, args.std)
 

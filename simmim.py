@@ -88,6 +88,8 @@ def parse_args(argv=None):
     if args.drop_epoch >= args.epochs:
         parser.error(f"--drop-epoch {args.drop_epoch} is not among --epochs {args.epochs}; 0 is a "
                      "cosine")
+    if args.drop_epoch and cli.peek(argv, "--final-lr", float) is not None:
+        parser.error(f"--final-lr {args.final_lr:g} is of the cosine; pass --drop-epoch 0")
     return args
 
 
@@ -99,15 +101,6 @@ def photo_views(image_size, crop_scale):
     return [(image_size, [
         augment.RandomResizedCrop(crop_scale, ratio=(3 / 4, 4 / 3), interpolation="bilinear"),
         augment.HorizontalFlip(p=0.5),
-    ])]
-
-
-def digit_views(image_size, crop_scale):
-    """One view that leaves a digit what it is: it is moved, never mirrored."""
-    return [(image_size, [
-        augment.RandomAffine(degrees=15, translate=0.1, scale=(0.8, 1.2), shear=10, fill=0,
-                             interpolation="bilinear"),
-        augment.RandomResizedCrop(crop_scale, ratio=(3 / 4, 4 / 3), interpolation="bilinear"),
     ])]
 
 
@@ -219,7 +212,7 @@ def indicators(images: Tensor, mask: Tensor) -> dict[str, Tensor]:
 
 
 def build_views(args):
-    make = {"photo": photo_views, "digits": digit_views}[args.views]
+    make = {"photo": photo_views, "digits": augment.moved_digit}[args.views]
     views = make(args.image_size, args.crop_scale)
     return augment.normalized(views, args.in_chans, args.mean, args.std)
 

@@ -684,14 +684,21 @@ def normal_numbers(count: int, dtype: torch.dtype, device: torch.device) -> Tens
 # -------------------------------------------------------------------------------- views of a script
 
 
+def moved_digit(size: int, scale) -> list:
+    """One view that leaves a built-in digit what it is: it is moved, never mirrored."""
+    return [(size, [
+        RandomAffine(degrees=15, translate=0.1, scale=(0.8, 1.2), shear=10, fill=0,
+                     interpolation="bilinear"),
+        RandomResizedCrop(scale, ratio=(3 / 4, 4 / 3), interpolation="bilinear"),
+    ])]
+
+
 def digit_views(crops: list, jitter: float, blur: bool) -> list:
-    """Views of the built-in digits, in every method: moved and shaded, never mirrored."""
+    """Views of the built-in digits for methods that compare views: moved, and shaded as well."""
     views = []
     for count, size, scale in crops:
         steps = [
-            RandomAffine(degrees=15, translate=0.1, scale=(0.8, 1.2), shear=10, fill=0,
-                         interpolation="bilinear"),
-            RandomResizedCrop(scale, ratio=(3 / 4, 4 / 3), interpolation="bilinear"),
+            *moved_digit(size, scale)[0][1],
             ColorJitter(jitter, jitter, saturation=0.0, hue=0.0, p=0.8),
             GaussianBlur(sigma=(0.1, 1.0), p=0.5 if blur else 0.0),
         ]

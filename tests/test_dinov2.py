@@ -62,6 +62,8 @@ def test_the_ibot_recipe_is_its_readmes():
     [
         (["--crop-sizes", "18"], "--crop-sizes 18 are not all multiples of --patch-size"),
         (["--mask-ratio", "0.5", "0.1"], "--mask-ratio 0.5 0.1"),
+        (["--patch-size", "16"], "--mask-ratio 0.5 masks none of 1 x 1 patches"),
+        (["--mask-ratio", "0", "0.06"], "--mask-ratio 0.06 masks none of 4 x 4 patches"),
         (["--center-momentum", "0.5"], "--center-momentum 0.5 is of --targets centering"),
         (["--patch-head", "8", "8"], "--patch-head has 2 values"),
         (["--koleo-weight", "0.1", "--batch-size", "1"], "--batch-size 1 gives one image"),

@@ -31,6 +31,7 @@ def test_the_imagenet_recipe_is_the_official_configuration_of_vit_b():
         (["--mask-ratio", "0"], "hides 0 of 16 cells"),
         (["--mask-ratio", "0.95"], "hides 16 of 16 cells"),
         (["--drop-epoch", "100"], "--drop-epoch 100 is not among --epochs 80"),
+        (["--drop-epoch", "9", "--final-lr", "0.1"], "--final-lr 0.1 is of the cosine"),
         (["--clip", "0"], "'0'"),
         (["--arch", "resnet18"], "resnet18"),
     ],
