@@ -188,9 +188,9 @@ class VisionTransformer(nn.Module):
     """A plain vision transformer: class token and patches, pre-norm blocks, a last layer norm.
 
     Images may have another size at any time, if its sides are multiples of the patch: the position
-    embedding is then interpolated, with antialiasing if there are registers. This is how DINOv2's
-    weights are used by their authors, with registers and without; timm antialiases always, which
-    makes other features of weights without registers away from their own size (518 px).
+    embedding is then interpolated, in training without antialiasing, as all authors do. Loading
+    released weights with registers sets `antialias`, for so their authors use them; timm does it
+    always, which makes other features of DINOv2's weights without registers away from 518 px.
 
     Args:
         dim, depth, num_heads: width of the tokens, number of blocks, attention heads of each.
@@ -221,7 +221,8 @@ class VisionTransformer(nn.Module):
     ):
         super().__init__()
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        self.num_features, self.patch_size, self.recompute = dim, patch_size, False
+        self.num_features, self.patch_size = dim, patch_size
+        self.recompute = self.antialias = False
         self.grid = self.grid_of(height, width)  # (rows, columns) that pos_embed is made for
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
         self.reg_token = nn.Parameter(torch.zeros(1, registers, dim)) if registers else None
@@ -265,8 +266,8 @@ class VisionTransformer(nn.Module):
         if mask is not None:
             patches = torch.where(mask[:, :, None], mask_token.to(patches.dtype), patches)
         positions = self.pos_embed[:, -math.prod(self.grid):]  # the class token's may come first
-        wanted, antialias = self.grid_of(*images.shape[2:]), self.reg_token is not None
-        return patches + resample_positions(positions, self.grid, wanted, antialias)
+        wanted = self.grid_of(*images.shape[2:])
+        return patches + resample_positions(positions, self.grid, wanted, self.antialias)
 
     def encode(self, patches: Tensor, last: int = 1) -> list[Tensor]:
         """`tokens` of patches that are embedded already: all of an image's, or some (N, L, D)."""

@@ -316,7 +316,7 @@ def starting_weights(args, flag: str) -> tuple[dict, str]:
     if wanted and backbone.grid != wanted:
         first, table = state["pos_embed"].tensor_split([-math.prod(backbone.grid)], dim=1)
         table = backbones.resample_positions(table, backbone.grid, wanted,
-                                             antialias=backbone.reg_token is not None)
+                                             backbone.antialias)
         state["pos_embed"] = torch.cat([first, table], dim=1)
         comm.print_main("positions resampled from {} x {} patches to {} x {}".format(
             *backbone.grid, *wanted))

@@ -83,6 +83,8 @@ def load_backbone(backbone: nn.Module, path: str) -> None:
             raise RunError(f"{path} (MoCo v3) has 12 attention heads, which no tensor shows; pass "
                            "--arch vit_small_12heads")
         fit_transformer(backbone, found)
+        ours = isinstance(getattr(loaded, "_metadata", {}).get("settings"), dict)
+        backbone.antialias = backbone.reg_token is not None and not ours
     wanted = backbone.state_dict()
     for key in wanted:  # a counter that older files do not have and no forward uses
         if key.endswith("num_batches_tracked"):

@@ -15,6 +15,7 @@ import torch
 import torchvision
 
 from common import backbones
+from common.checkpoint import described
 from common.distributed import RunError
 from common.weights import load_backbone, load_tensors
 
@@ -576,6 +577,10 @@ def test_metas_names_of_dinov2(registers, wrap, tmp_path, capsys):
     assert "mask_token" in capsys.readouterr().out
     with torch.no_grad():
         assert torch.equal(backbone(images), trained(images))
+    assert backbone.antialias == (registers > 0)  # as its authors use them
+    torch.save(described(trained.state_dict(), {"arch": "vit_micro"}), tmp_path / "ours.pth")
+    load_backbone(backbone, str(tmp_path / "ours.pth"))
+    assert not backbone.antialias  # as it was trained
 
 
 def micro_of(**parts):
