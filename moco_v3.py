@@ -64,7 +64,7 @@ RECIPES = {
         arch="resnet_tiny", stem="small", image_size=16, patch_size=4, mean=[0.5], std=[0.5],
         views="digits", crop_scale=[0.6, 1.0], blur=False,
         hidden_dim=256, embedding_dim=64, temperature=0.2, momentum=0.96,
-        epochs=50, batch_size=128, lr=4.0, weight_decay=1e-6, warmup_epochs=5,
+        epochs=30, batch_size=128, lr=4.0, weight_decay=1e-6, warmup_epochs=5,
     ),
 }
 
