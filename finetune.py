@@ -33,6 +33,7 @@ layer norm behind the pool, as it is where the evaluations load MAE's fine-tuned
 """
 
 import argparse
+import contextlib
 import math
 import os
 import re
@@ -147,10 +148,13 @@ def parse_args(argv=None):
     labelled.sweep_flags(group)
 
     # What the checkpoint and the protocol say, then the flags
+    checkpoint = cli.peek(argv, "--checkpoint", str) or "random"
+    if checkpoint == "pixels":
+        parser.error("--checkpoint pixels has no weights; give a run folder, a file or random")
+    given = features.Checkpoint(checkpoint, None, {})
+    with contextlib.suppress(comm.RunError):  # nothing of that name: `main` says so
+        given = features.resolve_checkpoint(checkpoint)
     try:
-        given = features.resolve_checkpoint(cli.peek(argv, "--checkpoint", str) or "random")
-        if given.name == "pixels":
-            parser.error("--checkpoint pixels has no weights; give a run folder, a file or random")
         data = cli.peek(argv, "--data", str) or given.settings.get("data", "digits")
         protocol = cli.peek(argv, "--protocol", str)
         if given.weights is None:
@@ -456,6 +460,8 @@ def test(model: Classifier, images, args, world) -> dict:
 
 def main(args):
     world = comm.setup(args.device, args.deterministic)
+    with comm.same_error_on_all_ranks():
+        features.resolve_checkpoint(args.checkpoint)
     if args.arch in backbones.VITS and args.optimizer != "adamw":
         comm.print_main(f"warning: the rates of --protocol {args.protocol} are for ResNets, and "
                         f"{args.arch} is a transformer")
