@@ -426,6 +426,8 @@ def child(repo: str, names: list[str]) -> None:
                 if shadow is not None:
                     return shadow.to(kwargs.get("dtype") or shadow.dtype)
                 made = torch.empty(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+                if made.dtype == torch.int64 and made.dim():
+                    return made.zero_()  # classes and indices
                 return made.fill_(guess(made.dtype))
             if func in WAITS:
                 Watch.add("sync", f"{word} at {where()}")

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import eval_knn
-from common import backbones, features as frozen, knn
+from common import backbones, knn, labelled
 from common.distributed import RunError
 from common.images import open_images
 
@@ -676,7 +676,7 @@ def test_an_evaluation_fetches_images_if_told_to(name, monkeypatch):
         asked.append(download)
         raise RunError("enough")
 
-    monkeypatch.setattr(frozen, "open_images", refuse)
+    monkeypatch.setattr(labelled, "open_images", refuse)
     for flags in ([], ["--download"]):
         with pytest.raises(RunError, match="enough"):
             evaluation.main(evaluation.parse_args(["--checkpoint", "pixels", *flags]))
