@@ -20,7 +20,7 @@ Letters: N images, D feature size, K clusters.
 Reference: Yan et al., ClusterFit, arXiv 1912.03330; numbers as in VISSL.
 
     python clusterfit.py --checkpoint runs/simclr --num-clusters 16000 --output runs/clusterfit
-    python clusterfit.py --checkpoint random --num-clusters 100 --output runs/clusterfit-digits
+    python clusterfit.py --checkpoint runs/simclr-digits --num-clusters 30 --output runs/clusters
 """
 
 import os
@@ -150,6 +150,8 @@ def main(args):
         with comm.same_error_on_all_ranks(writing=args.output):
             if world.is_main:
                 write(args.output, ending, assignment, images)
+    path = os.path.join(args.output, "assignments.npy")
+    comm.print_main(f"to train on them: finetune.py --checkpoint random --labels {path}")
     features.print_json(line)
 
 

@@ -200,7 +200,9 @@ def parse_args(argv=None):
     if args.output is None:
         source, start = (re.sub(r"\.\w+$", "", os.path.basename(os.path.normpath(name)))
                          for name in (args.data, args.checkpoint))
-        parts = "finetune", source, protocol, args.train_fraction or args.train_images, start
+        labels = args.labels and os.path.basename(os.path.dirname(os.path.abspath(args.labels)))
+        part = args.train_fraction or args.train_images
+        parts = "finetune", source, protocol, labels, part, start
         args.output = os.path.join("runs", "-".join(str(part) for part in parts if part))
     cli.check(parser, args)
     return args

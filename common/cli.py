@@ -81,7 +81,8 @@ def parser(script: str, description: str) -> Parser:
     source_flags(data)
     data.add_argument("--limit", type=pos_int, metavar="N", help="number of images, evenly spaced")
     run = made.add_argument_group("run (none of these changes the method; --amp its precision)")
-    run.add_argument("--output", metavar="FOLDER", help="default: runs/<script>-<data>-<arch>")
+    run.add_argument("--output", metavar="FOLDER", help="default: in runs/, named by "
+                     "script, data, backbone and method")
     run_flags(run)
     run.add_argument("--keep-every", type=pos_int, metavar="EPOCHS",
                      help="keep backbone-epoch0010.pth and so on beside the newest")

@@ -284,8 +284,8 @@ def read_labels(path: str, count: int) -> np.ndarray:
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu" or (
             array.ndim not in (1, 2) or array.shape[-1] != count or not array.size):
         found = f"{array.dtype} of shape {array.shape}" if hasattr(array, "dtype") else "a .npz"
-        raise RunError(f"--labels {path}: {found}; wanted whole numbers, one for each of the "
-                           f"{count} images of --data")
+        raise RunError(f"--labels {path}: {found}; wanted a whole number for each of the {count} "
+                       "images of --data (with the same --limit as the labels were made with)")
     return (array[0] if array.ndim == 2 else array).astype(np.int64)
 
 

@@ -227,7 +227,7 @@ def test_given_labels_are_numbered_and_negative_ones_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("array, message", [
-    (np.zeros(63, int), r"int64 of shape \(63,\); wanted whole numbers, one for each of the 64"),
+    (np.zeros(63, int), r"int64 of shape \(63,\); wanted a whole number for each of the 64"),
     (np.zeros(64), "float64 of shape"),
     (np.zeros((64, 2), int), r"\(64, 2\)"),
     (np.zeros((0, 64), int), r"\(0, 64\)"),
