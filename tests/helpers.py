@@ -23,7 +23,7 @@ EXTRA: dict[str, list[str]] = {  # what a script needs for a tiny run
     "deepcluster_v2": ["--num-clusters", "8", "8"],
     "densecl": ["--bn-groups", "2", "--dense-warmup-steps", "1"],
     "dino": ["--freeze-last-layer-epochs", "0", *SMALL_CROPS],
-    "dinov2": SMALL_CROPS,
+    "dinov2": ["--targets", "centering", *SMALL_CROPS],  # whose centres are to be remembered
     "ijepa": ["--start-lr", "0.0005", "--final-weight-decay", "0.04"],
     "lejepa": SMALL_CROPS,
     "moco": ["--bn-groups", "2"],

@@ -330,9 +330,10 @@ def traced(folder, *flags):
 
 
 def test_processes_change_nothing_for_contexts_are_cut_alike(pool, tmp_path):
-    losses, sizes, weights = pool.run(1, traced, tmp_path / "1")[0]
+    flags = ["--image-size", "32"]  # a grid with contexts of many sizes
+    losses, sizes, weights = pool.run(1, traced, tmp_path / "1", *flags)[0]
     for size in (2, 4):
-        others = pool.run(size, traced, tmp_path / str(size))
+        others = pool.run(size, traced, tmp_path / str(size), *flags)
         np.testing.assert_allclose(others[0][0], losses, rtol=1e-6)
         assert all(other[1] == sizes for other in others)  # the smallest of the global batch
         for name, weight in weights.items():
