@@ -46,7 +46,15 @@ STEPS = {  # script, backbone, a batch for a card of 139 GB (half of it for one 
     "MoCo v2": ["moco", "resnet50", 1024, "--bn-groups", 1],  # a GPU's share of eight
     "DINO 2x224 + 8x96": ["dino", "vit_small", 512, "--drop-path", 0],  # the peer's has none
     "MAE": ["mae", "vit_base", 1024],
+    "SimSiam": ["simsiam", "resnet50", 512],
+    "BYOL": ["byol", "resnet50", 512],
+    "MoCo v3": ["moco_v3", "resnet50", 512],
+    "VICReg": ["vicreg", "resnet50", 512],
+    "DINOv2 2x224 + 8x96": ["dinov2", "vit_small", 256],
+    "SimMIM": ["simmim", "vit_base", 512],
+    "I-JEPA": ["ijepa", "vit_base", 512, "--patch-size", 16],
 }
+NO_PEER = ("DINOv2 2x224 + 8x96", "SimMIM", "I-JEPA")
 LOADERS = ("SimCLR", "SwAV 2x224 + 6x96")
 PARTS = {  # a job's name to throughput.py's side and part, and the seconds that it usually takes
     "peak": ("ours", "peak", 20), "flops": ("ours", "flops", 30), "step": ("ours", "step", 60),
@@ -70,6 +78,8 @@ images of 200 / 800 epochs at batch 512, by lightly (MoCo: by its authors' noteb
 head). Ours: the last epoch; MAE is ViT-S/4, mean of patches."""
 SMALL = {  # of a rehearsal
     "swav": ["--num-prototypes", 10], "dino": ["--num-outputs", 64],
+    "dinov2": ["--num-outputs", 64], "ijepa": ["--patch-size", 4, "--predictor-dim", 96],
+    "simmim": ["--patch-size", 4, "--cell-size", 8],
     "barlow_twins": ["--projector-dim", 64, "--embedding-dim", 64], "moco": ["--queue-length", 64],
     "mae": ["--decoder-dim", 64, "--decoder-depth", 1, "--decoder-heads", 4],
     "deepcluster_v2": ["--num-clusters", 10, 10],
@@ -213,7 +223,7 @@ def measure(args, name: str) -> dict:
         arch = "vit_micro" if arch.startswith("vit") else "resnet_tiny"
         batch, size, warmup, steps = 8, 32, 1, 2
         flags += [*SMALL.get(script, []),
-                  *(["--crop-sizes", 32, 16] if script in ("swav", "dino") else [])]
+                  *(["--crop-sizes", 32, 16] if script in ("swav", "dino", "dinov2") else [])]
     if args.left() < usual * args.pace:
         raise OutOfTime
     found = last_json(run(args, [
@@ -308,7 +318,8 @@ def train(args, name: str, result: dict) -> None:
 
 def all_jobs() -> list[str]:
     kinds = ("flops", "step", "compile", "lightly")
-    return ["peak", *(f"{kind}/{title}" for title in STEPS for kind in kinds),
+    return ["peak", *(f"{kind}/{title}" for title in STEPS for kind in kinds
+                      if kind != "lightly" or title not in NO_PEER),
             *(f"loader/{title}" for title in LOADERS), *(f"cifar10/{name}" for name in CIFAR10)]
 
 

@@ -33,6 +33,8 @@ MEAN_STD = ["--mean", "0.4914", "0.4822", "0.4465", "--std", "0.247", "0.2435", 
 RESNET = ["--arch", "resnet18_quarter", "--stem", "small"]
 CLUSTERS = ["--lr", "2", "--final-lr", "0.002", "--crop-scales", "0.14", "1",
             "--jitter-strength", "0.5"]
+VIT = ["--arch", "vit_micro", "--num-crops", "2", "4", "--crop-sizes", "32", "16", "--crop-scales",
+       "0.3", "1", "0.1", "0.3", "--momentum", "0.99", "--lr", "1e-3", "--warmup-epochs", "1"]
 METHODS = {  # our script, and what it is given beyond the cifar10 recipe for so short a run
     "SimCLR": ["simclr", *RESNET, "--warmup-epochs", "1"],
     "MoCo v2": ["moco", *RESNET, "--warmup-epochs", "1", "--lr", "0.12", "--mlp-head",
@@ -61,10 +63,25 @@ METHODS = {  # our script, and what it is given beyond the cifar10 recipe for so
     "Rotation": ["pretext", *RESNET, "--warmup-epochs", "1"],
     "Jigsaw": ["pretext", "--task", "jigsaw", *RESNET, "--warmup-epochs", "1"],
     "Relative location": ["pretext", "--task", "location", *RESNET, "--warmup-epochs", "1"],
+    "DeepCluster": ["deepcluster_odc", *RESNET, "--warmup-epochs", "1", "--num-clusters", "100"],
+    "ODC": ["deepcluster_odc", "--method", "odc", *RESNET, "--warmup-epochs", "1",
+            "--num-clusters", "100"],
+    "DINO ViT": ["dino", *VIT, "--optimizer", "adamw", "--no-bn-in-head", "--hidden-dim", "1024",
+                 "--bottleneck-dim", "128", "--num-outputs", "4096", "--weight-decay", "0.04",
+                 "--final-weight-decay", "0.2"],
+    "DINOv2": ["dinov2", *VIT, "--drop-path", "0"],
+    "iBOT": ["dinov2", "--method", "ibot", *VIT, "--drop-path", "0", "--koleo-weight", "0"],
+    "I-JEPA": ["ijepa", "--arch", "vit_micro", "--predictor-dim", "96", "--predictor-depth", "2",
+               "--warmup-epochs", "1", "--lr", "2e-3"],
+    "SimMIM": ["simmim", "--arch", "vit_micro", "--drop-path", "0", "--warmup-epochs", "1",
+               "--lr", "1e-3"],
     "MAE": ["mae", "--arch", "vit_micro", "--decoder-dim", "96", "--decoder-depth", "2",
             "--decoder-heads", "3", "--warmup-epochs", "1", "--lr", "1e-3"],
 }
-TRANSFORMERS = {"MAE": "patches"}  # and the layer that is evaluated
+TRANSFORMERS = {  # and the layer that is evaluated
+    "MAE": "patches", "SimMIM": "patches", "I-JEPA": "patches", "DINO ViT": "cls",
+    "DINOv2": "cls", "iBOT": "cls",
+}
 PEERS = (
     "SimCLR", "MoCo v2", "MoCo v3", "SimSiam", "BYOL", "SwAV", "DINO", "Barlow Twins", "VICReg",
 )

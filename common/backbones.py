@@ -471,5 +471,7 @@ def compile(*modules: nn.Module, dynamic: bool = False) -> None:
     # A block's code is compiled anew for every rate of stochastic depth, crop size and mode; after
     # 8 times torch would go on uncompiled.
     torch._dynamo.config.recompile_limit = 128
+    if dynamic:  # fails on sizes that change (torch 2.11 on CUDA)
+        config.triton.coalesce_tiling_analysis = False
     for module in modules:
         module.compile(dynamic=dynamic)
