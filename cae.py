@@ -32,9 +32,7 @@ is normalised, not to what comes before; the second pass drops depth as well.
 
 import functools
 import math
-import re
 import sys
-from collections import OrderedDict
 
 import numpy as np
 import torch
@@ -42,6 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import augment, backbones, cli, distributed as comm, features, optim, rng, weights
+from common.discrete_vae import load_encoder
 from common.images import open_images
 from common.kmeans import first_centroids, kmeans, nearest_centroids, own_part
 from common.training import Training
@@ -68,7 +67,7 @@ RECIPES = {
     "digits": IMAGENET | dict(
         arch="vit_micro", patch_size=4, image_size=16, mean=[0.5], std=[0.5],
         views="digits", crop_scale=[0.6, 1.0], min_block=2,
-        vocabulary_size=64, vocabulary_images=1000, regressor_depth=2, decoder_depth=2,
+        vocabulary_size=32, vocabulary_images=1000, regressor_depth=2, decoder_depth=2,
         drop_path=0.0, epochs=80, batch_size=128, lr=4e-3, final_lr=4e-5, warmup_epochs=5,
     ),
 }
@@ -251,80 +250,29 @@ def normalized_patches(images: Tensor, patch_size: int) -> Tensor:
     return F.layer_norm(patches, patches.shape[2:], eps=1e-6)
 
 
-class DiscreteVAE(nn.Module):
-    """The encoder of DALL-E's discrete VAE: images at 8 pixels a place to logits of words.
+def learn_words(patches: Tensor, num_words: int, iterations: int, seed: int,
+                device: torch.device) -> Tensor:
+    """Centroids (K, C*P*P) of patches (n, C*P*P) that are equal on every process, by k-means.
 
-    Reference: Ramesh et al., arXiv 2102.12092, appendix A.1; tensors are named as released.
+    Each process works on a part of the patches, on its device; the start is drawn from the seed.
     """
-
-    def __init__(self, width: int, num_words: int):
-        super().__init__()
-        self.num_words = num_words
-        parts = {"input": nn.Conv2d(3, width, 7, padding="same")}
-        for group, outputs in enumerate((width, 2 * width, 4 * width, 8 * width), start=1):
-            inputs = outputs if group == 1 else outputs // 2
-            parts[f"group_{group}"] = nn.Sequential(OrderedDict(
-                block_1=VAEBlock(inputs, outputs), block_2=VAEBlock(outputs, outputs),
-                pool=nn.MaxPool2d(2) if group < 4 else nn.Identity()))
-        parts["output"] = nn.Sequential(OrderedDict(
-            relu=nn.ReLU(), conv=nn.Conv2d(8 * width, num_words, 1)))
-        self.blocks = nn.Sequential(OrderedDict(parts))
-
-    @torch.no_grad()
-    def forward(self, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Words int64 (N, L) of grid (rows, columns) of images (N, 3, H, W) from 0 to 1."""
-        small = F.interpolate(pixels, [8 * side for side in grid], mode="bicubic", antialias=True)
-        return self.blocks(0.8 * small.clamp(0, 1) + 0.1).argmax(1).flatten(1)
+    own = own_part(patches).to(device)
+    start = first_centroids(own, num_words, rng.philox(seed, rng.CLUSTERS))
+    return kmeans(own, start, iterations)[0]
 
 
-class VAEBlock(nn.Module):
-    """Four convolutions whose small share is added to their input."""
-
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__()
-        hidden, parts = outputs // 4, {}
-        self.id_path = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
-        for number, sizes in enumerate((
-                (inputs, hidden, 3), (hidden, hidden, 3), (hidden, hidden, 3),
-                (hidden, outputs, 1)), start=1):
-            parts |= {f"relu_{number}": nn.ReLU(),
-                      f"conv_{number}": nn.Conv2d(*sizes, padding="same")}
-        self.res_path = nn.Sequential(OrderedDict(parts))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.id_path(x) + self.res_path(x) / 64  # the square of the number of blocks
+def kmeans_words(images: Tensor, vocabulary: Tensor, patch_size: int) -> Tensor:
+    """Words int64 (N, L) of images (N, C, H, W): the nearest rows of the vocabulary."""
+    patches = normalized_patches(images, patch_size)
+    return nearest_centroids(patches.flatten(0, 1), vocabulary).view(patches.shape[:2])
 
 
-def load_tokenizer(path: str) -> DiscreteVAE:
-    """Build the discrete VAE's encoder from its state dict, of any width and vocabulary.
-
-    Raises:
-        RunError: a pickled module; a tensor is missing, unknown, of another shape or not finite.
-    """
-    try:
-        found = weights.load_tensors(path)
-    except comm.RunError as error:
-        remedy = ("; in an environment that trusts and loads it, torch.save its state_dict()"
-                  if "asks to run" in str(error) else "")
-        raise comm.RunError(f"--tokenizer {error}{remedy}") from error
-    found = found.get("state_dict", found)
-    found = {re.sub(r"\.w$", ".weight", re.sub(r"\.b$", ".bias", name)): value
-             for name, value in found.items()}
-    shapes = {name: tuple(getattr(value, "shape", ())) for name, value in found.items()}
-    first, last = (shapes.get(f"blocks.{name}.weight") for name in ("input", "output.conv"))
-    if not first or not last:
-        raise comm.RunError(f"--tokenizer {path} is not the discrete VAE's encoder: it has no "
-                            "blocks.input.w or no blocks.output.conv.w")
-    vae = DiscreteVAE(first[0], last[0])
-    wanted = {name: tuple(value.shape) for name, value in vae.state_dict().items()}
-    for name in sorted(wanted.keys() | shapes.keys()):
-        if wanted.get(name) != shapes.get(name):
-            raise comm.RunError(f"--tokenizer {path}: {name} is {shapes.get(name, 'none')}, not "
-                                f"{wanted.get(name, 'known')}")
-        if not found[name].isfinite().all():
-            raise comm.RunError(f"--tokenizer {path}: {name} is not finite")
-    vae.load_state_dict(found)
-    return vae.requires_grad_(False)
+def vae_words(images: Tensor, vae: nn.Module, mean: list[float], std: list[float],
+              grid: tuple[int, int]) -> Tensor:
+    """Words int64 (N, L) of normalised images (N, 3, H, W)."""
+    mean, std = (augment.constant(tuple(x), images.dtype, images.device).view(-1, 1, 1)
+                 for x in (mean, std))
+    return vae(images * std + mean, *grid)
 
 
 # --------------------------------------------------------------------------------------------- loss
@@ -352,16 +300,15 @@ def alignment_loss(latents: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def indicators(targets: Tensor, logits: Tensor, tokens: Tensor,
-               losses: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Logged beside the loss; targets (N, M, D) are the encoder's."""
-    logits = comm.upcast(logits)
-    share = torch.zeros_like(logits[0, 0]).index_add_(
-        0, tokens.flatten(), torch.ones_like(logits[:, :, 0]).flatten()) / tokens.numel()
+def indicators(z: Tensor, logits: Tensor, tokens: Tensor, losses: dict[str, Tensor]
+               ) -> dict[str, Tensor]:
+    """Logged beside the loss: on latents (N, D) of images, logits (N, M, K), words (N, M)."""
+    counts = torch.zeros_like(logits[0, 0], dtype=torch.float32)
+    counts.index_add_(0, tokens.flatten(), torch.ones_like(tokens.flatten(), dtype=counts.dtype))
     return {
-        "z_std": comm.upcast(targets).mean(1).std(0, correction=0).mean(),  # over images
-        "token_accuracy": (logits.argmax(2) == tokens).to(logits.dtype).mean(),
-        "token_entropy": torch.special.entr(share).sum(),  # what the words' frequencies leave
+        "z_std": comm.upcast(z).std(0, correction=0).mean(),  # of a channel over images; collapse 0
+        "token_accuracy": (logits.argmax(2) == tokens).float().mean(),
+        "token_entropy": torch.special.entr(counts / tokens.numel()).sum(),  # of their frequencies
         **losses,
     }
 
@@ -398,18 +345,23 @@ def main(args):
                          download=args.download, limit=args.limit)
 
     # Tokenizer
-    vae, settings, num_words = None, cli.settings(args), args.vocabulary_size
-    if args.tokenizer != "kmeans":
+    grid, num_words = (args.image_size // args.patch_size,) * 2, args.vocabulary_size
+    if args.tokenizer == "kmeans":
+        some = images.subset(rng.epoch_order(args.seed, 0, len(images))[: args.vocabulary_images])
+        if args.batch_size <= len(images) and num_words > len(some) * math.prod(grid):
+            raise comm.RunError(f"--vocabulary-size {num_words} is more than the patches of "
+                                f"{len(some)} images, {len(some) * math.prod(grid)}; lower it")
+        vocabulary = torch.zeros(num_words, args.in_chans * args.patch_size**2,
+                                 device=world.device)
+        kept, settings = {"vocabulary": vocabulary}, cli.settings(args)
+        name_words = functools.partial(kmeans_words, vocabulary=vocabulary,
+                                       patch_size=args.patch_size)
+    else:
         with comm.same_error_on_all_ranks():
-            vae = load_tokenizer(args.tokenizer).to(world.device)
-        num_words, settings["tokenizer"] = vae.num_words, weights.fingerprint(vae)
-    num_patches = (args.image_size // args.patch_size) ** 2
-    some = images.subset(rng.epoch_order(args.seed, 0, len(images))[: args.vocabulary_images])
-    if vae is None and num_words > len(some) * num_patches:
-        raise comm.RunError(f"--vocabulary-size {num_words} is more than the {len(some)} x "
-                            f"{num_patches} patches of {len(some)} images; pass a smaller one")
-    vocabulary = torch.zeros(num_words if vae is None else 0, args.in_chans * args.patch_size**2,
-                             device=world.device)
+            vae = load_encoder(args.tokenizer, "--tokenizer").to(world.device)
+        num_words, kept = vae.num_words, {}
+        settings = cli.settings(args) | {"tokenizer": weights.fingerprint(vae)}
+        name_words = functools.partial(vae_words, vae=vae, mean=args.mean, std=args.std, grid=grid)
 
     # Model
     backbone = backbones.build_backbone(
@@ -432,45 +384,34 @@ def main(args):
     draw = build_draw(args, len(images) // args.batch_size)
     with Training(args, world, images, build_views(args), draw=draw, settings=settings,
                   floors={"z_std": 0.02}) as run:
-        run.resume(model=model, vocabulary=vocabulary, optimizer=optimizer, scaler=scaler)
+        run.resume(model=model, **kept, optimizer=optimizer, scaler=scaler)
         ddp_model = comm.data_parallel(model)
         lr_of_step = optim.warmup_cosine(
             start=0.0, base=args.lr * scale, final=args.final_lr * scale,
             warmup_steps=args.warmup_epochs * run.steps_per_epoch,
             total_steps=run.total_steps, warmup_endpoint=True)
-        if vae is None and run.step == 0:
+        if kept and run.step == 0:
             whole = features.central_view(vars(args), augment.CenterCrop, "bilinear")
-            rows = run.features(lambda view: normalized_patches(view, args.patch_size).flatten(1),
-                                whole, some).view(-1, vocabulary.shape[1])
-            rows = own_part(rows).to(world.device)
-            start = first_centroids(rows, num_words, rng.philox(args.seed, rng.CLUSTERS))
-            vocabulary.copy_(kmeans(rows, start, args.kmeans_iterations)[0])
-        if vae is not None:
-            mean, std = (torch.tensor(x, device=world.device).view(-1, 1, 1)
-                         for x in (args.mean, args.std))
-
+            rows = run.features(lambda x: normalized_patches(x, args.patch_size).flatten(1), whole,
+                                some).view(-1, vocabulary.shape[1])
+            vocabulary.copy_(learn_words(rows, num_words, args.kmeans_iterations, args.seed,
+                                         world.device))
         for step, batch in run.steps(export=model.backbone):  # 1. one view
             optim.set_lr(optimizer, lr_of_step[step])
             view, (visible, masked) = batch.views[0], batch.drawn
-            if vae is None:
-                tokens = nearest_centroids(
-                    normalized_patches(view, args.patch_size).flatten(0, 1), vocabulary)
-                tokens = tokens.view(len(view), -1)
-            else:
-                tokens = vae(view * std + mean, backbone.grid)
-            tokens = tokens.gather(1, masked)
+            tokens = name_words(view).gather(1, masked)  # 5. words
             optimizer.zero_grad(set_to_none=True)
             with autocast():
-                logits, latents, targets = ddp_model(view, visible, masked)  # 2., 3. and 4.
-            losses = {"token_loss": token_loss(logits, tokens),  # 5.
-                      "align_loss": alignment_loss(latents, targets)}  # 6.
+                logits, latents, targets = ddp_model(view, visible, masked)  # 2., 3., 4.
+            losses = {"token_loss": token_loss(logits, tokens),
+                      "align_loss": alignment_loss(latents, targets)}  # 6. align
             loss = losses["token_loss"] + args.align_weight * losses["align_loss"]
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
             scaler.step(optimizer)
             scaler.update()
-            run.log(loss, lr_of_step[step], indicators, targets, logits, tokens, losses)
+            run.log(loss, lr_of_step[step], indicators, targets.mean(1), logits, tokens, losses)
 
 
 if __name__ == "__main__":

@@ -90,6 +90,7 @@ CASES = {  # name: script, processes, flags; sizes are of one process
     "moco_v3-vit-x8": ("moco_v3", 8, "--recipe imagenet_vit_base --batch-size 1024"),
     "vicreg-x8": ("vicreg", 8, "--batch-size 2048"),
     "lejepa-x8": ("lejepa", 8, "--recipe imagenet_resnet50 --batch-size 512"),
+    "cae-x8": ("cae", 8, "--batch-size 512 --vocabulary-images 64"),
     "rotation": ("pretext", 1, "--batch-size 256"),
     "jigsaw-x8": ("pretext", 8, "--task jigsaw --batch-size 256"),
     "location-x8": ("pretext", 8, "--task location --batch-size 512"),
@@ -132,6 +133,7 @@ SCRIPTS = {
     "pretext": "resnet_tiny --task jigsaw --jigsaw-size 24 --jigsaw-patch-size 7",
     "lejepa": "resnet_tiny" + CROPS, "deepcluster_odc": "resnet_tiny --num-clusters 8",
     "simmim": "vit_micro --drop-path 0.1", "ijepa": "vit_micro",
+    "cae": "vit_micro --drop-path 0.1 --vocabulary-size 64",
 }
 CASES |= {f"tiny-{script}-x{size}": (script, size, TINY + own)
           for size in (1, 8) for script, own in SCRIPTS.items()}

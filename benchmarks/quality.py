@@ -63,8 +63,10 @@ METHODS = {  # our script, and what it is given beyond the cifar10 recipe for so
     "Relative location": ["pretext", "--task", "location", *RESNET, "--warmup-epochs", "1"],
     "MAE": ["mae", "--arch", "vit_micro", "--decoder-dim", "96", "--decoder-depth", "2",
             "--decoder-heads", "3", "--warmup-epochs", "1", "--lr", "1e-3"],
+    "CAE": ["cae", "--arch", "vit_micro", "--regressor-depth", "2", "--decoder-depth", "2",
+            "--drop-path", "0", "--warmup-epochs", "1", "--lr", "2e-3"],
 }
-TRANSFORMERS = {"MAE": "patches"}  # and the layer that is evaluated
+TRANSFORMERS = {"MAE": "patches", "CAE": "patches"}  # and the layer that is evaluated
 PEERS = (
     "SimCLR", "MoCo v2", "MoCo v3", "SimSiam", "BYOL", "SwAV", "DINO", "Barlow Twins", "VICReg",
 )
