@@ -15,7 +15,7 @@ and M masked, D width of all networks, K words of the vocabulary.
 
 `--tokenizer FILE` is the paper's: the encoder of DALL-E's discrete VAE, of which FILE is the state
 dict (MMSelfSup's dalle_encoder.pth is one). It could not be tried here with the released weights.
-`--tokenizer kmeans` needs no file: words are k-means centroids of normalised patches of the
+`--tokenizer kmeans` needs no file: words are k-means centroids of normalised patches of whole
 training images, made before the first step. No published number belongs to it.
 
 Evaluate `--layers patches`: nothing trains the class token but attention.
