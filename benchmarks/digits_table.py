@@ -39,12 +39,14 @@ METHODS = {  # name: script and flags
     "MAE": ["mae.py"],
     "SimMIM": ["simmim.py"],
     "I-JEPA": ["ijepa.py"],
+    "CAE": ["cae.py"],
     "Rotation": ["pretext.py"],
     "Jigsaw": ["pretext.py", "--task", "jigsaw"],
     "Relative location": ["pretext.py", "--task", "location"],
 }
 TRANSFORMERS = {  # and the layer that is evaluated
     "DINOv2": "cls", "MAE": "patches", "SimMIM": "patches", "I-JEPA": "patches",
+    "CAE": "patches",
 }
 EVALUATIONS = {
     "eval_knn.py": [],

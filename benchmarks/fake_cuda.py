@@ -90,6 +90,7 @@ CASES = {  # name: script, processes, flags; sizes are of one process
     "moco_v3-vit-x8": ("moco_v3", 8, "--recipe imagenet_vit_base --batch-size 1024"),
     "vicreg-x8": ("vicreg", 8, "--batch-size 2048"),
     "lejepa-x8": ("lejepa", 8, "--recipe imagenet_resnet50 --batch-size 512"),
+    "cae-x8": ("cae", 8, "--batch-size 512"),
     "rotation": ("pretext", 1, "--batch-size 256"),
     "jigsaw-x8": ("pretext", 8, "--task jigsaw --batch-size 256"),
     "location-x8": ("pretext", 8, "--task location --batch-size 512"),
@@ -132,6 +133,7 @@ SCRIPTS = {
     "pretext": "resnet_tiny --task jigsaw --jigsaw-size 24 --jigsaw-patch-size 7",
     "lejepa": "resnet_tiny" + CROPS, "deepcluster_odc": "resnet_tiny --num-clusters 8",
     "simmim": "vit_micro --drop-path 0.1", "ijepa": "vit_micro",
+    "cae": "vit_micro --drop-path 0.1 --vocabulary-size 64",
 }
 CASES |= {f"tiny-{script}-x{size}": (script, size, TINY + own)
           for size in (1, 8) for script, own in SCRIPTS.items()}
@@ -626,7 +628,7 @@ def child(repo: str, names: list[str]) -> None:
     attend = nn.functional.scaled_dot_product_attention
 
     def attention(q, k, v, *args, **kwargs):
-        if q.device.type != "cuda" or args or kwargs:
+        if q.device.type != "cuda" or args not in ((), (None, 0.0, False)) or kwargs:
             return attend(q, k, v, *args, **kwargs)
         if torch.is_autocast_enabled("cuda"):
             q, k, v = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, k, v))
@@ -684,7 +686,8 @@ def child(repo: str, names: list[str]) -> None:
         def __init__(self, dataset, sampler=None, pin_memory=False, **_):
             if not pin_memory:
                 Watch.notes["the loader does not pin memory"] += 1
-            self.dataset, self.sampler = dataset, sampler or range(len(dataset))
+            self.dataset = dataset
+            self.sampler = range(len(dataset)) if sampler is None else sampler
             planes = [Image.new("RGB", (256, 256))]
             dataset.images.read = lambda index: planes
             for view in getattr(dataset, "views", None) or [dataset.view]:

@@ -77,10 +77,12 @@ METHODS = {  # our script, and what it is given beyond the cifar10 recipe for so
                "--lr", "1e-3"],
     "MAE": ["mae", "--arch", "vit_micro", "--decoder-dim", "96", "--decoder-depth", "2",
             "--decoder-heads", "3", "--warmup-epochs", "1", "--lr", "1e-3"],
+    "CAE": ["cae", "--arch", "vit_micro", "--regressor-depth", "2", "--decoder-depth", "2",
+            "--drop-path", "0", "--warmup-epochs", "1", "--lr", "2e-3"],
 }
 TRANSFORMERS = {  # and the layer that is evaluated
-    "MAE": "patches", "SimMIM": "patches", "I-JEPA": "patches", "DINO ViT": "cls",
-    "DINOv2": "cls", "iBOT": "cls",
+    "MAE": "patches", "SimMIM": "patches", "CAE": "patches", "I-JEPA": "patches",
+    "DINO ViT": "cls", "DINOv2": "cls", "iBOT": "cls",
 }
 PEERS = (
     "SimCLR", "MoCo v2", "MoCo v3", "SimSiam", "BYOL", "SwAV", "DINO", "Barlow Twins", "VICReg",

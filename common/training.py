@@ -241,7 +241,7 @@ class Training:
             if self.folder.agree(False)[1]:
                 return
 
-    def features(self, function, view) -> torch.Tensor:
+    def features(self, function, view, images=None) -> torch.Tensor:
         """Rows (len(images), D), on the CPU, that `function` makes of one view of every image.
 
         Meanwhile all modules of the state are in eval mode, with the first process's buffers.
@@ -249,6 +249,7 @@ class Training:
         Args:
             function: images (n, C, H, W) to rows (n, D).
             view: an `augment.View` that draws no random numbers.
+            images: those of the run if not given.
         """
         modes = {part: part.training for whole in self.state.values()
                  if isinstance(whole, nn.Module) for part in whole.modules()}
@@ -256,7 +257,7 @@ class Training:
             part.training = False
             comm.copy_from_first(*part.buffers(recurse=False))
         found = features.extract(
-            lambda given: {"trained": function(given)}, self.images, view, self.world,
+            lambda given: {"trained": function(given)}, images or self.images, view, self.world,
             batch_size=256, workers=self.args.workers, start_worker=start_worker, blanks=True)
         for part, mode in modes.items():
             part.training = mode
