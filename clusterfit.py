@@ -27,7 +27,6 @@ import os
 import sys
 
 import numpy as np
-import torch
 from sklearn.metrics import normalized_mutual_info_score
 
 from common import cli, distributed as comm, features, labelled, rng
