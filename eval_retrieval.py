@@ -86,7 +86,7 @@ def parse_args(argv=None):
         "--features": args.features and ["pool", "scales", "max_side", "whiten"],
         f"--data {args.data}": args.data in SETS and [
             "features", "test_data", "limit", "limit_per_class", "download", "leave_one_out",
-            "resize"],
+            "resize", "save_features"],
         "--leave-one-out": args.leave_one_out and ["test_data", "limit_per_class"],
         "--max-side": args.max_side and ["resize"],
         "--pool other than gem": args.pool != "gem" and ["p"],
