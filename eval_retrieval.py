@@ -333,7 +333,7 @@ def positive_ranks(scores: Tensor, positive: Tensor, junk: Tensor) -> Tensor:
         scores: (M,), higher is nearer. Equal ones keep their order.
         positive, junk: bool (M,); no item is both.
     """
-    order = scores.argsort(descending=True, stable=True)
+    order = (-scores).argsort(stable=True)  # faster on a CPU than descending
     return ((~junk)[order].cumsum(0) - 1)[positive[order]]
 
 
