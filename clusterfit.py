@@ -27,14 +27,13 @@ import os
 import sys
 
 import numpy as np
-import torch
 from sklearn.metrics import normalized_mutual_info_score
-from torch import Tensor
 
-from common import cli, distributed as comm, features, rng
+from common import cli, distributed as comm, features, labelled, rng
 from common.checkpoint import atomic_write
 from common.images import FileImages
-from common.kmeans import ROWS, first_centroids, join_parts, kmeans, nearest_centroids, own_part
+from common.kmeans import first_centroids, join_parts, kmeans, nearest_centroids, own_part
+from common.whitening import whitening
 
 
 def parse_args(argv=None):
@@ -53,22 +52,6 @@ def parse_args(argv=None):
     if args.limit_per_class:
         parser.error(f"--limit-per-class {args.limit_per_class} needs labels; --limit does not")
     return args
-
-
-# ----------------------------------------------------------------------------------------- features
-
-
-def whitening(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and projection (D, dim), float64, of rows (N, D) to axes of unit variance.
-
-    Used as (x - mean) @ projection; axes by falling variance. A variance below 1e-5 of the largest
-    is taken for that, one of equal rows for 1e-30.
-    """
-    mean = sum(part.double().sum(0) for part in x.split(ROWS)) / len(x)
-    centred = (part.double() - mean for part in x.split(ROWS))
-    variances, axes = torch.linalg.eigh(sum(part.T @ part for part in centred) / len(x))
-    variances, axes = variances.flip(0)[:dim], axes.flip(1)[:, :dim]
-    return mean, axes * variances.clamp(min=(1e-5 * variances[0]).clamp(min=1e-30)).rsqrt()
 
 
 # -------------------------------------------------------------------------------------------- files
@@ -111,7 +94,8 @@ def main(args):
     with comm.same_error_on_all_ranks(writing=args.output):
         os.makedirs(args.output, exist_ok=True)
     # 1. Features
-    (source,) = features.sources(args, world, interpolation="bilinear", unlabelled=True)
+    (source,) = features.sources(args, world, interpolation="bilinear",
+                                 open_splits=labelled.open_unlabelled)
     found = source.features(next(source.backbones()))
     if len(found.train.layers) > 1:
         raise comm.RunError(f"{source.name} has the layers {' '.join(found.train.layers)}; choose "
@@ -129,8 +113,7 @@ def main(args):
                             f"{d} features")
     if args.pca_dim:
         mean, projection = whitening(rows[""], args.pca_dim)
-        rows = {ending: torch.cat([((part - mean) @ projection).float() for part in x.split(ROWS)])
-                for ending, x in rows.items()}
+        rows = {ending: (x - mean) @ projection for ending, x in rows.items()}
     # 2. k-means
     own = {ending: own_part(x).to(world.device) for ending, x in rows.items()}
     start = first_centroids(own[""], args.num_clusters, rng.philox(args.seed, rng.CLUSTERS))

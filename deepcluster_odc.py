@@ -45,6 +45,7 @@ from common.checkpoint import atomic_write
 from common.images import open_images
 from common.kmeans import cluster_means, first_centroids, join_parts, kmeans, own_part
 from common.training import Training
+from common.whitening import ROWS, principal_axes
 
 IMAGENET = dict(  # DeepCluster on a ResNet-50: MMSelfSup; k-means and whitening: paper, section 4
     arch="resnet50", stem="imagenet", sobel=True, image_size=224, in_chans=3,
@@ -246,21 +247,12 @@ def pca_whiten(x: Tensor, dim: int) -> Tensor:
     Reference: DeepCluster, section 4.1.
     """
     x = comm.upcast(x)
-    parts = x.split(8192)  # raised to float64 one by one
-    moments = [torch.stack([wide, wide.square(), torch.ones_like(wide)]).sum(1)
-               for wide in (part.double() for part in parts)]
-    total, squares, count = comm.sum_over_processes(sum(moments))  # (d,) each
-    mean = total / count
-    covariance = sum((part - mean).T @ (part - mean) for part in parts)
-    covariance = comm.sum_over_processes(covariance) / count[0]
-    variances, axes = torch.linalg.eigh(covariance)
-    variances, axes = variances.flip(0)[:dim], axes.flip(1)[:, :dim]
+    mean, variances, axes = principal_axes(x)
     # Of equal rows, only rounding would be left.
-    least = torch.maximum(1e-10 * variances[0], 1e-26 * (squares / count).sum())
-    scale = torch.where(variances > least, variances.clamp(min=1e-300).rsqrt(), 0)
-    projection = F.pad((axes * scale), (0, dim - len(scale))).contiguous()
-    comm.copy_from_first(projection)  # signs, and rounding on another kind of device
-    rows = torch.cat([(part - mean) @ projection for part in parts])
+    least = torch.maximum(1e-10 * variances[0], 1e-26 * (variances.sum() + mean.square().sum()))
+    scale = torch.where(variances > least, variances.clamp(min=1e-300).rsqrt(), 0)[:dim]
+    projection = F.pad(axes[:, :dim] * scale, (0, dim - len(scale)))
+    rows = torch.cat([(part - mean) @ projection for part in x.split(ROWS)])
     return F.normalize(rows, eps=1e-8).to(x.dtype)  # a row at the mean is 0 but for rounding
 
 

@@ -267,8 +267,16 @@ class Source:
             print_doubts(checkpoint, settings)
             yield freeze(build(settings), checkpoint.weights, self.world)
 
-    def features(self, backbone: nn.Module | None) -> "Features":
+    def extract(self, function, images) -> dict[str, Tensor]:
+        """`extract` with the source's view and the command line's batches and workers."""
+        return extract(function, images, self.view, self.world, workers=self.workers,
+                       batch_size=self.args.batch_size)
+
+    def features(self, backbone: nn.Module | None, function=None) -> "Features":
         """Features of both splits under one of the backbones; `--save-features` writes them.
+
+        Args:
+            function: images (n, C, H, W) to rows (n, D) by name; None: `layers` that are asked for.
 
         Raises:
             RunError: the backbone has no such layer; an image, a file or a number is broken.
@@ -281,22 +289,23 @@ class Source:
         names = None if self.checkpoint.name == "pixels" else self.args.layers
         if names is None and backbones.is_resnet(backbone):
             names = [self.args.resnet_layer]
-        function = functools.partial(layers, backbone, names=names)
-        splits = [
-            Split(extract(function, images, self.view, self.world, workers=self.workers,
-                          batch_size=self.args.batch_size),
-                  None if images.labels is None else np.asarray(images.labels, dtype=np.int64),
-                  images.index) if images is not None else None
-            for images in (self.train, self.test)
-        ]
-        found = Features(self.checkpoint.name, self.protocol, *splits)
+        function = function or functools.partial(layers, backbone, names=names)
+        splits = {None: None}
+        for images in (self.train, self.test):
+            if images not in splits:
+                splits[images] = Split(
+                    self.extract(function, images),
+                    None if images.labels is None else np.asarray(images.labels, dtype=np.int64),
+                    images.index)
+        found = Features(self.checkpoint.name, self.protocol, splits[self.train], splits[self.test])
         if self.args.save_features:
             write(found, self.args.save_features, self.world)
         return found
 
 
 def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
-            several_classes: bool = False, unlabelled: bool = False):
+            several_classes: bool = False, open_splits=labelled.open_splits,
+            described=labelled.described):
     """Yield a `Source` for each of what `--checkpoint` or `--features` name.
 
     Args:
@@ -304,7 +313,9 @@ def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
         interpolation, crop: of the view, which is this step and the normalisation. The shorter side
             becomes `--resize`, else the image size up to 96 px, 8/7 of it above.
         several_classes: whether labels (N, C) are taken as well, of images that show several.
-        unlabelled: take the images of pre-training, whose labels and test split may be None.
+        open_splits: what opens both splits; of `labelled.open_unlabelled` the test split and labels
+            may be None. One that is both is passed through a backbone once.
+        described: what tells in words what they are.
 
     Raises:
         RunError: something named is not there, does not fit or has no labels.
@@ -325,14 +336,15 @@ def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
         channels, size = settings["in_chans"], settings["image_size"]
         settings["trained_size"] = checkpoint.settings.get("image_size", size)
         if channels not in opened:
-            opened[channels] = (labelled.open_unlabelled if unlabelled else labelled.open_splits)(
+            opened[channels] = open_splits(
                 settings["data"], channels, test_data=args.test_data, root=args.data_root,
                 download=args.download, limit=args.limit, limit_per_class=args.limit_per_class,
                 several_classes=several_classes)
         train, test = opened[channels]
         view = central_view(settings, crop, interpolation, args.resize)
-        protocol = labelled.described(settings["data"], args, train, test)
-        protocol += f" of {size} px, {view.geometry[0]}"
+        protocol = described(settings["data"], args, train, test)
+        protocol += f" of {size} px" if view.geometry[0].resizes else ""
+        protocol += f", {view.geometry[0]}"
         if protocol not in said:
             comm.print_main(protocol)
             said.add(protocol)
