@@ -49,9 +49,10 @@ from common.rng import MASK, SAMPLE, philox
 from common.training import Training
 from common.weights import fingerprint
 
-# AdamW of betas .9 and .999; warm-up from a millionth of lr, then a cosine to 0. Crops are cut from
-# images of `factor` times the test images' size. dropout: chance of a channel of an image's map.
-PROTOCOL = dict(lr=1e-3, weight_decay=1e-3, batch_size=16, steps=40_000, warmup_steps=1500,
+# AdamW of betas .9 and .999; lr per 256 images, 0.001 at the published batch size; warm-up from a
+# millionth of it, then a cosine to 0. Crops are cut from images of `factor` times the test images'
+# size. dropout: chance of a channel of an image's map.
+PROTOCOL = dict(lr=0.016, weight_decay=1e-3, batch_size=16, steps=40_000, warmup_steps=1500,
                 dropout=0.1, factor=(0.5, 2.0))
 WINDOW = 512  # side in pixels, or the next smaller multiple of the patch
 LAYERS = ("res2", "res3", "res4", "res5")
@@ -99,7 +100,8 @@ def parse_args(argv=None):
                        help=f"linear: passes; default: those of {PROTOCOL['steps']:,} steps")
     group.add_argument("--train-batch-size", type=cli.pos_int, metavar="N",
                        help=f"linear: global batch [{PROTOCOL['batch_size']}]")
-    group.add_argument("--lr", type=cli.positive, help=f"linear: rate [{PROTOCOL['lr']}]")
+    group.add_argument("--lr", type=cli.positive,
+                       help=f"linear: learning rate per 256 images [{PROTOCOL['lr']}]")
     group.add_argument("--flip", action=cli.Switch,
                        help="linear: mirror half of the crops; default: yes, but for digits")
     group.add_argument("--output", metavar="FOLDER", default="runs/eval_segmentation",
@@ -387,7 +389,8 @@ def train_head(task: "Task", mark: str, args) -> Head | None:
                             "fewer")
     steps_per_epoch = len(task.train) // batch_size
     epochs = args.epochs or math.ceil(PROTOCOL["steps"] / steps_per_epoch)
-    lr = args.lr or PROTOCOL["lr"]
+    base_lr = args.lr or PROTOCOL["lr"]
+    lr = base_lr * batch_size / 256
     flip = settings["data"] != "digits" if args.flip is None else args.flip
     views = build_views(task, flip)
 
@@ -403,13 +406,13 @@ def train_head(task: "Task", mark: str, args) -> Head | None:
     comm.print_main(f"linear: {epochs} epochs of {steps_per_epoch} steps, "
                     f"{'mirrored' if flip else 'unmirrored'} crops of {task.window} px")
     changing = dict(
-        PROTOCOL, checkpoint=mark, layer=args.layer, epochs=epochs, lr=lr, flip=flip,
+        PROTOCOL, checkpoint=mark, layer=args.layer, epochs=epochs, lr=base_lr, flip=flip,
         train_batch_size=batch_size, seed=args.seed, resize=task.resize, window=task.window,
         labels=task.digest, **{name: settings[name] for name in ("in_chans", "mean", "std")})
     data = os.path.basename(os.path.normpath(settings["data"]))
     run_args = argparse.Namespace(**vars(args) | dict(
         output=os.path.join(args.output, f"{data}-{args.layer}-{mark}"), batch_size=batch_size,
-        epochs=epochs, lr=lr * 256 / batch_size, workers=task.workers))
+        epochs=epochs, lr=base_lr, workers=task.workers))
     with Training(run_args, world, task.train, views, settings=changing, product="head.pth",
                   chance_loss=math.log(len(task.classes)),
                   draw=partial(kept_channels, dim, PROTOCOL["dropout"], args.seed)) as run:

@@ -209,8 +209,8 @@ class MappedView(augment.View):
         self.channels = channels + 1
 
     def crop(self, planes, parameters):
-        return np.concatenate([super().crop(part, parameters)
-                               for part in (planes[:-1], planes[-1:])])
+        image = super().crop(planes[:-1], parameters)
+        return np.concatenate([image, super().crop(planes[-1:], parameters)])
 
     def finish(self, crops, parameters, device):
         finished = super().finish(crops[:, :-1], parameters, device)
