@@ -247,7 +247,7 @@ def scores_of_pixels(score, image: Tensor, window: int, stride: int, side: int) 
 def enlarged_argmax(scores: Tensor, size: tuple[int, int], chunk: int = 16) -> Tensor:
     """The best class of each pixel, int64 (H, W), of scores (C, h, w) enlarged to this size.
 
-    A few classes at a time, which bounds the memory. Of equal ones the lowest.
+    A few classes at a time, which bounds the memory.
     """
     best, found = None, None
     for first in range(0, len(scores), chunk):
@@ -503,22 +503,20 @@ class Images:
                                               **opened) for split in ("train", "test")]
         names = self.splits[0].class_names
         num_classes, found = args.num_classes or (len(names) if names else None), []
+        ignored = f"--ignore {' '.join(map(str, args.ignore))}"
         for images, split in zip(self.splits, ("training", "test"), strict=True):
             found.append(label_maps.survey(images, num_classes, world, workers(images)))
-            counts = found[-1][1][:IGNORED]
-            if not counts.any():
-                raise comm.RunError(f"--data {settings['data']}: no pixel of the {len(images)} "
-                                    f"{split} images counts; all are of --ignore "
-                                    f"{' '.join(map(str, args.ignore))}")
-            num_classes = num_classes or int(counts.nonzero().max()) + 1
+            there = found[-1][1][:IGNORED].nonzero()[:, 0].tolist()
+            if len(there) < 2 - (split == "test"):
+                what = f"class {there[0]} has every pixel that counts" if there else (
+                    "no pixel counts")
+                raise comm.RunError(f"--data {settings['data']}: {what} of the {len(images)} "
+                                    f"{split} images ({ignored}); nothing to tell apart")
+            num_classes = num_classes or there[-1] + 1
         self.num_classes, (self.sizes, counts) = num_classes, zip(*found, strict=True)
         self.names = names or [str(number) for number in range(num_classes)]
         self.digest = f"{zlib.crc32(counts[0].numpy()):08x}"
         self.there = counts[0][:IGNORED].nonzero()[:, 0]
-        if len(self.there) < 2:
-            raise comm.RunError(f"--data {settings['data']}: all pixels that count of the training "
-                                f"images are of class {self.there.item()}; nothing to tell apart "
-                                f"(--ignore {' '.join(map(str, args.ignore))})")
         unseen = [self.names[c] for c in range(num_classes) if counts[1][c] and not counts[0][c]]
         if unseen:
             comm.print_main(f"warning: classes without a training pixel: {' '.join(unseen)}")
