@@ -23,9 +23,8 @@ are `random` (the mean over five untrained backbones) and `pixels` (those of the
 Letters: N images, C classes, D feature size, M remembered patches; H x W pixels, h x w patches.
 
     python eval_segmentation.py --checkpoint pixels random runs/densecl-digits-resnet_tiny
-    python eval_segmentation.py --checkpoint runs/dino --data voc2012 --data-root /path/to
-    torchrun --nproc_per_node=8 eval_segmentation.py --method linear --checkpoint runs/dino \
-        --data ADEChallengeData2016/images --labels ADEChallengeData2016/annotations --ignore 0
+    python eval_segmentation.py --method linear --checkpoint runs/dino --data voc2012
+    python eval_segmentation.py --checkpoint runs/dino --data images --labels maps --ignore 0 255
 """
 
 import argparse
