@@ -47,6 +47,7 @@ from common.label_maps import IGNORED, MappedView, ScaledCrop
 from common.rng import MASK, SAMPLE, philox
 from common.training import Training
 from common.weights import fingerprint
+from common.workers import default_workers
 
 # AdamW of betas .9 and .999; lr per 256 images, 0.001 at the published batch size; warm-up from a
 # millionth of it, then a cosine to 0. Crops are cut from images of `factor` times the test images'
@@ -238,7 +239,7 @@ def scores_of_pixels(score, image: Tensor, window: int, stride: int, side: int) 
     times = torch.zeros_like(total[0])
     for (top, left), part in zip(places, scores, strict=True):
         box = slice(top, top + height), slice(left, left + width)
-        total[:, *box] += part[:, :height, :width]
+        total[(slice(None), *box)] += part[:, :height, :width]
         times[box] += 1
     return total / times
 
@@ -375,7 +376,7 @@ def build_views(task: "Task", flip: bool) -> list:
                       fill=tuple(round(255 * value) for value in mean.tolist()))
     mirror = augment.HorizontalFlip(p=0.5 if flip else 0.0)
     normalize = augment.Normalize(settings["mean"], settings["std"])
-    return [MappedView(task.window, [crop, mirror, normalize], settings["in_chans"])]
+    return [MappedView(settings["image_size"], [crop, mirror, normalize], settings["in_chans"])]
 
 
 def train_head(task: "Task", mark: str, args) -> Head | None:
@@ -395,22 +396,23 @@ def train_head(task: "Task", mark: str, args) -> Head | None:
 
     # Head and optimiser
     torch.manual_seed(args.seed)
-    blank = torch.zeros(1, settings["in_chans"], task.window, task.window, device=world.device)
-    dim = task.map_of(windows(blank[0], task.window, task.window, task.side, 0.0)[0]).shape[1]
+    size = settings["image_size"]
+    blank = torch.zeros(settings["in_chans"], size, size, device=world.device)
+    dim = task.map_of(windows(blank, size, size, task.side, 0.0)[0]).shape[1]
     head = comm.convert_sync_batchnorm(Head(dim, len(task.classes)).to(world.device))
     optimizer = torch.optim.AdamW(head.parameters(), lr=lr, betas=(0.9, 0.999),
                                   weight_decay=PROTOCOL["weight_decay"])
 
     # Train
     comm.print_main(f"linear: {epochs} epochs of {steps_per_epoch} steps, "
-                    f"{'mirrored' if flip else 'unmirrored'} crops of {task.window} px")
+                    f"{'mirrored' if flip else 'unmirrored'} crops of {size} px")
     changing = dict(
-        PROTOCOL, checkpoint=mark, layer=args.layer, epochs=epochs, lr=base_lr, flip=flip,
-        train_batch_size=batch_size, seed=args.seed, resize=task.resize, window=task.window,
+        PROTOCOL, checkpoint=mark, layer=task.layer, epochs=epochs, lr=base_lr, flip=flip,
+        train_batch_size=batch_size, seed=args.seed, resize=task.resize, image_size=size,
         labels=task.digest, **{name: settings[name] for name in ("in_chans", "mean", "std")})
     data = os.path.basename(os.path.normpath(settings["data"]))
     run_args = argparse.Namespace(**vars(args) | dict(
-        output=os.path.join(args.output, f"{data}-{args.layer}-{mark}"), batch_size=batch_size,
+        output=os.path.join(args.output, f"{data}-{task.layer}-{mark}"), batch_size=batch_size,
         epochs=epochs, lr=base_lr, workers=task.workers))
     with Training(run_args, world, task.train, views, settings=changing, product="head.pth",
                   chance_loss=math.log(len(task.classes)),
@@ -451,8 +453,8 @@ class Task:
     workers: int
     batch_size: int
     backbone: nn.Module
-    layer: str
-    window: int  # side in pixels of windows, and of crops to train on
+    layer: str  # or "patches", or "pixels"
+    window: int  # side in pixels
     stride: int
     resize: int
     side: int  # of a patch
@@ -492,10 +494,10 @@ def measure(task: Task, score, num_classes: int) -> Tensor:
     return comm.sum_over_processes(counts)
 
 
-class Images:
+class Splits:
     """Both splits, read once for a check: sizes and pixels of each class."""
 
-    def __init__(self, args, world, settings: dict, workers):
+    def __init__(self, args, world, settings: dict):
         opened = dict(labels=args.labels, ignore=tuple(args.ignore), root=args.data_root,
                       download=args.download, limit=args.limit)
         self.splits = [label_maps.open_mapped(settings["data"], split, settings["in_chans"],
@@ -504,7 +506,7 @@ class Images:
         num_classes, found = args.num_classes or (len(names) if names else None), []
         ignored = f"--ignore {' '.join(map(str, args.ignore))}"
         for images, split in zip(self.splits, ("training", "test"), strict=True):
-            found.append(label_maps.survey(images, num_classes, world, workers(images)))
+            found.append(label_maps.survey(images, num_classes, world, workers(args, images)))
             there = found[-1][1][:IGNORED].nonzero()[:, 0].tolist()
             if len(there) < 2 - (split == "test"):
                 what = f"class {there[0]} has every pixel that counts" if there else (
@@ -531,6 +533,13 @@ class Images:
                                                                   resize, side))
 
 
+def workers(args, images) -> int:
+    """Loader processes: as given, else this process's share of the cores if there are files."""
+    if args.workers is not None:
+        return args.workers
+    return default_workers() if images.reads_files else 0
+
+
 def tasks(args, world):
     """Yield the name of each checkpoint, its images, and one `Task` for each of its backbones."""
     opened, said = {}, set()
@@ -539,12 +548,8 @@ def tasks(args, world):
         if args.image_size is None and settings["image_size"] > 96:
             settings["image_size"] = WINDOW // side * side
         window, channels = settings["image_size"], settings["in_chans"]
-
-        def workers(images, checkpoint=checkpoint, settings=settings):
-            return features.Source("", args, world, checkpoint, settings, images).workers
-
         if channels not in opened:
-            opened[channels] = Images(args, world, settings, workers)
+            opened[channels] = Splits(args, world, settings)
         images = opened[channels]
         train, test = images.splits
         resize = args.resize or getattr(train, "native_side", window)
@@ -567,13 +572,15 @@ def tasks(args, world):
         number[images.there] = torch.arange(len(images.there), device=world.device)
         arch = f" ({settings['arch']})" if checkpoint.name == "random" else ""
         source = features.Source(checkpoint.name + arch, args, world, checkpoint, settings, train)
+        layer = "patches" if settings["arch"] in backbones.VITS else args.layer
+        layer = "pixels" if checkpoint.name == "pixels" else layer
         yield source.name, images, (Task(
-            train, test, settings, world, source.workers, args.batch_size, backbone, args.layer,
+            train, test, settings, world, workers(args, train), args.batch_size, backbone, layer,
             window, stride, resize, side, images.there.to(world.device), number, images.digest,
         ) for backbone in source.backbones())
 
 
-def evaluate(task: Task, name: str, images: Images, args) -> dict | None:
+def evaluate(task: Task, name: str, images: Splits, args) -> dict | None:
     """The numbers of one backbone; None if the training of its head was told to stop."""
     before, remembered = fingerprint(task.backbone), {}
     if args.method == "knn":
@@ -590,7 +597,7 @@ def evaluate(task: Task, name: str, images: Images, args) -> dict | None:
     if any(comm.any_rank(before != fingerprint(task.backbone))):
         raise comm.RunError(f"{name}: the backbone has changed")
     ious, (right, _, true) = iou(counts), counts.sum(1).tolist()
-    return {"miou": ious.nanmean().item(), "accuracy": right / true,
+    return {"layer": task.layer, "miou": ious.nanmean().item(), "accuracy": right / true,
             "per_class": dict(zip(images.names, ious.tolist(), strict=True)), **remembered,
             "num_train": len(task.train), "num_test": len(task.test)}
 
@@ -614,8 +621,8 @@ def main(args):
     features.print_table(["IoU", *(row["checkpoint"] for row in table)], [
         [name, *(f"{row['per_class'][name]:.3f}" for row in table)]
         for name in table[0]["per_class"]])
-    features.print_json({"eval": "segmentation", "method": args.method, "layer": args.layer,
-                         **table[-1], "checkpoints": table})
+    features.print_json({"eval": "segmentation", "method": args.method, **table[-1],
+                         "checkpoints": table})
 
 
 if __name__ == "__main__":

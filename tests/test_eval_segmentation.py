@@ -605,7 +605,7 @@ def test_a_trained_resnet_is_above_an_untrained_one(weights, monkeypatch):
         np.nanmean([x for x in trained["per_class"].values() if x is not None]))
 
 
-def test_windows_and_the_whole_image_are_two_ways_to_look(weights):
+def test_windows_and_the_whole_image_are_two_ways_to_look(weights, tmp_path):
     flags = ["--checkpoint", weights, "--layer", "res4", "--limit", 10]
     slid, printed = evaluate(*flags)
     assert "windows of 16 px every 10, patches of 4" in printed
@@ -613,6 +613,9 @@ def test_windows_and_the_whole_image_are_two_ways_to_look(weights):
     assert "48 px, whole, patches of 4" in printed and slid["miou"] != whole["miou"]
     large, printed = evaluate(*flags, "--image-size", 48)  # a window that is the image
     assert large["per_class"] == whole["per_class"] and "windows of 48 px every 32" in printed
+    line, printed = evaluate(*flags, "--windows", "whole", "--method", "linear", "--epochs", 1,
+                             "--output", tmp_path)
+    assert "unmirrored crops of 16 px" in printed and line["layer"] == "res4"
 
 
 @pytest.mark.parametrize("patch, window", [(14, 504), (16, 512)])
