@@ -225,6 +225,19 @@ def windows(x: Tensor, window: int, stride: int, side: int, fill: float) -> tupl
     return F.pad(cut, (0, -width % side, 0, -height % side), value=fill), places
 
 
+def enlarged(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear interpolation of (N, C, h, w) to (N, C, H, W), centres of pixels at halves.
+
+    As two matrix products, whose backward is deterministic on every device, and fast.
+    """
+    with torch.no_grad():
+        down, across = (
+            F.interpolate(torch.eye(old, dtype=x.dtype, device=x.device)[None, :, None],
+                          size=(1, new), mode="bilinear")[0, :, 0]  # (old, new)
+            for old, new in zip(x.shape[2:], size, strict=True))
+    return down.T @ x @ across
+
+
 def scores_of_pixels(score, image: Tensor, window: int, stride: int, side: int) -> Tensor:
     """Scores (C, H, W) of an image's pixels, the mean over the windows that see one.
 
@@ -233,7 +246,7 @@ def scores_of_pixels(score, image: Tensor, window: int, stride: int, side: int) 
         image: (3, H, W), normalised; what windows lack to a multiple of a patch is 0, the mean.
     """
     cut, places = windows(image, window, stride, side, fill=0.0)
-    scores = F.interpolate(score(cut), size=cut.shape[2:], mode="bilinear")
+    scores = enlarged(score(cut), cut.shape[2:])
     height, width = (min(window, length) for length in image.shape[1:])
     total = scores.new_zeros(scores.shape[1], *image.shape[1:])
     times = torch.zeros_like(total[0])
@@ -251,8 +264,7 @@ def enlarged_argmax(scores: Tensor, size: tuple[int, int], chunk: int = 16) -> T
     """
     best, found = None, None
     for first in range(0, len(scores), chunk):
-        part = F.interpolate(scores[None, first : first + chunk], size=size, mode="bilinear")[0]
-        part, which = part.max(0)
+        part, which = enlarged(scores[None, first : first + chunk], size)[0].max(0)
         if best is None:
             best, found = part, which
         else:
@@ -355,7 +367,7 @@ def pixel_loss(logits: Tensor, classes: Tensor) -> Tensor:
 
     The mean over processes is that of all their pixels; 0 if none counts.
     """
-    logits = F.interpolate(comm.upcast(logits), size=classes.shape[1:], mode="bilinear")
+    logits = enlarged(comm.upcast(logits), classes.shape[1:])
     rows, classes = logits.permute(0, 2, 3, 1).flatten(0, 2), classes.flatten()
     total = F.cross_entropy(rows, classes, ignore_index=IGNORED, reduction="sum")
     counted = comm.sum_over_processes((classes != IGNORED).sum())
@@ -475,6 +487,7 @@ class Task:
 
     def map_of(self, images: Tensor) -> Tensor:
         """Features of windows, so many at a time."""
+        images = images.contiguous(memory_format=torch.channels_last)
         return torch.cat([feature_map(self.backbone, part, self.layer, self.side)
                           for part in images.split(self.batch_size)])
 

@@ -285,7 +285,8 @@ def each(source, function, world: World, workers: int):
     with fork_workers(workers) as context:
         loader = iter(torch.utils.data.DataLoader(
             Read(source, function), sampler=part, batch_size=None, num_workers=workers,
-            worker_init_fn=end_if_unsent, multiprocessing_context=context))
+            worker_init_fn=end_if_unsent, multiprocessing_context=context,
+            pin_memory=world.device.type == "cuda"))
     for index, item in zip(part, loader, strict=True):
         if isinstance(item, str):
             raise RunError(item)

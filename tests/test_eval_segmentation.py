@@ -158,6 +158,13 @@ def test_where_windows_overlap_scores_are_averaged():
     torch.testing.assert_close(found, torch.tensor([1.0, 1, 2, 2, 3, 3]).expand(1, 4, 6))
 
 
+@pytest.mark.parametrize("size", [(5, 7), (31, 40), (2, 3), (1, 64)])
+def test_enlarging_is_torchs_bilinear_interpolation(size):
+    x = torch.randn(2, 3, 5, 7, dtype=torch.float64)
+    wanted = F.interpolate(x, size=size, mode="bilinear")
+    torch.testing.assert_close(eval_segmentation.enlarged(x, size), wanted, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 16])
 def test_the_best_class_is_that_of_all_enlarged_scores(chunk):
     scores = torch.randn(11, 5, 7)
