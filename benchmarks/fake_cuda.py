@@ -107,6 +107,8 @@ CASES = {  # name: script, processes, flags; sizes are of one process
                              "--arch resnet50 --stem imagenet --image-size 224 --in-chans 3"),
     "eval_linear-dino": ("eval_linear", 1, "--checkpoint random --protocol dino --data fake "
                          "--arch vit_small --image-size 224 --in-chans 3"),
+    "eval_segmentation": ("eval_segmentation", 1, "--checkpoint random --method linear --data "
+                          "digits --arch resnet50 --stem imagenet --image-size 224"),
     "finetune-mae": ("finetune", 1, "--checkpoint random --protocol mae --data fake "
                      "--batch-size 128"),
     "finetune-semi_swav-x8": ("finetune", 8, "--checkpoint random --protocol semi_swav --data "
@@ -688,6 +690,8 @@ def child(repo: str, names: list[str]) -> None:
                 Watch.notes["the loader does not pin memory"] += 1
             self.dataset = dataset
             self.sampler = range(len(dataset)) if sampler is None else sampler
+            if hasattr(dataset, "source"):  # images with label maps, read once for a check
+                return
             planes = [Image.new("RGB", (256, 256))]
             dataset.images.read = lambda index: planes
             for view in getattr(dataset, "views", None) or [dataset.view]:

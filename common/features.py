@@ -303,6 +303,29 @@ class Source:
         return found
 
 
+def described(args):
+    """Yield what `--checkpoint` names, a `Checkpoint` each, and the settings to evaluate it with.
+
+    Those are `evaluation_settings` and the "trained_size" of images. All are evaluated on the same
+    data.
+
+    Raises:
+        RunError: something named is not there or does not fit.
+    """
+    checkpoints = [resolve_checkpoint(name) for name in args.checkpoint or ()]
+    shared = evaluation_settings(args, checkpoints) if checkpoints else {}
+    for checkpoint in checkpoints:
+        settings = dict(shared)
+        if checkpoint.weights is not None:
+            settings = evaluation_settings(args, [checkpoint], shared["data"])
+            trained_on = checkpoint.settings.get("data", shared["data"])
+            if trained_on != shared["data"] and not args.data:
+                comm.print_main(f"warning: {checkpoint.name} was trained on {trained_on}, and is "
+                                f"evaluated on {shared['data']} like the first run; --data chooses")
+        settings["trained_size"] = checkpoint.settings.get("image_size", settings["image_size"])
+        yield checkpoint, settings
+
+
 def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
             several_classes: bool = False, open_splits=labelled.open_splits,
             described=labelled.described):
@@ -322,19 +345,9 @@ def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
     """
     for path in args.features or ():
         yield Source(path, args, world)
-    checkpoints = [resolve_checkpoint(name) for name in args.checkpoint or ()]
-    shared = evaluation_settings(args, checkpoints) if checkpoints else {}
     opened, said = {}, set()  # both splits by channel count; protocols
-    for checkpoint in checkpoints:
-        settings = dict(shared)
-        if checkpoint.weights is not None:
-            settings = evaluation_settings(args, [checkpoint], shared["data"])
-            trained_on = checkpoint.settings.get("data", shared["data"])
-            if trained_on != shared["data"] and not args.data:
-                comm.print_main(f"warning: {checkpoint.name} was trained on {trained_on}, and is "
-                                f"evaluated on {shared['data']} like the first run; --data chooses")
+    for checkpoint, settings in described(args):
         channels, size = settings["in_chans"], settings["image_size"]
-        settings["trained_size"] = checkpoint.settings.get("image_size", size)
         if channels not in opened:
             opened[channels] = open_splits(
                 settings["data"], channels, test_data=args.test_data, root=args.data_root,

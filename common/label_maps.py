@@ -1,0 +1,321 @@
+"""Images with a label map each, which gives every pixel a class: sources, checks, one view of both.
+
+`read` of such a source gives the image's Pillow planes and, last, the map as a plane of mode "P",
+which Pillow resizes without mixing values. Pixels that do not count are `IGNORED` in it.
+"""
+
+import functools
+import math
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch import Tensor
+
+from common import augment, distributed as comm, images, rng
+from common.distributed import RunError, World
+from common.images import ArrayImages, FileImages, RefusedImage, evenly
+from common.workers import end_if_unsent, fork_workers
+
+IGNORED = 255
+BUILT_IN = ("digits", "voc2012")
+SPLITS = {"train": ("train", "training"), "test": ("val", "validation", "test")}  # folders' names
+VOC_CLASSES = (
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
+    "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
+    "train", "tvmonitor")
+
+# ------------------------------------------------------------------------------------------ sources
+
+
+class Mapped:
+    """What a source of images gains by having label maps; the first of two bases."""
+
+    class_names = None
+
+    def read(self, index: int) -> list[Image.Image]:
+        """The image's planes and its map.
+
+        Raises:
+            RefusedImage: the map is of another size, or no map.
+        """
+        planes, classes = super().read(index), self.label_map(index)
+        size = classes.shape[::-1]
+        if planes[0].size != size:
+            raise RefusedImage("{} has {} x {} px, and its label map {} x {}".format(
+                self.name(index), *planes[0].size, *size))
+        return [*planes, Image.frombytes("P", size, classes.tobytes())]
+
+
+class MappedFiles(Mapped, FileImages):
+    """Image files, and `labels` (N,) the paths of their maps."""
+
+    ignore = (IGNORED,)  # what files say of pixels that do not count
+
+    def label_map(self, index: int) -> np.ndarray:
+        return read_map(os.fsdecode(self.labels[index]), self.ignore)
+
+
+class MappedArrays(Mapped, ArrayImages):
+    """Images in an array, and `labels` (N, H, W) their maps."""
+
+    def label_map(self, index: int) -> np.ndarray:
+        return self.labels[index]
+
+
+def read_map(path: str, ignore) -> np.ndarray:
+    """Class numbers, uint8 (H, W), of a file of palette or gray; `IGNORED` for those of `ignore`.
+
+    Raises:
+        RefusedImage: it has colours, or numbers that are no classes.
+    """
+    with Image.open(path) as image:
+        mode, values = image.mode, np.asarray(image)
+    if values.ndim != 2 or values.dtype.kind not in "bui":
+        raise RefusedImage(f"{path} is no label map (Pillow mode {mode}): that has one whole "
+                           "number a pixel, palette or gray")
+    counted = ~np.isin(values, ignore)
+    wrong = values[counted & ((values < 0) | (values >= IGNORED))]
+    if len(wrong):
+        raise RefusedImage(f"{path}: class {wrong.max()}; the largest there can be is "
+                           f"{IGNORED - 1} (--ignore takes others out)")
+    return np.where(counted, values, IGNORED).astype(np.uint8)
+
+
+def open_mapped(
+    data: str, split: str, channels: int, *, labels: str | None, ignore, root: str = "data",
+    download: bool = False, limit: int | None = None,
+) -> MappedFiles | MappedArrays:
+    """Open the images of a split, "train" or "test", with their label maps.
+
+    Args:
+        data: one of `BUILT_IN`, or a folder with a folder for each split.
+        labels: of a folder, that of the maps: `train/a.jpg` has the map `train/a.png`.
+        ignore: what maps in files say of pixels that do not count.
+
+    Raises:
+        RunError: there is no such source; an image has no map.
+    """
+    if data == "voc2012" and download:
+        with comm.same_error_on_all_ranks(writing=root):  # one process a machine fetches
+            if comm.env_int("LOCAL_RANK", 0) == 0:
+                voc2012(split, channels, root, download=True)
+    with comm.same_error_on_all_ranks():
+        if data == "digits":
+            found = drawn_digits(split, channels)
+        elif data == "voc2012":
+            found = voc2012(split, channels, root, download=False)
+        elif labels and os.path.isdir(data):
+            found = folders(data, labels, split, channels)
+        else:
+            raise RunError(f"--data {data} has no label maps; give one of {' '.join(BUILT_IN)}, or "
+                           "a folder of images and, with --labels, that of their maps")
+    found.ignore = ignore
+    return found if limit is None else found.subset(evenly(len(found), limit))
+
+
+def voc2012(split: str, channels: int, root: str, download: bool) -> MappedFiles:
+    """VOC 2012: 1,464 training images, and the 1,449 validation images to test on."""
+    try:
+        loaded = torchvision.datasets.VOCSegmentation(
+            root, year="2012", image_set="train" if split == "train" else "val", download=download)
+    except (RuntimeError, OSError) as error:
+        raise RunError(f"--data voc2012: not (whole) under --data-root {root}, where the folder "
+                       "VOCdevkit/VOC2012 is wanted; pass --download to fetch it, or name another "
+                       "folder") from error
+    found = MappedFiles(loaded.images, paths(loaded.masks), channels, root)
+    found.class_names = VOC_CLASSES
+    return found
+
+
+def paths(names) -> np.ndarray:
+    return np.array([os.fsencode(name) for name in names])
+
+
+def folders(data: str, labels: str, split: str, channels: int) -> MappedFiles:
+    """Images below a folder of the split, and their maps below that of the labels."""
+    top, maps = (split_folder(flag, folder, split)
+                 for flag, folder in (("--data", data), ("--labels", labels)))
+    if os.path.realpath(top) == os.path.realpath(maps):
+        raise RunError(f"--labels {labels} is --data; the label maps need a folder of their own")
+    found = sorted(os.path.join(parent, name) for parent, names in images.walk(top)
+                   for name in names)
+    if not found:
+        raise RunError(f"--data {data}: no image file in {top}")
+    wanted = [os.path.join(maps, os.path.splitext(os.path.relpath(path, top))[0] + ".png")
+              for path in found]
+    missing = [pair for pair in zip(found, wanted, strict=True) if not os.path.isfile(pair[1])]
+    if missing:
+        raise RunError(f"{len(missing)} of {len(found)} images have no label map, such as "
+                       f"{missing[0][0]}, which needs {missing[0][1]}")
+    return MappedFiles(found, paths(wanted), channels, top)
+
+
+def split_folder(flag: str, folder: str, split: str) -> str:
+    for name in SPLITS[split]:
+        if os.path.isdir(os.path.join(folder, name)):
+            return os.path.join(folder, name)
+    raise RunError(f"{flag} {folder}: no folder {' or '.join(SPLITS[split])} in it")
+
+
+def drawn_digits(split: str, channels: int, side: int = 48, noise: int = 96) -> MappedArrays:
+    """Three of the built-in digits of a split on noise; a stroke's pixels are of the digit's class.
+
+    400 training and 200 test images. `native_side` is the size at which digits are as in training.
+    """
+    shapes = images.digits(split, 1)
+    count = 400 if split == "train" else 200
+    pixels = np.empty((count, side, side), np.uint8)
+    classes = np.zeros_like(pixels)
+    for i in range(count):
+        generator = rng.philox(0, rng.FAKE, i, split == "test")
+        pixels[i] = generator.integers(0, noise, (side, side))
+        for row in generator.integers(len(shapes), size=3):
+            shape = np.asarray(shapes.read(row)[0])
+            top, left = generator.integers(side - len(shape) + 1, size=2)
+            box = i, slice(top, top + len(shape)), slice(left, left + len(shape))
+            pixels[box], classes[box] = shape, shapes.labels[row] + 1
+    found = MappedArrays(pixels[..., None], classes, channels)
+    found.class_names, found.native_side = ("background", *"0123456789"), side
+    return found
+
+
+# -------------------------------------------------------------------------------------------- sizes
+
+
+def fitted(size: tuple[int, int], shorter: float) -> tuple[int, int]:
+    """The (width, height) with this shorter side, or a longer one of four times that."""
+    scale = min(shorter / min(size), 4 * shorter / max(size))
+    return tuple(max(1, round(side * scale)) for side in size)
+
+
+def resized(planes: list[Image.Image], shorter: int) -> tuple[Tensor, Tensor, Tensor]:
+    """An image (C, h, w) and its map (h, w), of the `fitted` size, and the map as it was; uint8."""
+    size = fitted(planes[0].size, shorter)
+    small = [np.asarray(plane.resize(size, Image.Resampling.BILINEAR)) for plane in planes]
+    *pixels, classes = small
+    pixels = pixels[0].transpose(2, 0, 1) if pixels[0].ndim == 3 else np.stack(pixels)
+    return tuple(torch.from_numpy(x.copy()) for x in (pixels, classes, np.asarray(planes[-1])))
+
+
+class MappedView(augment.View):
+    """A view of an image and of its map: what it gives has the classes as one more channel."""
+
+    def __init__(self, size, steps: list, channels: int):
+        super().__init__(size, steps, channels)
+        self.channels = channels + 1
+
+    def crop(self, planes, parameters):
+        image = super().crop(planes[:-1], parameters)
+        return np.concatenate([image, super().crop(planes[-1:], parameters)])
+
+    def finish(self, crops, parameters, device):
+        finished = super().finish(crops[:, :-1], parameters, device)
+        classes = crops[:, -1:].to(device, non_blocking=True)
+        return torch.cat([finished, classes.to(finished.dtype)], dim=1)
+
+
+@dataclass
+class ScaledCrop(augment.Step):
+    """Resize to `fitted` of `resize` times a random factor; cut the view out at any place.
+
+    Args:
+        factor: range of the factor, which is uniform.
+        fill: 0-255, of each channel beyond the image, where its map is `IGNORED`.
+    """
+
+    resize: int
+    factor: tuple[float, float]
+    fill: tuple[int, ...]
+    interpolation: str
+    geometric = resizes = True
+    num_uniforms = 3
+
+    def draw(self, u, sizes):
+        return u
+
+    def apply(self, plane, u, size):
+        factor = self.factor[0] + (self.factor[1] - self.factor[0]) * u[0]
+        plane = plane.resize(fitted(plane.size, self.resize * factor),
+                             augment.INTERPOLATION[self.interpolation])
+        left, top = (math.floor(share * (max(0, there - wanted) + 1))
+                     for share, there, wanted in zip(u[1:], plane.size, size[::-1], strict=True))
+        fill = tuple(self.fill)
+        if plane.mode == "P":
+            fill = IGNORED
+        elif len(fill) != len(plane.getbands()):
+            fill = round(sum(fill) / len(fill))
+        canvas = Image.new(plane.mode, size[::-1], fill)
+        canvas.paste(plane, (-left, -top))
+        return canvas
+
+
+# --------------------------------------------------------------------------------------- one by one
+
+
+class Read(torch.utils.data.Dataset):
+    """Item i is what a function makes of the planes of image i, or an error's message."""
+
+    def __init__(self, source, function):
+        self.source, self.function = source, function
+
+    def __getitem__(self, index: int):
+        try:
+            return self.function(self.source.read(index))
+        except RefusedImage as error:
+            return str(error)
+        except RunError as error:
+            return f"{self.source.name(index)}: {error}"
+        except Exception as error:  # Pillow's decoders raise what they like
+            return f"{self.source.name(index)} cannot be read: {error}"
+
+
+def each(source, function, world: World, workers: int):
+    """Yield (index, function(planes)) of this process's contiguous part of the images.
+
+    Raises:
+        RunError: an image or a map cannot be read; on this process alone.
+    """
+    n = len(source)
+    part = range(n * world.rank // world.size, n * (world.rank + 1) // world.size)
+    workers = min(workers, len(part))
+    with fork_workers(workers) as context:
+        loader = iter(torch.utils.data.DataLoader(
+            Read(source, function), sampler=part, batch_size=None, num_workers=workers,
+            worker_init_fn=end_if_unsent, multiprocessing_context=context,
+            pin_memory=world.device.type == "cuda"))
+    for index, item in zip(part, loader, strict=True):
+        if isinstance(item, str):
+            raise RunError(item)
+        yield index, item
+
+
+def size_and_counts(num_classes: int | None, planes: list[Image.Image]) -> tuple[Tensor, Tensor]:
+    """Width and height, and how many pixels there are of each number."""
+    counts = np.bincount(np.asarray(planes[-1]).ravel(), minlength=IGNORED + 1)
+    highest = np.flatnonzero(counts[:IGNORED]).max(initial=-1)
+    if num_classes is not None and highest >= num_classes:
+        raise RunError(f"class {highest} in its label map, and there are {num_classes} classes")
+    return torch.tensor(planes[0].size), torch.from_numpy(counts)
+
+
+def survey(source, num_classes: int | None, world: World, workers: int) -> tuple[Tensor, Tensor]:
+    """Read every image and map once, before anything is made of them.
+
+    Returns:
+        Widths and heights (N, 2), and how many pixels there are of each number (256,); int64, equal
+        on every process.
+
+    Raises:
+        RunError: one cannot be read, does not fit its image, or has a class too many.
+    """
+    sizes, counts = torch.zeros(len(source), 2, dtype=torch.int64), torch.zeros(256).long()
+    with comm.same_error_on_all_ranks():
+        function = functools.partial(size_and_counts, num_classes)
+        for index, (size, found) in each(source, function, world, workers):
+            sizes[index] = size
+            counts += found
+    return comm.sum_over_processes(sizes), comm.sum_over_processes(counts)
