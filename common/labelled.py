@@ -5,6 +5,7 @@ import itertools
 import os
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from common import cli, distributed as comm, rng
@@ -361,6 +362,15 @@ def mean_per_class(right: Tensor, labels: np.ndarray) -> float:
     """
     counts = np.bincount(labels, minlength=len(right))
     return float((right.cpu().numpy()[counts > 0] / counts[counts > 0]).mean())
+
+
+def absent(labels: np.ndarray, num_classes: int) -> Tensor:
+    """Whether a class (num_classes,) is none of these labels: of a test set with some classes alone
+    it is not to be predicted.
+
+    Reference: VISSL's evaluation out of distribution (ImageNet-A, -R, -Sketch, V2).
+    """
+    return torch.from_numpy(~np.isin(np.arange(num_classes), labels))
 
 
 def mean_per_class_is_usual(protocol: str) -> bool:
