@@ -76,8 +76,9 @@ PROTOCOLS = {name: dict(zip(COLUMNS, row, strict=True)) for name, *row in (
     ("vissl", "nesterov", 0.01, 5e-4, 256, 28, [8, 16, 24], 0, "affine", "torch", "bilinear",
      "bilinear"),
 )}
-# Of `AttentiveHead`. El-Nouby et al., arXiv 2401.08541; apple/ml-aim has the head, but no training:
-# the paper's numbers, without its grid of rates, its warm-up and its stronger augmentation.
+# Of `AttentiveHead`. El-Nouby et al., arXiv 2401.08541: AdamW, 100 epochs. Only the head's code is
+# public (apple/ml-aim), so nothing was compared with its training. Crops and mirroring alone here,
+# one rate, the last layer's tokens.
 ATTENTIVE = {"aim": dict(zip(COLUMNS, (
     "adamw", 0.001 / 4, 0.1, 1024, 100, "cosine", 0, "plain", "torch", "bicubic", "bicubic",
 ), strict=True))}
@@ -244,7 +245,7 @@ class AttentiveHead(nn.Module):
     Args:
         num_heads: of the attention; here as many as the backbone's.
 
-    Reference: El-Nouby et al., arXiv 2401.08541, section 3.3; weights start as there in code, the
+    Reference: El-Nouby et al., arXiv 2401.08541; start values as in its code (apple/ml-aim): the
     query normal with standard deviation 0.02, the matrices as torch has it.
     """
 
