@@ -12,18 +12,24 @@ The backbone is in eval mode and never trained: its hash is printed before and a
    out; train once more on all training images; count on the test images.
 It saves nothing on the way; keep the features of a large data set with `--save-features`.
 
-The other protocols are the papers': heads trained by SGD on new random crops in every epoch, with
-the published numbers (`PROTOCOLS`). They stop, save and resume as the methods do. Two things differ
+The other protocols are the papers': heads trained on new random crops in every epoch, with the
+published numbers (`PROTOCOLS`). They stop, save and resume as the methods do. Two things differ
 from the public code of MoCo, SwAV, Barlow Twins, DINO and MAE: the last epoch counts, not the one
 that is best on the test images; and a short last batch of an epoch is dropped (MAE's code drops it
-too). Nothing is chosen on the test images. `--train-fraction 0.01` takes so many training images,
-class-balanced.
+too). `--probe attentive` trains another head, by protocol `aim`: a learned query attends to a
+transformer's patches.
 
-Letters: N images, H heads, C classes, D feature size.
+Nothing is chosen on the test images. `--train-fraction 0.01` takes so many training images,
+class-balanced. `--also-test` takes further test images with some of the classes, such as
+ImageNet-A, -R, -Sketch and V2: of each, only the classes that it has are predicted.
+
+Letters: N images, H heads, C classes, L tokens, D feature size.
 
     python eval_linear.py --checkpoint pixels random runs/simclr-digits-resnet_tiny
     python eval_linear.py --checkpoint runs/simclr --data /path/to/imagenet --train-fraction 0.01
+    python eval_linear.py --checkpoint runs/dino --data in1k --also-test imagenet-a imagenet-r
     torchrun --nproc_per_node=8 eval_linear.py --protocol dino --checkpoint runs/dino --data in1k
+    torchrun --nproc_per_node=8 eval_linear.py --probe attentive --checkpoint runs/mae --data in1k
 """
 
 import argparse
@@ -38,6 +44,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import augment, cli, distributed as comm, features, labelled, optim, solver, weights
+from common.backbones import VITS
 from common.training import Training
 
 # lr: per 256 images, at the published batch size. schedule: milestones, where it is multiplied by
@@ -69,22 +76,35 @@ PROTOCOLS = {name: dict(zip(COLUMNS, row, strict=True)) for name, *row in (
     ("vissl", "nesterov", 0.01, 5e-4, 256, 28, [8, 16, 24], 0, "affine", "torch", "bilinear",
      "bilinear"),
 )}
+# Of `AttentiveHead`. El-Nouby et al., arXiv 2401.08541: AdamW, 100 epochs. Only the head's code is
+# public (apple/ml-aim), so nothing was compared with its training. Crops and mirroring alone here,
+# one rate, the last layer's tokens.
+ATTENTIVE = {"aim": dict(zip(COLUMNS, (
+    "adamw", 0.001 / 4, 0.1, 1024, 100, "cosine", 0, "plain", "torch", "bicubic", "bicubic",
+), strict=True))}
 DECAYS = [float(f"{10 ** (half / 2 - 6):.1e}") for half in range(13)]  # 1e-6, 3.2e-6, ... 1
 AUTO_ONLY = ("weight_decays", "folds", "features", "save_features")
 PAPERS_ONLY = ("epochs", "train_batch_size", "lr", "flip")
 NOT_MIRRORED = ("digits", "mnist", "svhn", "gtsrb", "sst2")  # a mirrored sign is another sign
 INIT = {"zero": nn.init.zeros_, "normal": partial(nn.init.normal_, std=0.01),
         "truncated": partial(nn.init.trunc_normal_, std=0.01)}  # "torch": as torch has it
+TOKENS = ("patches", "tokens")  # what an attentive head may look at
 PLAIN = "-mlp"  # behind a layer's name: its head has no batch norm; VISSL's name for such a head
 
 
 def parse_args(argv=None):
     parser = features.parser(__file__, __doc__)
     group = parser.add_argument_group("protocol")
-    group.add_argument("--protocol", choices=("auto", *PROTOCOLS), default="auto",
-                       help="how the linear layer is trained")
+    group.add_argument("--probe", choices=("linear", "attentive"), default="linear",
+                       help="the head; attentive: of transformers, on patches or, by --layers "
+                       "tokens, on the class token too")
+    group.add_argument("--protocol", choices=("auto", *PROTOCOLS, *ATTENTIVE),
+                       help="how the head is trained; default: auto, of an attentive one aim")
     group.add_argument("--train-fraction", type=cli.fraction, default=1.0, metavar="SHARE",
                        help="class-balanced fraction of the training images")
+    group.add_argument("--also-test", nargs="+", default=[], metavar="FOLDER",
+                       help="further test images, of some of the classes: class folders named as "
+                       "in training (or 0, 1, ... in the order of those names), or lists")
     group = parser.add_argument_group("auto")
     group.add_argument("--weight-decays", type=cli.positive, nargs="+",
                        help="weight decays to choose from [1e-6 to 1]")
@@ -100,6 +120,15 @@ def parse_args(argv=None):
                        help="parent of the probes' folders")
     cli.run_flags(group)
     args = features.parse(parser, argv)
+    attentive = args.probe == "attentive"
+    args.protocol = args.protocol or ("aim" if attentive else "auto")
+    if attentive != (args.protocol in ATTENTIVE):
+        parser.error(f"--protocol {args.protocol} does not go with --probe {args.probe}")
+    if attentive and (other := set(args.layers or ()) - set(TOKENS)):
+        parser.error(f"--layers {' '.join(sorted(other))}: an attentive probe has "
+                     f"{' '.join(TOKENS)}")
+    if args.features and args.also_test:
+        parser.error(f"--also-test {args.also_test[0]} does not go with --features")
     for name in PAPERS_ONLY if args.protocol == "auto" else AUTO_ONLY:
         if getattr(args, name) is not None:
             parser.error(f"--{name.replace('_', '-')} does not go with --protocol {args.protocol}")
@@ -114,12 +143,12 @@ def parse_args(argv=None):
     return args
 
 
-def auto_probe(found: features.Features, args, world) -> dict:
+def auto_probe(found: features.Features, also: list[features.Split], args, world) -> dict:
     """Probe every layer of one backbone's features without settings (`solver.cross_validated`)."""
     labels, truth = found.train.labels, found.test.labels
     if labels.ndim != 1:
         raise comm.RunError(f"{found.checkpoint}: the probe needs images of one class each")
-    num_classes = int(max(labels.max(), truth.max())) + 1
+    num_classes = count_classes(labels, truth, *(split.labels for split in also))
     chosen = labelled.class_balanced(labels, args.train_fraction, args.seed)
     if len(chosen) < 2:
         raise comm.RunError(f"{found.checkpoint}: {len(chosen)} training image; give 2 or more")
@@ -129,18 +158,35 @@ def auto_probe(found: features.Features, args, world) -> dict:
         results.append({"layer": layer, **solver.cross_validated(
             rows, labels[chosen], found.test.layers[layer], truth, folds=args.folds,
             decays=sorted(args.weight_decays), num_classes=num_classes, seed=args.seed, world=world,
+            also=[(split.layers[layer], split.labels) for split in also],
         )})
     best = max(results, key=lambda result: result["validation"])
-    return summary(best, results, found.protocol, len(chosen), len(truth))
+    sizes = {"num_train": len(chosen), "num_test": len(truth)}
+    return summary(best, results, found.protocol, sizes, args.also_test, also)
 
 
-def summary(counts: dict, results: list[dict], protocol: str, num_train: int, num_test: int):
-    """What is told of one backbone: the result that counts, and all of them."""
+def count_classes(*labels: np.ndarray) -> int:
+    """How many classes there are: one more than the largest label."""
+    return 1 + int(max(part.max() for part in labels))
+
+
+def summary(counts: dict, results: list[dict], protocol: str, sizes: dict, paths, also) -> dict:
+    """What is told of one backbone: the result that counts, and all of them.
+
+    Args:
+        paths: of `--also-test`. also: the images of each.
+    """
     usual = labelled.mean_per_class_is_usual(protocol)
+    for result in results:
+        tested = zip(paths, also, result.pop("also"), strict=True)
+        if further := [{"data": path, "num_test": len(images.labels),
+                        "num_classes": len(np.unique(images.labels)), **numbers}
+                       for path, images, numbers in tested]:
+            result["also"] = further
+    top = ("top1", "top5", "mean_per_class", "also")
     shown = [{name: value for name, value in result.items() if usual or name != "mean_per_class"}
              for result in results]
-    return {**{name: counts[name] for name in ("top1", "top5", "mean_per_class")},
-            "results": shown, "num_train": num_train, "num_test": num_test}
+    return {**{name: counts[name] for name in top if name in counts}, "results": shown, **sizes}
 
 
 # -------------------------------------------------------------------------- protocols of the papers
@@ -160,7 +206,15 @@ def probed_layers(backbone: nn.Module, images: Tensor, names: list[str]) -> dict
     """Layers as rows (N, D), by name; `a+b` is a and b side by side, `a-mlp` is a."""
     parts = {name: name.removesuffix(PLAIN).split("+") for name in names}
     rows = features.layers(backbone, images, list(dict.fromkeys(sum(parts.values(), []))))
-    return {name: torch.cat([rows[p] for p in layers], dim=1) for name, layers in parts.items()}
+    return {name: comm.upcast(torch.cat([rows[p] for p in layers], dim=1))
+            for name, layers in parts.items()}
+
+
+def probed_tokens(backbone: nn.Module, images: Tensor, names: list[str]) -> dict[str, Tensor]:
+    """A transformer's last tokens (N, L, D), by name: all of them, or the patches alone."""
+    tokens = comm.upcast(backbone.tokens(images)[0])
+    patches = tokens if backbone.cls_token is None else tokens[:, 1:]
+    return {name: tokens if name == "tokens" else patches for name in names}
 
 
 class Head(nn.Module):
@@ -181,6 +235,36 @@ class Head(nn.Module):
         if self.norm is not None:
             rows = self.norm(rows.view(len(rows), self.channels, -1)).flatten(1)
         return self.linear(rows)
+
+
+class AttentiveHead(nn.Module):
+    """A learned query attends to tokens, and a linear layer to what it finds.
+
+    Three matrices, of keys, values and logits; batch norm of the tokens before, no bias anywhere.
+
+    Args:
+        num_heads: of the attention; here as many as the backbone's.
+
+    Reference: El-Nouby et al., arXiv 2401.08541; start values as in its code (apple/ml-aim): the
+    query normal with standard deviation 0.02, the matrices as torch has it.
+    """
+
+    def __init__(self, dim: int, num_heads: int, num_classes: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = nn.BatchNorm1d(dim, eps=1e-6, affine=False)
+        self.query = nn.Parameter(0.02 * torch.randn(1, 1, dim))
+        self.key = nn.Linear(dim, dim, bias=False)
+        self.value = nn.Linear(dim, dim, bias=False)
+        self.linear = nn.Linear(dim, num_classes, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        n, length, dim = tokens.shape
+        tokens = self.norm(tokens.flatten(0, 1)).view(n, length, dim)
+        q, k, v = (part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in (
+            self.query.expand(n, -1, -1), self.key(tokens), self.value(tokens)))
+        found = F.scaled_dot_product_attention(q, k, v)  # (N, heads, 1, D / heads)
+        return self.linear(found.flatten(1))
 
 
 @torch.no_grad()
@@ -206,8 +290,11 @@ def build_optimizer(heads: nn.Module, kind: str, lr: float, weight_decay: float)
         return optim.LARS(groups, lr=lr, momentum=0.9, weight_decay=weight_decay,
                           trust_coefficient=0.001)
     groups = [{"params": others}, {"params": norms, "weight_decay": 0.0}]
-    return torch.optim.SGD([g for g in groups if g["params"]], lr=lr, momentum=0.9,
-                           weight_decay=weight_decay, nesterov=kind == "nesterov")
+    groups = [group for group in groups if group["params"]]
+    if kind == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
+    return torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=weight_decay,
+                           nesterov=kind == "nesterov")
 
 
 def learning_rates(protocol: dict, base: float, epochs: int, steps_per_epoch: int) -> list[float]:
@@ -237,10 +324,38 @@ def top_1_and_5(logits: Tensor, truth: Tensor) -> Tensor:
                         for k in (1, 5)], dim=1)
 
 
+def accuracies(logits_of, images, source: features.Source, num_classes: int,
+               some_classes: bool = False) -> dict[str, dict]:
+    """How often heads are right on some images, by layer.
+
+    Args:
+        logits_of: images (n, channels, H, W) to logits (n, C), by layer.
+        some_classes: predict only classes that the images have.
+    """
+    truth = torch.from_numpy(np.asarray(images.labels, dtype=np.int64))
+    left_out = labelled.absent(images.labels, num_classes) & some_classes
+    left_out = left_out.to(source.world.device)
+
+    def correct(batch, truth):
+        return {name: top_1_and_5(logits.masked_fill(left_out, -math.inf), truth)
+                for name, logits in logits_of(batch).items()}
+
+    hits = features.extract(correct, images, source.view, source.world, labels=truth,
+                            batch_size=source.args.batch_size, workers=source.workers)
+    found = {}
+    for name, rows in hits.items():
+        top1, top5 = rows.double().mean(0).tolist()
+        right = torch.zeros(num_classes, dtype=torch.float64)
+        right.index_add_(0, truth, rows[:, 0].double())
+        found[name] = {"top1": top1, "top5": top5,
+                       "mean_per_class": labelled.mean_per_class(right, images.labels)}
+    return found
+
+
 def paper_probe(source: features.Source, backbone, mark: str, args, world) -> dict | None:
     """Train a protocol's heads on a frozen backbone and test them; None if it was told to stop."""
-    protocol, settings = PROTOCOLS[args.protocol], source.settings
-    train, test = source.train, source.test
+    protocol, settings = (PROTOCOLS | ATTENTIVE)[args.protocol], source.settings
+    train, test, attentive = source.train, source.test, args.probe == "attentive"
     if args.train_fraction < 1:
         train = train.subset(labelled.class_balanced(train.labels, args.train_fraction, args.seed))
     epochs, base_lr = args.epochs or protocol["epochs"], args.lr or protocol["lr"]
@@ -252,24 +367,33 @@ def paper_probe(source: features.Source, backbone, mark: str, args, world) -> di
                             "processes")
     lr = base_lr * batch_size / 256
     flip = settings["data"] not in NOT_MIRRORED if args.flip is None else args.flip
-    names = protocol_layers(args.protocol, backbone)
+    names = ["patches"] if attentive else protocol_layers(args.protocol, backbone)
     if args.layers and "pixels" not in names:
         names = args.layers
-    train_labels, test_labels = (torch.from_numpy(np.asarray(images.labels, dtype=np.int64))
-                                 for images in (train, test))
-    num_classes = int(max(train_labels.max(), test_labels.max())) + 1
+    train_labels = torch.from_numpy(np.asarray(train.labels, dtype=np.int64))
+    num_classes = count_classes(*(part.labels for part in (train, test, *source.also)))
+
+    @torch.no_grad()
+    def look(images):
+        with features.precision(args.amp, world.device):
+            return (probed_tokens if attentive else probed_layers)(backbone, images, names)
 
     # Heads and optimiser
     torch.manual_seed(args.seed)
     shown = {name: settings[name] for name in ("image_size", "in_chans", "mean", "std")}
     blank = torch.zeros(2, shown["in_chans"], *[shown["image_size"]] * 2, device=world.device)
-    heads = build_heads(backbone, names, blank, num_classes, protocol["norm"], protocol["init"])
+    if attentive:
+        num_heads = backbone.blocks[-1].attn.num_heads
+        heads = nn.ModuleDict({name: AttentiveHead(backbone.num_features, num_heads, num_classes)
+                               for name in names})
+    else:
+        heads = build_heads(backbone, names, blank, num_classes, protocol["norm"], protocol["init"])
     heads = comm.convert_sync_batchnorm(heads.to(world.device))
     optimizer = build_optimizer(heads, protocol["optimizer"], lr, protocol["weight_decay"])
     views = train_views(protocol["crop"], flip, **shown)
 
     # Train
-    comm.print_main(f"{args.protocol}: heads on {' '.join(names)}, {epochs} epochs, "
+    comm.print_main(f"{args.protocol}: {args.probe} heads on {' '.join(names)}, {epochs} epochs, "
                     f"{'mirrored' if flip else 'unmirrored'} crops")
     changing = dict(
         protocol, protocol=args.protocol, checkpoint=mark, layers=names, epochs=epochs, lr=base_lr,
@@ -286,9 +410,8 @@ def paper_probe(source: features.Source, backbone, mark: str, args, world) -> di
         lr_of_step = learning_rates(protocol, lr, epochs, run.steps_per_epoch)
         for step, batch in run.steps(export=heads):
             optim.set_lr(optimizer, lr_of_step[step])
-            with torch.no_grad():  # --batch-size images at a time, regardless of the batch
-                parts = [probed_layers(backbone, part, names)
-                         for part in batch.views[0].split(args.batch_size)]
+            # --batch-size images at a time, regardless of the batch
+            parts = [look(part) for part in batch.views[0].split(args.batch_size)]
             rows = {name: torch.cat([part[name] for part in parts]) for name in names}
             truth = train_labels[batch.index].to(world.device, non_blocking=True)
             loss = sum(F.cross_entropy(head(rows[name]), truth) for name, head in heads.items())
@@ -304,20 +427,17 @@ def paper_probe(source: features.Source, backbone, mark: str, args, world) -> di
     # Test
     heads.eval()
 
-    def correct(images, truth):
-        rows = probed_layers(backbone, images, names)
-        return {name: top_1_and_5(head(rows[name]), truth) for name, head in heads.items()}
+    def logits_of(images):
+        rows = look(images)
+        return {name: head(rows[name]) for name, head in heads.items()}
 
-    hits = features.extract(correct, test, source.view, world, batch_size=args.batch_size,
-                            workers=source.workers, labels=test_labels)
-    results = []
-    for name, rows in hits.items():
-        top1, top5 = rows.double().mean(0).tolist()
-        right = torch.zeros(num_classes, dtype=torch.float64)
-        right.index_add_(0, test_labels, rows[:, 0].double())
-        results.append({"layer": name, "top1": top1, "top5": top5,
-                        "mean_per_class": labelled.mean_per_class(right, test.labels)})
-    return summary(results[-1], results, source.protocol, len(train), len(test))
+    tested = accuracies(logits_of, test, source, num_classes)
+    also = [accuracies(logits_of, images, source, num_classes, some_classes=True)
+            for images in source.also]
+    results = [{"layer": name, **found, "also": [part[name] for part in also]}
+               for name, found in tested.items()]
+    sizes = {"num_train": len(train), "num_test": len(test)}
+    return summary(results[-1], results, source.protocol, sizes, args.also_test, source.also)
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -325,12 +445,20 @@ def paper_probe(source: features.Source, backbone, mark: str, args, world) -> di
 
 def main(args):
     world = comm.setup(args.device, deterministic=True)
-    protocol = PROTOCOLS.get(args.protocol)
+    protocol = (PROTOCOLS | ATTENTIVE).get(args.protocol)
     if not protocol:
         comm.print_main(f"auto: {len(args.weight_decays)} weight decays, {args.folds} folds")
     table = []
     interpolation = protocol["resize"] if protocol else "bicubic"
-    for source in features.sources(args, world, interpolation=interpolation):
+    sources = list(features.sources(args, world, interpolation=interpolation,
+                                    also_test=args.also_test))
+    for source in sources if args.probe == "attentive" else ():  # before any of them is trained
+        arch = source.name if source.name == "pixels" else source.settings["arch"]
+        if arch not in VITS:
+            raise comm.RunError(f"{source.name}: --probe attentive looks at the patches of a "
+                                f"transformer ({' '.join(VITS)}), and this is {arch}; "
+                                "leave it out, or take --probe linear")
+    for source in sources:
         runs = []
         for backbone in source.backbones():
             before = weights.fingerprint(backbone)
@@ -339,7 +467,9 @@ def main(args):
                 if runs[-1] is None:
                     return
             else:
-                runs.append(auto_probe(source.features(backbone), args, world))
+                found = source.features(backbone)
+                also = [source.split(backbone, images) for images in source.also]
+                runs.append(auto_probe(found, also, args, world))
             after = weights.fingerprint(backbone)
             if before:
                 comm.print_main(f"{source.name}: hash of the backbone {before} before, "
@@ -351,13 +481,19 @@ def main(args):
     columns = {"top-1": "{top1:.3f}", "top-5": "{top5:.3f}"}
     if all("mean_per_class" in r for row in table for r in row["results"]):
         columns |= {"mean per class": "{mean_per_class:.3f}"}
+    shared = list(columns.values())
     if not protocol:
         columns |= {"validation": "{validation:.3f}", "weight decay": "{weight_decay:.2g}"}
-    features.print_table(["checkpoint", *columns], [
-        [f"{row['checkpoint']} {r['layer']}", *(cell.format_map(r) for cell in columns.values())]
-        for row in table for r in row["results"]])
-    features.print_json({"eval": "linear", "protocol": args.protocol, **table[-1],
-                         "checkpoints": table})
+    lines = []
+    for row in table:
+        for r in row["results"]:
+            cells = [cell.format_map(r) for cell in columns.values()]
+            lines.append([f"{row['checkpoint']} {r['layer']}", *cells])
+            lines += [[f"  {part['data']} ({part['num_classes']} classes)",
+                       *(cell.format_map(part) for cell in shared)] for part in r.get("also", ())]
+    features.print_table(["checkpoint", *columns], lines)
+    features.print_json({"eval": "linear", "probe": args.probe, "protocol": args.protocol,
+                         **table[-1], "checkpoints": table})
 
 
 if __name__ == "__main__":

@@ -556,7 +556,7 @@ def workers(args, images) -> int:
 def tasks(args, world):
     """Yield the name of each checkpoint, its images, and one `Task` for each of its backbones."""
     opened, said = {}, set()
-    for checkpoint, settings in features.described(args):
+    for checkpoint, settings in features.checkpoints_of(args):
         side = patch_side(settings, args.layer)
         if args.image_size is None and settings["image_size"] > 96:
             settings["image_size"] = WINDOW // side * side

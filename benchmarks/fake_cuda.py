@@ -109,6 +109,8 @@ CASES = {  # name: script, processes, flags; sizes are of one process
                          "--arch vit_small --image-size 224 --in-chans 3"),
     "eval_segmentation": ("eval_segmentation", 1, "--checkpoint random --method linear --data "
                           "digits --arch resnet50 --stem imagenet --image-size 224"),
+    "eval_linear-aim": ("eval_linear", 1, "--checkpoint random --probe attentive --data fake "
+                        "--arch vit_small --image-size 224 --in-chans 3 --amp bf16"),
     "finetune-mae": ("finetune", 1, "--checkpoint random --protocol mae --data fake "
                      "--batch-size 128"),
     "finetune-semi_swav-x8": ("finetune", 8, "--checkpoint random --protocol semi_swav --data "

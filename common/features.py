@@ -8,7 +8,6 @@ through a backbone once. The parts are usable alone as well: `resolve_checkpoint
 
 import argparse
 import contextlib
-import functools
 import itertools
 import json
 import os
@@ -22,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from common import augment, backbones, cli, distributed as comm, labelled, trunks, weights
+from common import augment, backbones, cli, distributed as comm, labelled, optim, trunks, weights
 from common.checkpoint import atomic_write
 from common.distributed import RunError, World
 from common.workers import default_workers, end_if_unsent, fork_workers
@@ -73,6 +72,10 @@ def parser(
     group.add_argument("--workers", type=cli.nonneg_int, metavar="N",
                        help="loader processes; default: the share of the cores, 0 if no files")
     group.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="device")
+    group.add_argument("--amp", choices=("none", "tf32", "bf16", "fp16"),
+                       help="precision of the frozen backbone; default: none, which keeps float32 "
+                       "(but convolutions on CUDA in TF32, as torch has it); tf32: matrix products "
+                       "on CUDA too; bf16, fp16: autocast, other numbers from the third digit on")
     group.add_argument("--seed", type=cli.nonneg_int, default=0, help="random seed")
     return made
 
@@ -94,13 +97,27 @@ def parse(made: cli.Parser, argv=None) -> argparse.Namespace:
         given = " ".join(args.features or args.checkpoint)
         made.error(f"--save-features takes the features of one --checkpoint, not of {given}")
     if args.features:
-        for name in (*DIGITS, "test_data", "resize", "limit", "limit_per_class", "workers"):
+        for name in (*DIGITS, "test_data", "resize", "limit", "limit_per_class", "workers", "amp"):
             if getattr(args, name) is not None:
                 made.error(f"--{name.replace('_', '-')} does not go with --features, whose images "
                            "and backbone are fixed")
     if args.limit and args.limit_per_class:
         made.error(f"--limit {args.limit} and --limit-per-class {args.limit_per_class}: give one")
+    args.amp = args.amp or "none"
     return args
+
+
+@contextlib.contextmanager
+def precision(amp: str, device: torch.device):
+    """What an evaluation's `--amp` means on a device, as a context for the backbone alone."""
+    before = torch.get_float32_matmul_precision()
+    if amp == "tf32" and device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        with optim.precision(amp, device)[0]():
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 # ----------------------------------------------------------------------------------------- settings
@@ -242,6 +259,7 @@ class Source:
     settings: dict | None = None  # `evaluation_settings`, and the "trained_size" of images
     train: object = None  # images, as `images.open_images` opens them
     test: object = None
+    also: tuple = ()  # further images to test on
     view: augment.View | None = None  # without random numbers
     protocol: str = ""  # what the images are, in words
 
@@ -268,8 +286,12 @@ class Source:
             yield freeze(build(settings), checkpoint.weights, self.world)
 
     def extract(self, function, images) -> dict[str, Tensor]:
-        """`extract` with the source's view and the command line's batches and workers."""
-        return extract(function, images, self.view, self.world, workers=self.workers,
+        """`extract` with the source's view, and the command line's batches, workers and `--amp`."""
+        def precise(batch):
+            with precision(self.args.amp, self.world.device):
+                return function(batch)
+
+        return extract(precise, images, self.view, self.world, workers=self.workers,
                        batch_size=self.args.batch_size)
 
     def features(self, backbone: nn.Module | None, function=None) -> "Features":
@@ -286,24 +308,31 @@ class Source:
                 stored = read(self.name, self.args.layers)
             comm.print_main(f"{self.name}: {stored.checkpoint} on {stored.protocol}")
             return stored
-        names = None if self.checkpoint.name == "pixels" else self.args.layers
-        if names is None and backbones.is_resnet(backbone):
-            names = [self.args.resnet_layer]
-        function = function or functools.partial(layers, backbone, names=names)
         splits = {None: None}
         for images in (self.train, self.test):
             if images not in splits:
-                splits[images] = Split(
-                    self.extract(function, images),
-                    None if images.labels is None else np.asarray(images.labels, dtype=np.int64),
-                    images.index)
+                splits[images] = self.split(backbone, images, function)
         found = Features(self.checkpoint.name, self.protocol, splits[self.train], splits[self.test])
         if self.args.save_features:
             write(found, self.args.save_features, self.world)
         return found
 
 
-def described(args):
+    def split(self, backbone: nn.Module, images, function=None) -> "Split":
+        """Features of some images under one of the backbones.
+
+        Raises:
+            RunError: as `features`.
+        """
+        names = None if self.checkpoint.name == "pixels" else self.args.layers
+        if names is None and backbones.is_resnet(backbone):
+            names = [self.args.resnet_layer]
+        rows = self.extract(function or functools.partial(layers, backbone, names=names), images)
+        labels = None if images.labels is None else np.asarray(images.labels, dtype=np.int64)
+        return Split(rows, labels, images.index)
+
+
+def checkpoints_of(args):
     """Yield what `--checkpoint` names, a `Checkpoint` each, and the settings to evaluate it with.
 
     Those are `evaluation_settings` and the "trained_size" of images. All are evaluated on the same
@@ -328,7 +357,7 @@ def described(args):
 
 def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
             several_classes: bool = False, open_splits=labelled.open_splits,
-            described=labelled.described):
+            described=labelled.described, also_test=()):
     """Yield a `Source` for each of what `--checkpoint` or `--features` name.
 
     Args:
@@ -339,6 +368,7 @@ def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
         open_splits: what opens both splits; of `labelled.open_unlabelled` the test split and labels
             may be None. One that is both is passed through a backbone once.
         described: what tells in words what they are.
+        also_test: further folders or lists to test on, each with some of the classes.
 
     Raises:
         RunError: something named is not there, does not fit or has no labels.
@@ -346,24 +376,31 @@ def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
     for path in args.features or ():
         yield Source(path, args, world)
     opened, said = {}, set()  # both splits by channel count; protocols
-    for checkpoint, settings in described(args):
+    for checkpoint, settings in checkpoints_of(args):
         channels, size = settings["in_chans"], settings["image_size"]
         if channels not in opened:
-            opened[channels] = open_splits(
+            train, test = open_splits(
                 settings["data"], channels, test_data=args.test_data, root=args.data_root,
                 download=args.download, limit=args.limit, limit_per_class=args.limit_per_class,
                 several_classes=several_classes)
-        train, test = opened[channels]
+            opened[channels] = train, test, tuple(
+                labelled.open_test(path, train, channels, "--also-test", limit=args.limit)
+                for path in also_test)
+        train, test, also = opened[channels]
         view = central_view(settings, crop, interpolation, args.resize)
         protocol = described(settings["data"], args, train, test)
         protocol += f" of {size} px" if view.geometry[0].resizes else ""
         protocol += f", {view.geometry[0]}"
+        protocol += f", features in {args.amp}" if args.amp != "none" else ""
         if protocol not in said:
             comm.print_main(protocol)
+            for path, images in zip(also_test, also, strict=True):
+                comm.print_main(f"also tested: {len(images)} images of {path}, of "
+                                f"{len(np.unique(images.labels))} classes; no other is predicted")
             said.add(protocol)
         arch = f" ({settings['arch']})" if checkpoint.name == "random" else ""
-        yield Source(checkpoint.name + arch, args, world, checkpoint, settings, train, test, view,
-                     protocol)
+        yield Source(checkpoint.name + arch, args, world, checkpoint, settings, train, test, also,
+                     view, protocol)
 
 
 def central_view(settings: dict, crop, interpolation: str, resize: int | None = None):

@@ -365,13 +365,14 @@ def folder(
         known = subfolders(train) if os.path.isdir(train) else sorted(set(classes))
         known = [name for name in known if found or name not in HELD_OUT]
         numbers = {name: label for label, name in enumerate(known)}
-    unknown, empty = set(classes) - set(numbers), set(numbers) - set(classes)
+    there = numbers if split == "train" else subfolders(top)
+    unknown, empty = set(classes) - set(numbers), set(there) - set(classes)
     if unknown:
         train = "the training set" if whole else train
         raise RunError(f"--data {root}: class folders of {top} that {train} does not have: "
                        f"{some(unknown)}; a class has one name in both")
-    if empty and split == "train":
-        comm.print_main(f"warning: class folders of {train} without an image: {some(empty)}")
+    if empty:
+        comm.print_main(f"warning: class folders of {top} without an image: {some(empty)}")
     images = FileImages(paths, np.array([numbers[name] for name in classes]), channels, top)
     images.class_names = known
     return images

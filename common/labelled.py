@@ -5,6 +5,7 @@ import itertools
 import os
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from common import cli, distributed as comm, rng
@@ -43,23 +44,42 @@ def open_splits(
         test = open_images(data, "test", channels, **options)
         check_labels(f"--data {data}", test, several_classes)
     else:
-        if not os.path.exists(test_data):
-            raise RunError(f"--test-data {test_data}: no such folder or list")
-        numbers = {str(label): label for label in np.unique(train.labels).tolist()}
-        if train.class_names is not None:
-            numbers = {name: label for label, name in enumerate(train.class_names)}
-        try:
-            test = open_images(test_data, "test", channels, whole=True, classes=numbers, **options)
-        except RunError as error:
-            told = str(error).replace(f"--data {test_data}", f"--test-data {test_data}")
-            raise type(error)(told) from error
-        check_labels(f"--test-data {test_data}", test, False)
-        if shared := shared_files(train, test):
-            comm.print_main(f"warning: {len(shared)} of the {len(test)} test images are training "
-                            f"images too: {some(shared)}")
+        test = open_test(test_data, train, channels, **options)
     if limit_per_class:
         train = train.subset(rows_per_class(train, limit_per_class))
     return [train, test]
+
+
+def open_test(path: str, train, channels: int, flag: str = "--test-data", **options):
+    """Open images to test on, whose classes are some of the training images'.
+
+    A class folder is found by its name, or where no class is named by a number, also by the
+    class's place in the order of the names: as ImageNetV2's folders are, from 0 to 999.
+
+    Raises:
+        RunError: there is no such folder or list, it has no labels, or a class is not among those
+            that have a training image.
+    """
+    if not os.path.exists(path):
+        raise RunError(f"{flag} {path}: no such folder or list")
+    names = train.class_names or []
+    numbers = {name: label for label, name in enumerate(names)}
+    if not any(map(str.isdecimal, names)):
+        numbers |= {str(label): label for label in np.unique(train.labels).tolist()}
+    try:
+        test = open_images(path, "test", channels, whole=True, classes=numbers, **options)
+    except RunError as error:
+        told = str(error).replace(f"--data {path}", f"{flag} {path}")
+        raise type(error)(told) from error
+    check_labels(f"{flag} {path}", test, False)
+    unseen = np.setdiff1d(test.labels, train.labels)
+    if len(unseen) and not options.get("limit"):
+        told = [names[label] if names else str(label) for label in unseen]
+        raise RunError(f"{flag} {path}: no training image of {some(told)}")
+    if shared := shared_files(train, test):
+        comm.print_main(f"warning: {len(shared)} of the {len(test)} test images are training "
+                        f"images too: {some(shared)}")
+    return test
 
 
 def open_unlabelled(data: str, channels: int, *, limit_per_class=None, **options) -> list:
@@ -342,6 +362,15 @@ def mean_per_class(right: Tensor, labels: np.ndarray) -> float:
     """
     counts = np.bincount(labels, minlength=len(right))
     return float((right.cpu().numpy()[counts > 0] / counts[counts > 0]).mean())
+
+
+def absent(labels: np.ndarray, num_classes: int) -> Tensor:
+    """Whether a class (num_classes,) is none of these labels: of a test set with some classes alone
+    it is not to be predicted.
+
+    Reference: VISSL's evaluation out of distribution (ImageNet-A, -R, -Sketch, V2).
+    """
+    return torch.from_numpy(~np.isin(np.arange(num_classes), labels))
 
 
 def mean_per_class_is_usual(protocol: str) -> bool:

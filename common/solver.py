@@ -21,7 +21,7 @@ P_SPREAD = 0.05  # p (1 - p) of a usual probability p: the curvature that a logi
 
 def cross_validated(
     train, labels, test, truth, *, decays: list[float], folds: int, num_classes: int, seed: int,
-    world: comm.World,
+    world: comm.World, also=(),
 ) -> dict:
     """Choose a weight decay on the training rows, train on all of them, count on the test rows.
 
@@ -29,6 +29,11 @@ def cross_validated(
         train: (N, D) and test: (M, D) on the CPU; every process has them and takes its part.
         labels: int64 (N,). truth: int64 (M,).
         decays: rising.
+        also: further (rows, truth) to count on; only classes in this truth are predicted.
+
+    Returns:
+        "top1", "top5", "mean_per_class", "validation", "weight_decay"; and in "also" the first
+        three of each of the further ones.
     """
     # 1. Standardise; on the CPU in float64, so that no sum's order decides near a border
     dtype = torch.float64 if world.device.type == "cpu" else torch.float32
@@ -60,14 +65,24 @@ def cross_validated(
     validation, decay = max(zip(accuracy.tolist(), decays, strict=True))  # a tie: the largest decay
     shares = x.new_full((len(x), 1), 1 / len(labels))
     points = fit(x, y, shares, x.new_tensor([decay]), variances, num_classes)
-    _, x, y = local(test, truth)
-    x, every = x @ axes.to(x), torch.ones(len(y), 1, device=world.device)
-    by_class = torch.zeros(num_classes, dtype=torch.float64, device=world.device)
-    top1, top5 = ((count_correct(points, x, y, every, k, num_classes, right) / len(truth)).item()
-                  for k, right in ((1, by_class), (5, None)))
-    per_class = labelled.mean_per_class(comm.sum_over_processes(by_class), truth)
-    return {"top1": top1, "top5": top5, "mean_per_class": per_class, "validation": validation,
-            "weight_decay": decay}
+
+    def accuracies(points, rows, truth) -> dict:
+        _, x, y = local(rows, truth)
+        x, every = x @ axes.to(x), torch.ones(len(y), 1, device=world.device)
+        by_class = torch.zeros(num_classes, dtype=torch.float64, device=world.device)
+        top1, top5 = (
+            (count_correct(points, x, y, every, k, num_classes, right) / len(truth)).item()
+            for k, right in ((1, by_class), (5, None)))
+        per_class = labelled.mean_per_class(comm.sum_over_processes(by_class), truth)
+        return {"top1": top1, "top5": top5, "mean_per_class": per_class}
+
+    found = []
+    for rows, theirs in also:
+        masked = points.clone().view(-1, num_classes)
+        masked[-1, labelled.absent(theirs, num_classes)] = -torch.inf  # the offsets
+        found.append(accuracies(masked.view_as(points), rows, theirs))
+    return {**accuracies(points, test, truth), "validation": validation, "weight_decay": decay,
+            "also": found}
 
 
 def assign_folds(labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
