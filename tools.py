@@ -299,7 +299,7 @@ class Module:
         lines, end, heading = source.splitlines(), 0, ""
         for node in tree.body:
             start, end, gap = end, node.end_lineno, 0
-            if isinstance(node, ast.Import | ast.ImportFrom) or node.lineno == 1:
+            if isinstance(node, ast.Import | ast.ImportFrom) or (self.doc and not start):
                 continue
             while not lines[start] or lines[start].startswith("# ---"):
                 gap, heading = (0, lines[start]) if lines[start] else (gap + 1, heading)
@@ -376,9 +376,12 @@ class Flat:
                                         "does not name a thing of common/, so it stays unknown")
             if found is not None:
                 piece.uses.append((*found, node, local))
-        acting = [other for other in module.pieces if piece.module and not other.names
-                  and module.defined.get(next(global_names(other.node))[0].id) is piece]
-        return acting + [used for used, *_ in piece.uses]
+        needed = [used for used, *_ in piece.uses]
+        for other in module.pieces if piece.module else ():
+            first = next((node.id for node, *_ in global_names(other.node)), None)
+            if not other.names and module.defined.get(first) is piece:
+                needed.append(other)
+        return needed
 
     def names(self) -> dict:
         """The name in the file of each (Piece, name): the same, or with the module's in front.

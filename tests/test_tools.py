@@ -1,5 +1,12 @@
+import ast
+import builtins
 import hashlib
+import os
 import re
+import subprocess
+import symtable
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -8,6 +15,7 @@ import torch
 import tools
 from common import backbones, checkpoint, features, weights
 from common.distributed import RunError
+from helpers import ROOT, TINY, lines
 
 SETTINGS = dict(arch="resnet_tiny", stem="small", image_size=16, in_chans=3, mean=[0.5], std=[0.5],
                 data="/home/somebody/images")
@@ -138,3 +146,187 @@ def test_the_block_of_a_bug_report(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert f"torch {torch.__version__.partition('+')[0]}" in printed and "timm" in printed
     assert "OMP_NUM_THREADS=3" in printed and "GPUs:" in printed and "\n\n" not in printed
+
+
+# ------------------------------------------------------------------------------------------ flatten
+
+
+def flattened(script, out):
+    run("flatten", script, out)
+    return Path(out).read_text()
+
+
+def unresolved(table, known):
+    """Global names that a scope of a module uses and that are not among the known ones."""
+    if table.get_type() == "module":
+        known = known | {symbol.get_name() for symbol in table.get_symbols()
+                         if symbol.is_assigned() or symbol.is_imported()}
+    used = {symbol.get_name() for symbol in table.get_symbols()
+            if symbol.is_referenced() and symbol.is_global()}
+    return (used - known).union(*(unresolved(child, known) for child in table.get_children()))
+
+
+@pytest.mark.parametrize("script", [
+    p.stem for p in sorted(ROOT.glob("*.py")) if p.stem != "visualize"])
+def test_every_script_is_flattened_and_every_name_is_there(script, tmp_path):
+    source, text = ROOT / f"{script}.py", flattened(ROOT / f"{script}.py", tmp_path / "flat.py")
+    builtin = {*dir(builtins), "__file__", "__name__", "__doc__"}
+    assert not unresolved(symtable.symtable(text, "flat.py", "exec"), builtin)
+    tree = ast.parse(text)
+    assert ast.get_docstring(tree) == ast.get_docstring(ast.parse(source.read_text()))
+    defined = [node.name for node in tree.body
+               if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name != "_"]
+    assert len(set(defined)) == len(defined) > 20
+    imported = [str(getattr(node, "module", None) or node.names[0].name)
+                for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert not any(name.partition(".")[0] == "common" for name in imported)
+    head = text[: text.index('"""')]
+    assert f"flatten {script}.py`" in head and "MIT License" in head and "(c) 2026" in head
+    assert text.count("\n# THE SOFTWARE IS PROVIDED") == 1
+
+
+def test_no_definition_is_there_for_nothing(tmp_path):
+    """Each is used somewhere, and what the script does not use is left out."""
+    tree = ast.parse(flattened(ROOT / "simsiam.py", tmp_path / "flat.py"))
+    tops = {node.name for node in tree.body
+            if isinstance(node, ast.FunctionDef | ast.ClassDef)} - {"_"}
+    assert not tops - {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    assert {"Training", "View", "SyncBatchNorm"} <= tops
+    assert not tops & {"knn_predict", "all_gather_with_grad", "LARS", "RandAugment"}
+
+
+def package(root, **modules):
+    """A small repository of modules of `common/` and a licence, for `tools.HERE`."""
+    (root / "common").mkdir()
+    (root / "LICENSE").write_text("Some Licence\n\nCopyright (c) me\n")
+    for name, text in modules.items():
+        (root / "common" / f"{name}.py").write_text(textwrap.dedent(text))
+    return root
+
+
+def test_names_meet_and_comments_stay(tmp_path, monkeypatch):
+    one = '''
+        """Module one."""
+
+        import math
+        import os
+
+        # ---------------------------------------------------------------- numbers
+
+        LIMIT = 3  # a constant
+        UNUSED = 4
+
+
+        # why size is so
+        def size(scale=LIMIT):
+            return scale  # trailing
+
+
+        def area(x):
+            return math.prod([size(), x])
+
+
+        def left_out():
+            return os.getcwd()
+
+
+        def table():
+            return {}
+
+
+        REGISTERED = table()
+
+
+        @REGISTERED.setdefault  # acts on it
+        def _(name):
+            return name
+
+
+        REGISTERED.update(seen=area)
+    '''
+    two = '''
+        from common import one
+        from common.one import area as surface
+
+
+        def area(size):
+            return [f"{one.size()} size", one.size(scale=one.LIMIT,
+                                                   ), surface(size)]
+
+
+        def compile(x):
+            return [size for size in range(x)], lambda size: (size, one.size())
+    '''
+    script = '''
+        """Script."""
+
+        import sys
+
+        from common import one, two
+        from common.two import area
+
+
+        def main():
+            size = 5
+            area_two = area(size)
+            print(one.size() + size, area_two, two.compile(2)[0], one.area(2))
+            print(len(one.REGISTERED))
+
+
+        main()
+    '''
+    monkeypatch.setattr(tools, "HERE", str(package(tmp_path, one=one, two=two)))
+    (tmp_path / "script.py").write_text(textwrap.dedent(script))
+    text = flattened(tmp_path / "script.py", tmp_path / "alone" / "script.py")
+    printed = [subprocess.run([sys.executable, str(path)], capture_output=True, text=True,
+                              cwd=tmp_path).stdout
+               for path in (tmp_path / "script.py", tmp_path / "alone" / "script.py")]
+    assert printed[0] == printed[1] != ""
+    for there in ("# why size is so\n", "LIMIT = 3  # a constant\n", "return scale  # trailing\n",
+                  "def one_size(scale=LIMIT)", "def one_area(x)", "def two_area(size)",
+                  "def two_compile(x)", "numbers\n", "# Module one.\n", "# acts on it",
+                  'f"{one_size()} size", one_size(scale=LIMIT,\n' + 42 * " " + ")"):
+        assert there in text, there
+    for gone in ("UNUSED", "left_out", "import os", "import sys", "common import"):
+        assert gone not in text, gone
+
+
+@pytest.mark.parametrize("line, named", [
+    ("vars(one)", "line 4: `vars\\(one\\)` does not name"),
+    ("one.nothing()", "`one.nothing` does not name"),
+    ("import common.one", "line 4 imports common.one; only"),
+    ("def f():\n    from common.one import x", "line 5 imports x; only"),
+    ("import other", "imports other"),
+    ("x = (", "cannot be read"),
+])
+def test_what_cannot_be_flattened_is_said(line, named, tmp_path, monkeypatch):
+    monkeypatch.setattr(tools, "HERE", str(package(tmp_path, one="x = 1\n")))
+    (tmp_path / "other.py").write_text("")
+    (tmp_path / "script.py").write_text(f'"""Script."""\nfrom common import one\n\n{line}\n')
+    with pytest.raises(RunError, match=named):
+        run("flatten", tmp_path / "script.py", tmp_path / "out.py")
+    assert not (tmp_path / "out.py").exists()
+
+
+def test_a_file_is_replaced_only_if_asked(tmp_path):
+    flattened(ROOT / "simclr.py", tmp_path / "out.py")
+    with pytest.raises(RunError, match="there already"):
+        run("flatten", ROOT / "simclr.py", tmp_path / "out.py")
+    run("flatten", ROOT / "simclr.py", tmp_path / "out.py", "--overwrite")
+
+
+# The other scripts were trained so by hand: it takes a quarter of a minute each.
+@pytest.mark.parametrize("script", ["simclr", "mae"])
+def test_alone_in_a_folder_it_learns_the_same_with_spawned_workers(script, tmp_path):
+    alone, flags = tmp_path / "alone", [*TINY, "--workers", "1", "--epochs", "2"]
+    text = flattened(ROOT / f"{script}.py", alone / f"{script}.py")
+    assert text.count('get_context("fork")') == 1
+    (alone / f"{script}.py").write_text(text.replace('get_context("fork")', 'get_context("spawn")'))
+    found = []
+    for folder in (ROOT, alone):
+        done = subprocess.run(
+            [sys.executable, f"{script}.py", *flags, "--output", str(tmp_path / folder.name)],
+            cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found.append([line["loss"] for line in lines(tmp_path / folder.name)])
+    assert found[0] == found[1] and len(found[0]) == 4
