@@ -250,8 +250,8 @@ def test_names_meet_and_comments_stay(tmp_path, monkeypatch):
 
 
         def area(size):
-            return [f"{one.size()} size", one.size(scale=one.LIMIT,
-                                                   ), surface(size)]
+            return [f"{one.size()} size", one.LIMIT * one.size(scale=one.LIMIT,
+                                                               ), surface(size)]
 
 
         def compile(x):
@@ -285,7 +285,7 @@ def test_names_meet_and_comments_stay(tmp_path, monkeypatch):
     for there in ("# why size is so\n", "LIMIT = 3  # a constant\n", "return scale  # trailing\n",
                   "def one_size(scale=LIMIT)", "def one_area(x)", "def two_area(size)",
                   "def two_compile(x)", "numbers\n", "# Module one.\n", "# acts on it",
-                  'f"{one_size()} size", one_size(scale=LIMIT,\n' + 42 * " " + ")"):
+                  'f"{one_size()} size", LIMIT * one_size(scale=LIMIT,\n' + 51 * " " + ")"):
         assert there in text, there
     for gone in ("UNUSED", "left_out", "import os", "import sys", "common import"):
         assert gone not in text, gone
