@@ -324,9 +324,10 @@ def test_alone_in_a_folder_it_learns_the_same_with_spawned_workers(script, worke
     (alone / f"{script}.py").write_text(text.replace('get_context("fork")', 'get_context("spawn")'))
     found = []
     for folder in (ROOT, alone):
+        output = str(tmp_path / folder.name / "run")
         done = subprocess.run(
-            [sys.executable, f"{script}.py", *flags, "--output", str(tmp_path / folder.name / "run")],
+            [sys.executable, f"{script}.py", *flags, "--output", output],
             cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        found.append([line["loss"] for line in lines(tmp_path / folder.name / "run")])
+        found.append([line["loss"] for line in lines(output)])
     assert found[0] == found[1] and len(found[0]) == 2
