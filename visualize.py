@@ -3,7 +3,14 @@
 views: some images, and beside each the views that a script trains on, exactly as its loader gives
 them (any flag of the script may follow).
 masks: the same, with the patches that are masked in gray.
+neighbours: some test images, and beside each the training images that are nearest by cosine, with a
+bar in green under those of its class (any flag of the evaluations that says which images, backbone
+and layer may follow, here as below).
+embedding: test images as points in the plane, by t-SNE, coloured by class; a panel for every
+checkpoint (needs matplotlib).
 attention: what the class token of a vision transformer looks at, head by head, in its last block.
+patches: a transformer's patch tokens as colours, by the three principal components of those of all
+images shown: what has one colour is alike to the network.
 reconstruction: images, what a masked autoencoder sees of them, and what it makes of that; where it
 was trained on normalised patches, each patch gets its true mean and variance back.
 curves: the numbers in the logs of runs, finished or not, one panel each (needs matplotlib).
@@ -11,11 +18,15 @@ curves: the numbers in the logs of runs, finished or not, one panel each (needs 
     python visualize.py views simclr --image views.png
     python visualize.py views npid_pirl --image jigsaw.png --method pirl
     python visualize.py masks dinov2 --image masks.png
+    python visualize.py neighbours --checkpoint runs/simclr-digits-resnet_tiny --image near.png
+    python visualize.py embedding --checkpoint pixels runs/simclr-digits-resnet_tiny --image map.png
     python visualize.py attention --checkpoint runs/dino-digits-vit_micro --image attention.png
+    python visualize.py patches --checkpoint runs/dino-digits-vit_micro --image patches.png
     python visualize.py reconstruction --checkpoint runs/mae-digits-vit_micro --image mae.png
     python visualize.py curves runs/simclr runs/moco --image curves.png
 """
 
+import dataclasses
 import importlib
 import io
 import json
@@ -26,15 +37,17 @@ import sys
 import numpy as np
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from common import augment, backbones, checkpoint, cli, distributed as comm, features, weights
-from common.images import open_images
+from common.images import evenly, open_images
+from common.knn import nearest
 from common.loader import Loader
 
 TILE = 96  # smallest side of an image in a picture, in pixels
 GAP = 4
+GRAY, GREEN, RED = (128, 128, 128), (44, 160, 44), (214, 39, 40)
 WORLD = comm.World(0, 1, torch.device("cpu"))
 
 
@@ -47,23 +60,42 @@ def parse_args(argv=None):
         views = kinds.add_parser(name, allow_abbrev=False, formatter_class=cli.HelpFormatter,
                                  help=f"{what}; its flags may follow")
         views.add_argument("script", help=scripts)
-    for name in ("attention", "reconstruction"):
+    for name, what in (("neighbours", "test images and their nearest training images"),
+                       ("embedding", "test images as points, by t-SNE")):
+        kinds.add_parser(name, allow_abbrev=False, formatter_class=cli.HelpFormatter,
+                         help=f"{what}; flags of the evaluations follow")
+    kinds.choices["neighbours"].add_argument("--columns", type=cli.pos_int, default=8,
+                                             help="number of neighbours")
+    kinds.choices["embedding"].add_argument("--points", type=cli.two_or_more, default=2000,
+                                            help="most images to draw, evenly spaced")
+    for name in ("attention", "reconstruction", "patches"):
         kind = kinds.add_parser(name, allow_abbrev=False, formatter_class=cli.HelpFormatter,
                                 help=f"{name} of a trained run")
         kind.add_argument("--checkpoint", required=True, metavar="RUN",
-                          help="a run folder; for attention its backbone.pth alone will do")
+                          help="run folder; its backbone.pth, except for reconstruction")
         kind.add_argument("--data", help="default: as the run")
         kind.add_argument("--data-root", default="data", metavar="FOLDER",
                           help="folder of torchvision's data sets")
-    for kind in kinds.choices.values():
-        kind.add_argument("--rows", type=cli.pos_int, default=6, help="number of images")
+    kinds.choices["patches"].add_argument(
+        "--image-size", type=cli.pos_int, help="side in pixels, for more patches than in training")
+    for name in kinds.choices.keys() - {"embedding"}:
+        kinds.choices[name].add_argument("--rows", type=cli.pos_int, default=6,
+                                         help="number of images")
     curves = kinds.add_parser("curves", allow_abbrev=False, formatter_class=cli.HelpFormatter,
                               help="the logged numbers of one or several runs")
     curves.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
     for kind in kinds.choices.values():
         kind.add_argument("--image", required=True, metavar="PNG", help="the picture to write")
     args, others = parser.parse_known_args(argv)
-    if others and args.kind not in ("views", "masks"):
+    if args.kind in ("neighbours", "embedding"):
+        evaluation = features.parser("visualize.py", __doc__)
+        evaluation.prog = f"visualize.py {args.kind}"
+        args.given = features.parse(evaluation, others)
+        if args.given.features:
+            evaluation.error(f"--features {args.given.features[0]} has no images; --checkpoint")
+        if args.kind == "neighbours" and len(args.given.checkpoint) > 1:
+            evaluation.error(f"--checkpoint {' '.join(args.given.checkpoint)}: give one")
+    elif others and args.kind not in ("views", "masks"):
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     args.flags = others
     return args
@@ -105,6 +137,37 @@ def grid(rows: list[list[np.ndarray]]) -> Image.Image:
     return picture
 
 
+def at_height(image: Image.Image, height: int) -> np.ndarray:
+    """An image at a height in pixels, its aspect kept; enlarged by a whole number, its pixels."""
+    whole = height % image.height == 0
+    size = (max(1, round(image.width * height / image.height)), height)
+    return np.asarray(image.resize(size, Image.Resampling.NEAREST if whole else
+                                   Image.Resampling.LANCZOS))
+
+
+def as_seen(images, index: int) -> Image.Image:
+    """An image of a source in RGB; the mean of many channels as gray."""
+    planes = images.read(index)
+    if len(planes) > 1:
+        stack = np.mean([np.asarray(plane) for plane in planes], axis=0)
+        planes = [Image.fromarray(stack.astype(np.uint8))]
+    return planes[0].convert("RGB")
+
+
+def with_legend(picture: Image.Image, meanings: dict) -> Image.Image:
+    """A picture with a line below it that says what colours mean, {words: colour}."""
+    font = ImageFont.load_default(14)
+    ends = np.cumsum([math.ceil(font.getlength(words)) + 22 + 5 * GAP for words in meanings])
+    size = (max(picture.width, int(ends[-1])), picture.height + 14 + 2 * GAP)
+    made = Image.new("RGB", size, "white")
+    made.paste(picture, (0, 0))
+    draw, top = ImageDraw.Draw(made), picture.height + GAP
+    for left, (words, colour) in zip((0, *ends.tolist()), meanings.items(), strict=False):
+        draw.rectangle((left + GAP, top, left + GAP + 14, top + 14), fill=colour)
+        draw.text((left + 22 + GAP, top + 7), words, fill="black", font=font, anchor="lm")
+    return made
+
+
 def joined(patches: np.ndarray) -> np.ndarray:
     """Nine patches (9, H, W, 3) as one image, with white lines between them."""
     tiles = torch.from_numpy(patches).permute(0, 3, 1, 2)
@@ -130,7 +193,7 @@ def masked(pixels: np.ndarray, visible: Tensor) -> np.ndarray:
     seen = visible.numpy()
     for axis in (1, 2):
         seen = seen.repeat(pixels.shape[axis] // seen.shape[axis], axis)
-    return np.where(seen[..., None], pixels, np.uint8(128))
+    return np.where(seen[..., None], pixels, np.uint8(GRAY))
 
 
 def views_picture(args) -> Image.Image:
@@ -146,20 +209,83 @@ def views_picture(args) -> Image.Image:
                     world=WORLD, workers=0)
     batch = next(loader.epoch(0))
     pictures = [to_pixels(view, given.mean, given.std) for view in batch.views]
+    gray = "masked"
     if args.kind == "masks":
-        pictures = [masked(pictures[number], visible)
-                    for number, visible in module.visible_patches(given, batch.index)]
+        left = module.visible_patches(given, batch.index)
+        pictures = [masked(pictures[number], visible) for number, visible in left]
+        if len({number for number, _ in left}) < len(left):  # of one view
+            gray = "outside of the block: first the context, then the targets"
     table = []
     for row, index in enumerate(batch.index.tolist()):
-        planes = images.read(index)
-        original = planes[0].convert("RGB")
-        if len(planes) > 1:  # many channels: their mean
-            stack = np.mean([np.asarray(plane) for plane in planes], axis=0)
-            original = Image.fromarray(stack.astype(np.uint8)).convert("RGB")
         parts = [joined(p[9 * row : 9 * row + 9]) if len(p) == 9 * rows else p[row]
                  for p in pictures]
-        table.append([np.asarray(original), *parts])
-    return grid(table)
+        height = max(enlarge(part, TILE).height for part in parts)
+        table.append([at_height(as_seen(images, index), height), *parts])
+    return with_legend(grid(table), {gray: GRAY}) if args.kind == "masks" else grid(table)
+
+
+# --------------------------------------------------------------------------------- features of runs
+
+
+def neighbours_picture(args) -> Image.Image:
+    """Test images, and beside each its nearest training images, without itself."""
+    world = comm.setup(args.given.device, deterministic=True)
+    source, = features.sources(args.given, world, interpolation="bicubic", unlabelled=True)
+    bank, asked = source.train, source.test or source.train
+    asked = asked.subset(evenly(len(asked), args.rows))
+    found = dataclasses.replace(source, test=asked).features(next(source.backbones()))
+    train, queries = (torch.nn.functional.normalize(next(iter(split.layers.values())), dim=1)
+                      for split in (found.train, found.test))
+    own = torch.from_numpy(evenly(len(bank), args.rows)) if source.test is None else None
+    count = min(args.columns, len(bank) - (own is not None))
+    labels = [split.labels for split in (found.train, found.test)]
+    known = all(each is not None and each.ndim == 1 for each in labels)
+    table = []
+    for row, places in enumerate(nearest(train, queries, count, own)[1].tolist()):
+        tiles = [at_height(as_seen(asked, row), TILE)]
+        for place in places:
+            tiles.append(at_height(as_seen(bank, place), TILE))
+        for column, tile in enumerate(tiles if known else ()):
+            right = column == 0 or labels[0][places[column - 1]] == labels[1][row]
+            bar = np.full((6, *tile.shape[1:]), GREEN if right else RED, dtype=np.uint8)
+            bar = bar if column else np.full_like(bar, 255)
+            tiles[column] = np.concatenate([tile, bar])
+        table.append(tiles)
+    meanings = {"of its class": GREEN, "of another class": RED}
+    return with_legend(grid(table), meanings) if known else grid(table)
+
+
+def embedding_picture(args) -> Image.Image:
+    """Test images as points of t-SNE, a panel for every checkpoint, a colour for every class."""
+    from sklearn.manifold import TSNE
+
+    figures = matplotlib_figure("the embedding is")
+    world = comm.setup(args.given.device, deterministic=True)
+    panels = []
+    for source in features.sources(args.given, world, interpolation="bicubic", unlabelled=True):
+        shown = source.test or source.train
+        shown = shown.subset(evenly(len(shown), args.points))
+        found = dataclasses.replace(source, train=shown, test=None).features(
+            next(source.backbones())).train
+        rows = next(iter(found.layers.values())).numpy()
+        perplexity = min(30, (len(rows) - 1) / 3)
+        points = TSNE(init="pca", random_state=0, perplexity=perplexity).fit_transform(rows)
+        several = found.labels is None or found.labels.ndim > 1
+        panels.append((source.name, points, np.zeros(len(rows), int) if several else found.labels,
+                       None if several else shown.class_names or range(found.labels.max() + 1)))
+    figure = figures((5.2 * len(panels), 5.8))
+    for axis, (name, points, labels, names) in zip(
+            figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for number, label in enumerate(np.unique(labels)):
+            colour = f"C{number}" if number < 10 else f"{0.3 + 0.6 * (number % 7) / 7}"
+            axis.scatter(*points[labels == label].T, s=8, color=colour,
+                         label=str(names[label]) if names and number < 10 else None)
+        axis.set_title(os.path.basename(os.path.normpath(name)))
+        axis.set(xticks=[], yticks=[])
+    if names:
+        figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", markerscale=2,
+                      ncols=min(10, len(np.unique(labels))), handletextpad=0)
+    return drawn(figure)
 
 
 # ------------------------------------------------------------------------ attention, reconstruction
@@ -225,6 +351,43 @@ def attention_picture(args) -> Image.Image:
 
 
 @torch.inference_mode()
+def patches_picture(args) -> Image.Image:
+    """Images, and beside each its patches in the colours of three principal components."""
+    settings = settings_of(args, "dino.py")
+    settings["trained_size"] = settings["image_size"]
+    settings["image_size"] = size = args.image_size or settings["image_size"]
+    if size % settings["patch_size"]:
+        raise comm.RunError(f"--image-size {size} is not a multiple of the patches' "
+                            f"{settings['patch_size']} px")
+    backbone = features.build(settings)
+    weights.load_backbone(backbone, features.resolve_checkpoint(args.checkpoint).weights)
+    images = some_images(args, settings)
+    tokens = backbone.eval().tokens(images)[0][:, int(backbone.cls_token is not None):]
+    colours, share = principal_colours(tokens.flatten(0, 1))
+    comm.print_main(f"the three components hold {share:.0%} of the variance of the patch tokens")
+    maps = colours.view(len(images), *backbone.grid_of(size, size), 3).numpy()
+    side = settings["patch_size"]
+    originals = to_pixels(images, settings["mean"], settings["std"])
+    return grid([[original, each.repeat(side, axis=0).repeat(side, axis=1)]
+                 for original, each in zip(originals, maps, strict=True)])
+
+
+def principal_colours(x: Tensor) -> tuple[Tensor, float]:
+    """Rows (n, D) as uint8 colours (n, 3) by their principal components, and the share they hold.
+
+    Each component spans black to white from its 1 % to its 99 % quantile; its largest weight is
+    positive, so that colours are always the same.
+    """
+    _, values, axes = torch.linalg.svd(x.double() - x.double().mean(0), full_matrices=False)
+    axes = axes[:3] * axes[:3].gather(1, axes[:3].abs().argmax(1, keepdim=True)).sign()
+    parts = x.double() @ axes.T
+    low, high = parts.quantile(torch.tensor([0.01, 0.99], dtype=x.double().dtype), dim=0)
+    colours = ((parts - low) / (high - low).clamp(min=1e-12)).clamp(0, 1) * 255
+    share = values[:3].square().sum() / values.square().sum()
+    return torch.nn.functional.pad(colours, (0, 3 - len(axes))).to(torch.uint8), share.item()
+
+
+@torch.inference_mode()
 def reconstruction_picture(args) -> Image.Image:
     """Original, visible patches, and the reconstruction with the visible patches pasted in."""
     import mae
@@ -259,7 +422,7 @@ def reconstruction_picture(args) -> Image.Image:
     gaps = mae.unpatchify(removed.expand_as(target).float(), patch, settings["in_chans"],
                           backbone.grid)
     gaps = gaps.permute(0, 2, 3, 1)[..., :1].bool().numpy()
-    left = np.where(gaps, np.uint8(128), rows[0])
+    left = np.where(gaps, np.uint8(GRAY), rows[0])
     return grid([list(row) for row in zip(rows[0], left, rows[1], strict=True)])
 
 
@@ -286,20 +449,32 @@ def read_log(folder: str) -> list[dict]:
     return lines
 
 
-def curves_picture(args) -> Image.Image:
-    """Every logged number over the steps, a panel each, a colour for every run."""
-    logs = {folder: read_log(folder) for folder in args.runs}
+def matplotlib_figure(what: str):
+    """matplotlib's class of figures, of a size in inches."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise comm.RunError("curves are drawn by matplotlib, which is not installed; "
+        raise comm.RunError(f"{what} drawn by matplotlib, which is not installed; "
                             "pip install -r requirements-extra.txt") from None
+    return lambda size: Figure(figsize=size, layout="constrained")
+
+
+def drawn(figure) -> Image.Image:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=100)
+    return Image.open(file).convert("RGB")
+
+
+def curves_picture(args) -> Image.Image:
+    """Every logged number over the steps, a panel each, a colour for every run."""
+    logs = {folder: read_log(folder) for folder in args.runs}
+    figures = matplotlib_figure("curves are")
     logged = {name: None for lines in logs.values() for line in lines for name in line}
     panels = [name for name in FIRST if name in logged]
     panels += [name for name in logged if name not in FIRST + SPEED]
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(12, 0.6 + 2.6 * rows + 0.25 * len(logs)), layout="constrained")
+    figure = figures((12, 0.6 + 2.6 * rows + 0.25 * len(logs)))
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis, name in zip(axes, panels, strict=False):
         for lines in logs.values():
@@ -316,14 +491,14 @@ def curves_picture(args) -> Image.Image:
     short = [os.path.basename(name) for name in names]
     figure.legend(axes[0].lines, short if len(set(short)) == len(short) else names,
                   loc="outside upper center", ncols=min(3, len(names)))
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=100)
-    return Image.open(file).convert("RGB")
+    return drawn(figure)
 
 
 def main(args):
     pictures = {"views": views_picture, "masks": views_picture, "curves": curves_picture,
-                "attention": attention_picture, "reconstruction": reconstruction_picture}
+                "neighbours": neighbours_picture, "embedding": embedding_picture,
+                "attention": attention_picture, "patches": patches_picture,
+                "reconstruction": reconstruction_picture}
     picture = pictures[args.kind](args)
     with comm.same_error_on_all_ranks(writing=args.image):
         picture.save(args.image, format="PNG")

@@ -423,8 +423,8 @@ def device_name(device: torch.device) -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of this checkout, with + if there are changes; None outside one."""
-    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    """The commit of the checkout that this file is in, with + if there are changes, or None."""
+    here = os.path.dirname(os.path.abspath(__file__))
     try:
         describe = ["git", "-C", here, "describe", "--always", "--dirty=+", "--abbrev=12"]
         done = subprocess.run(describe, capture_output=True, text=True, timeout=10)

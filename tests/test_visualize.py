@@ -40,7 +40,10 @@ def test_masked_patches_are_gray(tmp_path):
     for kind in ("views", "masks"):
         run(kind, "dinov2", "--image", tmp_path / f"{kind}.png", "--rows", 4)
     views, masks = (np.asarray(Image.open(tmp_path / f"{kind}.png")) for kind in ("views", "masks"))
-    assert views.shape == masks.shape
+    legend = masks[len(views) :]
+    assert views.shape[1:] == masks.shape[1:] and 10 < len(legend) < 30
+    assert (legend == visualize.GRAY).all(2).sum() > 150 and (legend == 0).all(2).sum() > 20
+    masks = masks[: len(views)]
     changed = (views != masks).any(2)
     assert 0.02 < changed.mean() < 0.25 and (masks[changed] == 128).all()
     with pytest.raises(comm.RunError, match="simclr masks no patches"):
@@ -58,6 +61,27 @@ def test_the_first_column_is_the_image_itself():
     np.testing.assert_array_equal(tile[::factor, : factor * len(original) : factor], original)
 
 
+def test_a_photograph_is_as_high_as_its_views(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (500, 750, 3), dtype=np.uint8)
+    for number in range(2):
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    for size, height in ((32, 96), (128, 128)):
+        run("views", "simclr", "--data", tmp_path, "--recipe", "cifar10", "--image-size", size,
+            "--image", tmp_path / "out" , "--rows", 2, "--batch-size", 2)
+        picture = Image.open(tmp_path / "out")
+        assert picture.height == 2 * height + 3 * visualize.GAP
+        assert picture.width == round(1.5 * height) + 2 * height + 4 * visualize.GAP
+
+
+def test_a_legend_is_below_the_picture_and_wide_enough():
+    picture = Image.new("RGB", (20, 10), "blue")
+    made = np.asarray(visualize.with_legend(picture, {"some words": (1, 2, 3), "x": (4, 5, 6)}))
+    assert (made[:10, :20] == (0, 0, 255)).all() and made.shape[1] > 100
+    for colour in ((1, 2, 3), (4, 5, 6)):
+        rows, columns = np.nonzero((made[10:] == colour).all(2))
+        assert len(rows) == 15**2 and columns.max() < made.shape[1]
+
+
 def test_normalisation_is_undone_and_many_channels_become_gray():
     images = torch.rand(2, 3, 4, 4)
     normalised = (images - 0.4) / 0.2
@@ -73,7 +97,7 @@ def mae_run(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind, columns", [("reconstruction", 3), ("attention", 4)])
+@pytest.mark.parametrize("kind, columns", [("reconstruction", 3), ("attention", 4), ("patches", 2)])
 def test_pictures_of_a_run(mae_run, tmp_path, kind, columns):
     run(kind, "--checkpoint", mae_run, "--image", tmp_path / "out.png", "--rows", 4)
     picture = Image.open(tmp_path / "out.png")
@@ -116,6 +140,111 @@ def test_what_was_not_removed_is_shown_as_it_is(mae_run, tmp_path):
 def test_what_cannot_be_shown_is_said(flags, named, tmp_path):
     with pytest.raises(comm.RunError, match=named):
         run(*flags, "--image", tmp_path / "out.png")
+
+
+# --------------------------------------------------------------------------------- features of runs
+
+
+def colours_of(picture, *colours):
+    pixels = np.asarray(Image.open(picture))
+    return [int((pixels == colour).all(2).sum()) for colour in colours]
+
+
+def test_neighbours_are_those_of_the_same_pixels(tmp_path):
+    """Of `pixels`, they are what a search by hand finds, and the bars tell their classes."""
+    out = tmp_path / "near.png"
+    run("neighbours", "--checkpoint", "pixels", "--image", out, "--rows", 12, "--columns", 3,
+        "--limit", 100)
+    picture = np.asarray(Image.open(out))
+    train, test = (open_images("digits", split, 3, limit=100) for split in ("train", "test"))
+    bank = np.stack([np.asarray(train.read(i)[0], dtype=float).ravel() for i in range(len(train))])
+    bank = bank / 127.5 - 1
+    bank /= np.linalg.norm(bank, axis=1, keepdims=True)
+    wrong = 0
+    for row in range(12):
+        place = row * len(test) // 12
+        query = np.asarray(test.read(place)[0], dtype=float).ravel() / 127.5 - 1
+        nearest = np.argsort(-(bank @ query), kind="stable")[:3]
+        wrong += (train.labels[nearest] != test.labels[place]).sum()
+        for column, (images, index) in enumerate([(test, place), *((train, i) for i in nearest)]):
+            top, left = 4 + row * 106, 4 + column * 100
+            tile = picture[top : top + 96 : 6, left : left + 96 : 6]
+            np.testing.assert_array_equal(tile, np.asarray(images.read(int(index))[0]))
+    green, red = colours_of(out, visualize.GREEN, visualize.RED)
+    assert (red - 225, green - 225) == (wrong * 576, (36 - wrong) * 576)  # and the legend's
+    assert 0 < wrong < 36
+
+
+def test_without_labels_an_image_is_not_its_own_neighbour(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
+    for number in range(5):
+        Image.fromarray(pixels[number]).save(tmp_path / f"{number}.png")
+    out = tmp_path / "out"
+    run("neighbours", "--checkpoint", "pixels", "--data", tmp_path, "--image-size", 16,
+        "--image", out, "--rows", 5)
+    picture = np.asarray(Image.open(out))
+    assert picture.shape == (5 * 100 + 4, 5 * 100 + 4, 3)  # four others, and no legend
+    for row in range(5):
+        tiles = [picture[4 + row * 100 :, 4 + column * 100 :][:96:6, :96:6] for column in range(5)]
+        np.testing.assert_array_equal(tiles[0], pixels[row])
+        assert len({tile.tobytes() for tile in tiles}) == 5
+
+
+def test_an_embedding_has_a_panel_for_every_checkpoint_and_a_colour_for_every_class(tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "map.png"
+    flags = ["embedding", "--image", out, "--points", 60, "--image-size", 8]
+    run(*flags, "--checkpoint", "pixels")
+    alone = Image.open(out).size
+    blue, orange, pink = colours_of(out, (31, 119, 180), (255, 127, 14), (227, 119, 194))
+    assert min(blue, orange, pink) > 40  # six points each, and the legend's
+    first = out.read_bytes()
+    run(*flags, "--checkpoint", "pixels")
+    assert out.read_bytes() == first
+    run(*flags, "--checkpoint", "pixels", "random")
+    assert Image.open(out).size == (2 * alone[0], alone[1])
+
+
+@pytest.mark.parametrize("flags, named", [
+    (["neighbours", "--checkpoint", "pixels", "random"], "pixels random: give one"),
+    (["embedding", "--features", "x.npz"], "x.npz has no images"),
+    (["embedding", "--checkpoint", "pixels", "--rows", "3"], "--rows"),
+    (["patches", "--checkpoint", "x", "--bits", "3"], "--bits"),
+])
+def test_flags_that_say_nothing_are_refused(flags, named, capsys):
+    with pytest.raises(SystemExit):
+        visualize.parse_args([*flags, "--image", "out.png"])
+    assert named in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------ patches
+
+
+def test_colours_are_the_three_principal_components():
+    axes = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))[0]
+    parts = torch.randn(400, 6, dtype=torch.float64) * torch.tensor([9, 5, 3, 0.1, 0.1, 0.1])
+    colours, share = visualize.principal_colours(parts @ axes + 7)
+    assert share > 0.999 and colours.shape == (400, 3)
+    for column in range(3):
+        assert np.corrcoef(colours[:, column], parts[:, column])[0, 1] ** 2 > 0.95
+    again, _ = visualize.principal_colours((parts @ axes).flip(0) * 2)
+    assert (colours.flip(0).int() - again.int()).abs().max() <= 1
+
+
+def test_fewer_components_than_three_leave_colours_black():
+    colours, share = visualize.principal_colours(torch.tensor([[1.0, 2.0], [3.0, 5.0], [2.0, 1.0]]))
+    assert colours.shape == (3, 3) and (colours[:, 2] == 0).all() and share == pytest.approx(1)
+
+
+def test_patches_of_larger_images_are_finer(mae_run, tmp_path):
+    for size in (16, 48):
+        run("patches", "--checkpoint", mae_run, "--image", tmp_path / f"{size}.png", "--rows", 2,
+            "--image-size", size)
+    count = [len(np.unique(np.asarray(Image.open(tmp_path / f"{size}.png"))[4:100, 104:200]
+                           .reshape(-1, 3), axis=0)) for size in (16, 48)]
+    assert 8 < count[0] <= 16 < count[1] <= 144
+    with pytest.raises(comm.RunError, match="--image-size 30 is not a multiple"):
+        run("patches", "--checkpoint", mae_run, "--image", tmp_path / "x", "--image-size", 30)
 
 
 # ------------------------------------------------------------------------------------------- curves
