@@ -139,8 +139,7 @@ def views_picture(args) -> Image.Image:
     if args.kind == "masks" and not hasattr(module, "visible_patches"):
         raise comm.RunError(f"{args.script} masks no patches of its views; try dinov2")
     given = module.parse_args(args.flags)
-    images = open_images(given.data, "pretrain", given.in_chans, root=given.data_root,
-                         download=given.download, limit=given.limit)
+    images = open_images(given.data, "pretrain", given.in_chans, **cli.sources(given))
     rows = min(args.rows, len(images))
     loader = Loader(images, module.build_views(given), batch_size=rows, epochs=1, seed=given.seed,
                     world=WORLD, workers=0)

@@ -17,7 +17,7 @@ from common import backbones, distributed as comm
 # Settings that do not change what is computed beyond rounding: they may differ when a run resumes.
 RUN_FLAGS = {
     "accum_steps", "amp", "compile", "data_root", "deterministic", "device", "download",
-    "grad_checkpoint", "keep_every", "log_every", "lr_divided", "output", "probe_data",
+    "grad_checkpoint", "index", "keep_every", "log_every", "lr_divided", "output", "probe_data",
     "probe_every", "profile", "recipe", "resume", "save_every_minutes", "tensorboard", "workers",
 }
 Switch = argparse.BooleanOptionalAction  # --flag and --no-flag
@@ -77,7 +77,8 @@ def parser(script: str, description: str) -> Parser:
     data = made.add_argument_group("data")
     data.add_argument("--data", default="digits", metavar="SOURCE",
                       help="digits (built in), cifar10 and other names of torchvision's sets, "
-                      "fake (noise), a folder of images, a text list, or a .npy (docs/guide.md)")
+                      "fake (noise), a folder of images, a tar, a folder of tars, a text list or a "
+                      ".npy (docs/guide.md)")
     source_flags(data)
     data.add_argument("--limit", type=pos_int, metavar="N", help="number of images, evenly spaced")
     run = made.add_argument_group("run (none of these changes the method; --amp its precision)")
@@ -107,12 +108,26 @@ def parser(script: str, description: str) -> Parser:
     return made
 
 
+INDEX = "tar-index"  # the folder of tars' indexes, beside those of runs
+
+
 def source_flags(group) -> None:
-    """Where torchvision's data sets are."""
+    """Where torchvision's data sets and the indexes of tars are."""
     group.add_argument("--data-root", default="data", metavar="FOLDER",
                        help="folder of torchvision's data sets")
     group.add_argument("--download", action=Switch, default=False,
                        help="fetch a torchvision data set that is not there")
+    group.add_argument("--index", metavar="FOLDER",
+                       help=f"where indexes of tars are kept; default: {INDEX} beside --output, "
+                       "or in runs/")
+
+
+def sources(args: argparse.Namespace) -> dict:
+    """What `images.open_images` needs to know of the flags that say how images are read."""
+    beside = os.path.dirname(os.path.normpath(getattr(args, "output", None) or "runs/any"))
+    return dict(root=args.data_root, download=args.download, limit=args.limit,
+                index=args.index or os.path.join(beside, INDEX))
+
 
 
 def test_flags(group) -> None:

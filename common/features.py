@@ -326,9 +326,9 @@ def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
         settings["trained_size"] = checkpoint.settings.get("image_size", size)
         if channels not in opened:
             opened[channels] = (labelled.open_unlabelled if unlabelled else labelled.open_splits)(
-                settings["data"], channels, test_data=args.test_data, root=args.data_root,
-                download=args.download, limit=args.limit, limit_per_class=args.limit_per_class,
-                several_classes=several_classes)
+                settings["data"], channels, test_data=args.test_data,
+                limit_per_class=args.limit_per_class, several_classes=several_classes,
+                **cli.sources(args))
         train, test = opened[channels]
         view = central_view(settings, crop, interpolation, args.resize)
         protocol = labelled.described(settings["data"], args, train, test)

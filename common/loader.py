@@ -17,7 +17,6 @@ from torch import Tensor
 
 from common import distributed as comm, rng
 from common.distributed import RunError, World
-from common.images import RefusedImage
 from common.workers import default_workers, fork_workers, start_worker
 
 FATAL = -1  # in a worker's report: stop the run
@@ -90,7 +89,7 @@ class RankBatches(torch.utils.data.Dataset):
             index = int(order[at * self.batch_size + slot])
             try:
                 return index, self.images.read(index)
-            except RefusedImage as error:
+            except RunError as error:  # not to be replaced by another image
                 problems[FATAL] = str(error)
                 return index, self.blank()
             except Exception as error:  # Pillow's decoders raise what they like
