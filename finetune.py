@@ -199,7 +199,7 @@ def parse_args(argv=None):
         parser.error(f"--crop-scale: --protocol {protocol} does not crop")
     if args.output is None:
         source, start = (re.sub(r"\.\w+$", "", os.path.basename(os.path.normpath(name)))
-                         for name in (args.data, args.checkpoint))
+                         for name in (cli.source_name(args.data), args.checkpoint))
         labels = args.labels and os.path.basename(os.path.dirname(os.path.abspath(args.labels)))
         part = args.train_fraction or args.train_images
         parts = "finetune", source, protocol, labels, part, start

@@ -44,6 +44,13 @@ class Parser(argparse.ArgumentParser):
         super().exit(status, message)
 
 
+class OneOrMore(argparse.Action):
+    """A flag whose value is a string, or of several a list."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
+
+
 class HelpFormatter(argparse.HelpFormatter):
     """Keep the docstring as it is written, and show the default in force behind every help text."""
 
@@ -75,10 +82,10 @@ def parser(script: str, description: str) -> Parser:
     prog = os.path.basename(script)
     made = Parser(prog, description=description, formatter_class=HelpFormatter, allow_abbrev=False)
     data = made.add_argument_group("data")
-    data.add_argument("--data", default="digits", metavar="SOURCE",
+    data.add_argument("--data", default="digits", metavar="SOURCE", nargs="+", action=OneOrMore,
                       help="digits (built in), cifar10 and other names of torchvision's sets, "
                       "fake (noise), a folder of images, a tar, a folder of tars, a text list or a "
-                      ".npy (docs/guide.md)")
+                      ".npy (docs/guide.md); several are joined in this order")
     source_flags(data)
     data.add_argument("--limit", type=pos_int, metavar="N", help="number of images, evenly spaced")
     run = made.add_argument_group("run (none of these changes the method; --amp its precision)")
@@ -229,6 +236,15 @@ def length_flags(group, decayed: str = "") -> None:
     group.add_argument("--seed", type=nonneg_int, default=0, help="random seed")
 
 
+def source_name(data: str | list[str]) -> str:
+    """What the images of `--data` are called in the names of folders."""
+    first, *others = [data] if isinstance(data, str) else data
+    name = os.path.basename(os.path.normpath(first))
+    for ending in (".txt", ".npy", ".tar"):
+        name = name.removesuffix(ending)
+    return f"{name}-and-{len(others)}" if others else name
+
+
 def crops(args: argparse.Namespace) -> list[tuple[int, int, tuple[float, float]]]:
     """(count, side in pixels, (smallest, largest area fraction)) for each size of crop."""
     scales = zip(args.crop_scales[::2], args.crop_scales[1::2], strict=True)
@@ -246,16 +262,14 @@ def parse(made: Parser, recipes: dict, argv=None) -> argparse.Namespace:
         "--data, else imagenet")
     first = Parser(made.prog, add_help=False, allow_abbrev=False)
     first.add_argument("--recipe")
-    first.add_argument("--data", default="digits")
+    first.add_argument("--data", default="digits", nargs="+", action=OneOrMore)
     chosen, _ = first.parse_known_args(argv)
-    name = chosen.recipe or (chosen.data if chosen.data in recipes else "imagenet")
+    name = chosen.recipe or (str(chosen.data) if str(chosen.data) in recipes else "imagenet")
     made.set_defaults(**copy.deepcopy(recipes.get(name, {})))
     args = made.parse_args(argv)
     args.recipe = name
     if args.output is None:
-        source = os.path.basename(os.path.normpath(args.data))
-        source = source.removesuffix(".txt").removesuffix(".npy")
-        parts = made.prog.removesuffix(".py"), source, args.arch.replace(":", "-")
+        parts = made.prog.removesuffix(".py"), source_name(args.data), args.arch.replace(":", "-")
         args.output = os.path.join("runs", "-".join(parts))
     check_arch_flags(made, args, argv)
 

@@ -250,6 +250,37 @@ class DecodedImages(Images):
         return list(pixels.split()) if self.channels == 4 else [pixels]
 
 
+class JoinedImages(Images):
+    """Images of several sources, those of the first one first; without labels."""
+
+    def __init__(self, parts: list, channels: int):
+        self.parts, self.ends = parts, np.cumsum([len(part) for part in parts])
+        super().__init__(np.arange(self.ends[-1]), None, channels)
+        self.reads_files = any(part.reads_files for part in parts)
+
+    def place(self, index: int) -> tuple[Images, int]:
+        """The source of an image, and its number there."""
+        item = int(self.items[index])
+        part = int(np.searchsorted(self.ends, item, side="right"))
+        return self.parts[part], item - int(self.ends[part]) + len(self.parts[part])
+
+    def name(self, index: int) -> str:
+        part, row = self.place(index)
+        return part.name(row)
+
+    def identity(self) -> str:
+        """What the images are: of each source those that are taken."""
+        splits = np.searchsorted(self.items, [0, *self.ends])
+        starts = [0, *self.ends[:-1]]
+        taken = [part.subset(self.items[slice(*bounds)] - start) for part, start, *bounds in zip(
+            self.parts, starts, splits, splits[1:], strict=False)]
+        return "; ".join(part.identity() for part in taken if len(part))
+
+    def read(self, index: int) -> list[Image.Image]:
+        part, row = self.place(index)
+        return part.read(row)
+
+
 def is_deep(image: Image.Image) -> bool:
     """Whether an opened file has more than 8 bits a channel.
 
@@ -266,7 +297,7 @@ def is_deep(image: Image.Image) -> bool:
 
 
 def open_images(
-    data: str, split: str, channels: int, *, root: str = "data", download: bool = False,
+    data: str | list[str], split: str, channels: int, *, root: str = "data", download: bool = False,
     limit: int | None = None, whole: bool = False, classes: dict[str, int] | None = None,
     index: str | None = None,
 ):
@@ -274,7 +305,7 @@ def open_images(
 
     Args:
         data: a name of `BUILT_IN`, a folder, a tar, a folder of tars, a text list, or a `.npy` file
-            (docs/guide.md).
+            (docs/guide.md). Several, of pre-training alone, are joined in their order.
         split: "pretrain" (all that may be learned from without labels), "train" or "test".
         channels: channel count wanted.
         root: the folder of torchvision's data sets.
@@ -287,6 +318,14 @@ def open_images(
     Raises:
         RunError: there is no such source, it holds no image, or a class that is not in `classes`.
     """
+    if isinstance(data, list):
+        if split != "pretrain":
+            raise NoSplit(f"--data {' '.join(data)}: several sources have no {split} split; name "
+                          "one that has labels with --data")
+        options = dict(root=root, download=download, whole=whole, classes=classes, index=index)
+        images = JoinedImages([open_images(one, split, channels, **options) for one in data],
+                              channels)
+        return images if limit is None else images.subset(evenly(len(images), limit))
     named = torchvision_images if data in TORCHVISION else labelled_set
     if data in LABELLED and os.path.isdir(data) and os.path.normpath(root) != ".":
         comm.print_main(f"warning: --data {data} is torchvision's set; for the folder pass "

@@ -3,6 +3,7 @@ import os
 import pickle
 import shutil
 import struct
+import tarfile
 import zlib
 
 import numpy as np
@@ -11,7 +12,7 @@ import torchvision
 from PIL import Image, ImageOps
 
 from common.distributed import RunError
-from common.images import MODES, TORCHVISION, ArrayImages, RefusedImage, open_images
+from common.images import MODES, TORCHVISION, ArrayImages, NoSplit, RefusedImage, open_images
 from helpers import random_images
 
 # ------------------------------------------------------------------------------------------ sources
@@ -110,6 +111,31 @@ def test_files_give_one_three_or_four_channels(fifty, channels, mode):
     joined = np.concatenate([np.asarray(p).reshape(9, 11, -1) for p in planes], axis=-1)
     expected = np.asarray(Image.open(images.name(0)).convert(mode)).reshape(9, 11, -1)
     assert np.array_equal(joined, expected)
+
+
+def test_several_sources_are_joined_in_their_order(fifty):
+    (fifty / "few.txt").write_text("flat/03 x.png 1\nflat/01 x.png 0\n")
+    np.save(fifty / "some.npy", random_images(5))
+    with tarfile.open(fifty / "two.tar", "w") as tar:
+        for number in (8, 9):
+            tar.add(fifty / "flat" / f"{number:02d} x.png", f"{number}.png")
+    given = [str(fifty / name) for name in ("few.txt", "two.tar", "some.npy", "nested")]
+    images = open_images(given, "pretrain", 3)
+    single = [open_images(one, "pretrain", 3) for one in given]
+    assert len(images) == 2 + 2 + 5 + 50 and images.labels is None and images.reads_files
+    expected = [part.read(i)[0].tobytes() for part in single for i in range(len(part))]
+    assert [images.read(i)[0].tobytes() for i in range(59)] == expected
+    assert [images.name(i)[-5:] for i in (0, 3, 4)] == ["x.png", "9.png", "age 0"]
+    again = pickle.loads(pickle.dumps(images))
+    assert again.read(8)[0].tobytes() == expected[8] and again.identity() == images.identity()
+    other = open_images(given[::-1], "pretrain", 3)
+    assert other.identity() != images.identity()
+    few = open_images(given, "pretrain", 3, limit=12)
+    assert few.index.tolist() == [59 * i // 12 for i in range(12)]
+    assert [few.read(i)[0].tobytes() for i in range(12)] == [expected[i] for i in few.index]
+    assert few.identity() not in (images.identity(), other.identity())
+    with pytest.raises(NoSplit, match="several sources have no train split"):
+        open_images(given, "train", 3)
 
 
 def test_identity_is_that_of_the_images_not_of_their_place(fifty, tmp_path):
