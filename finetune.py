@@ -195,6 +195,8 @@ def parse_args(argv=None):
                 parser.error(f"--protocol {protocol} ({flag.replace('_', ' ')} "
                              f"{getattr(args, flag)}) is for {' '.join(backbones.VITS)}, not for "
                              f"{args.arch}")
+    if args.bits == 16 and args.rand_augment:
+        parser.error("--bits 16: RandAugment knows 8 bits; pass --no-rand-augment")
     if args.views == "whole" and cli.peek(argv, "--crop-scale", str):
         parser.error(f"--crop-scale: --protocol {protocol} does not crop")
     if args.output is None:

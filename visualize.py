@@ -151,6 +151,9 @@ def views_picture(args) -> Image.Image:
     table = []
     for row, index in enumerate(batch.index.tolist()):
         planes = images.read(index)
+        if planes[0].mode == "F":  # 16 bits
+            planes = [Image.fromarray((np.asarray(p) / 257).astype(np.uint8)) for p in planes]
+            planes = [Image.merge("RGB", planes)] if len(planes) == 3 else planes
         original = planes[0].convert("RGB")
         if len(planes) > 1:  # many channels: their mean
             stack = np.mean([np.asarray(plane) for plane in planes], axis=0)
@@ -166,12 +169,12 @@ def views_picture(args) -> Image.Image:
 
 def some_images(args, settings: dict) -> Tensor:
     """Some evenly spaced images (n, C, S, S) of the test split (all images, if there is none)."""
+    how = dict(root=args.data_root, bits=settings["bits"],
+               exif_orientation=settings["exif_orientation"])
     try:
-        images = open_images(args.data or settings["data"], "test", settings["in_chans"],
-                             root=args.data_root)
+        images = open_images(args.data or settings["data"], "test", settings["in_chans"], **how)
     except comm.RunError:
-        images = open_images(args.data or settings["data"], "pretrain", settings["in_chans"],
-                             root=args.data_root)
+        images = open_images(args.data or settings["data"], "pretrain", settings["in_chans"], **how)
     size = settings["image_size"]
     view = augment.View(size, [augment.CenterCrop(size, interpolation="bicubic"),
                                augment.Normalize(settings["mean"], settings["std"])],
@@ -195,11 +198,11 @@ def settings_of(args, script: str) -> dict:
     if settings["arch"] not in backbones.VITS:
         raise comm.RunError(f"--checkpoint {args.checkpoint}: {settings['arch']} is not a vision "
                             "transformer")
-    missing = {*checkpoint.DESCRIBED} - {"stem"} - settings.keys()
+    missing = {*checkpoint.DESCRIBED} - {"stem", "bits", "exif_orientation"} - settings.keys()
     if missing:
         raise comm.RunError(f"--checkpoint {args.checkpoint} does not say its {min(missing)}; give "
                             f"the folder of a run of {script}")
-    return {"data": "digits", **settings}
+    return {"data": "digits", "bits": 8, "exif_orientation": False, **settings}
 
 
 @torch.inference_mode()

@@ -133,7 +133,8 @@ def sources(args: argparse.Namespace) -> dict:
     """What `images.open_images` needs to know of the flags that say how images are read."""
     beside = os.path.dirname(os.path.normpath(getattr(args, "output", None) or "runs/any"))
     return dict(root=args.data_root, download=args.download, limit=args.limit,
-                index=args.index or os.path.join(beside, INDEX))
+                index=args.index or os.path.join(beside, INDEX), bits=args.bits,
+                exif_orientation=args.exif_orientation)
 
 
 
@@ -148,8 +149,12 @@ def test_flags(group) -> None:
 
 
 def channel_flags(group) -> None:
-    """The channels of images, and how they are normalised."""
+    """The channels of images, how they are read, and how they are normalised."""
     group.add_argument("--in-chans", type=pos_int, help="channels of the images")
+    group.add_argument("--bits", type=int, choices=(8, 16), help="bits a channel that are read of "
+                       "PNG, TIFF and PGM files; with 8, deeper ones are refused")
+    group.add_argument("--exif-orientation", action=Switch,
+                       help="turn photographs upright as their EXIF tag says")
     group.add_argument("--mean", type=number, nargs="+", help="mean of each channel")
     group.add_argument("--std", type=positive, nargs="+", help="standard deviation of each channel")
 
@@ -199,6 +204,7 @@ def method_parser(script: str, description: str, archs, *, crops: str, batch_nor
     group.add_argument("--image-size", type=pos_int, help="side of a view in pixels" + (
         ": the first of --crop-sizes" if crops == "multi" else ""))
     channel_flags(group)
+    made.set_defaults(bits=8, exif_orientation=False)
     if crops == "multi":
         group.add_argument("--num-crops", type=pos_int, nargs="+",
                            help="number of crops of each size, the global ones first")

@@ -109,11 +109,12 @@ def parse(made: cli.Parser, argv=None) -> argparse.Namespace:
 # a file in torchvision's layout.
 DIGITS = dict(
     data="digits", arch="resnet_tiny", stem="small", patch_size=4, image_size=16, in_chans=3,
-    mean=[0.5], std=[0.5],
+    mean=[0.5], std=[0.5], bits=8, exif_orientation=False,
 )
 FOLDER = dict(
     arch="resnet50", stem="imagenet", patch_size=16, image_size=224, in_chans=3,
     mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225],
+    bits=8, exif_orientation=False,
 )
 SAID = (*DIGITS, *backbones.VIT_PARTS)  # what a run says of images and backbone
 
@@ -166,7 +167,8 @@ def evaluation_settings(args, checkpoints: list[Checkpoint], data: str | None = 
     """
     described = next((c.settings for c in checkpoints if c.settings), {})
     described = {name: described[name] for name in SAID if name in described}
-    given = {name: getattr(args, name) for name in DIGITS if getattr(args, name) is not None}
+    given = {name: value for name, value in vars(args).items()
+             if name in DIGITS and value is not None}
     source = data or args.data or described.get("data") or "digits"
     settings = (DIGITS if source == "digits" else FOLDER) | described | given | {"data": source}
     for checkpoint in checkpoints:
@@ -313,7 +315,7 @@ def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
         yield Source(path, args, world)
     checkpoints = [resolve_checkpoint(name) for name in args.checkpoint or ()]
     shared = evaluation_settings(args, checkpoints) if checkpoints else {}
-    opened, said = {}, set()  # both splits by channel count; protocols
+    opened, said = {}, set()  # both splits by how they are read; protocols
     for checkpoint in checkpoints:
         settings = dict(shared)
         if checkpoint.weights is not None:
@@ -324,12 +326,14 @@ def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
                                 f"evaluated on {shared['data']} like the first run; --data chooses")
         channels, size = settings["in_chans"], settings["image_size"]
         settings["trained_size"] = checkpoint.settings.get("image_size", size)
-        if channels not in opened:
-            opened[channels] = (labelled.open_unlabelled if unlabelled else labelled.open_splits)(
+        reading = {name: settings[name] for name in ("bits", "exif_orientation")}
+        read_as = channels, *reading.values()
+        if read_as not in opened:
+            opened[read_as] = (labelled.open_unlabelled if unlabelled else labelled.open_splits)(
                 settings["data"], channels, test_data=args.test_data,
                 limit_per_class=args.limit_per_class, several_classes=several_classes,
-                **cli.sources(args))
-        train, test = opened[channels]
+                **cli.sources(args) | reading)
+        train, test = opened[read_as]
         view = central_view(settings, crop, interpolation, args.resize)
         protocol = labelled.described(settings["data"], args, train, test)
         protocol += f" of {size} px, {view.geometry[0]}"
@@ -524,7 +528,8 @@ class Chunks(torch.utils.data.Dataset):
             except Exception as error:  # Pillow's decoders raise what they like
                 if not self.blanks:
                     return f"{self.images.name(index)} cannot be read: {error}"
-                planes = [Image.new("L", self.view.size[::-1])] * self.view.channels
+                blank = Image.new("F" if self.images.bits == 16 else "L", self.view.size[::-1])
+                planes = [blank] * self.view.channels
             sizes = np.array([planes[0].size[::-1]])
             geometry, colour = self.view.draw(np.empty((1, 0)), sizes)
             crops.append(torch.from_numpy(self.view.crop(planes, [g[0] for g in geometry]).copy()))

@@ -6,12 +6,13 @@ import io
 import math
 import os
 import re
+import sys
 import zlib
 from xml.etree import ElementTree
 
 import numpy as np
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image
 
 from common import distributed as comm, labelled_sets, rng, shards
 from common.distributed import RunError
@@ -21,6 +22,10 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp",
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 # Folders of a system or an archiver, ignored like names that begin with a dot.
 NO_DATA = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
+UPRIGHT = dict(zip(range(2, 9), (  # what to do about each value of EXIF's orientation
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90), strict=True))
 TORCHVISION = {name.lower(): name for name in ("CIFAR10", "CIFAR100", "STL10", "SVHN", "MNIST")}
 TARS = (".tar", *shards.COMPRESSED)
 HELD_OUT = ("val", "test")  # folders that are not trained on
@@ -44,6 +49,8 @@ class Images:
         channels: channel count wanted.
     """
 
+    bits = 8  # a channel
+    exif_orientation = False  # whether files are turned as their EXIF tag says
     classes = None  # names of the columns of labels (N, C)
     class_names = None  # of labels (N,), where they have names: label 0 is that of the first
 
@@ -53,6 +60,16 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.items)
+
+    def read(self, index: int) -> list[Image.Image]:
+        """The image as Pillow planes: one RGB or L image, or one L image per channel.
+
+        Of 16 bits one F image per channel, from 0 to 65535: white is white at any depth.
+        """
+        planes = self.load(index)
+        if self.bits == 8 or planes[0].mode == "F":
+            return planes
+        return [as_float(np.asarray(band, np.float32) * 257) for p in planes for band in p.split()]
 
     def renumbered(self, indices: np.ndarray) -> "Images":
         """Some of the images as a data set of their own."""
@@ -109,8 +126,7 @@ class ArrayImages(Images):
             crc = zlib.crc32(np.ascontiguousarray(self.images[row]), crc)
         return f"{len(self)} images {self.images.shape[1:]}, crc32 {crc:08x}"
 
-    def read(self, index: int) -> list[Image.Image]:
-        """The image as Pillow planes: one RGB or L image, or one L image per channel."""
+    def load(self, index: int) -> list[Image.Image]:
         image = np.ascontiguousarray(self.images[self.items[index]])
         image = image if image.ndim == 3 else image[..., None]
         if image.shape[-1] == 3:
@@ -140,24 +156,33 @@ class EncodedImages(Images):
         super().__init__(items, labels, channels)
 
     def decode(self, file, name: str) -> list[Image.Image]:
-        """The upright image as Pillow planes: one RGB or L image, or one L image per channel.
+        """The image as Pillow planes, see `read`.
 
         Args:
             file: a path or an open file. name: of it, for an error.
 
         Raises:
-            RefusedImage: more than 8 bits a channel: to cut them down is the user's choice.
+            RefusedImage: more bits a channel than `bits`: to cut them down is the user's choice.
             Exception: any that Pillow raises for a file that it cannot decode.
         """
         with Image.open(file) as image:
-            if is_deep(image):
-                raise RefusedImage(f"{name} has more than 8 bits a channel "
-                                   f"(Pillow mode {image.mode}); convert it to 8 bits")
-            image.load()
+            turn = self.turn_of(image)
+            if not is_deep(image):
+                pixels = image.convert(MODES[self.channels])
+                planes = list(pixels.split()) if self.channels == 4 else [pixels]
+            elif self.bits == 16:
+                planes = deep_planes(image, lambda: Image.open(file), name, self.channels)
+            else:
+                raise RefusedImage(f"{name} has more than 8 bits a channel (Pillow mode "
+                                   f"{image.mode}); pass --bits 16, or convert it to 8 bits")
+        return planes if turn is None else [plane.transpose(turn) for plane in planes]
+
+    def turn_of(self, image: Image.Image):
+        """How an opened file is to be turned, if it is. Pillow turns TIFFs itself."""
+        if self.exif_orientation and image.format != "TIFF":
             with contextlib.suppress(Exception):  # a broken tag does not make a broken image
-                ImageOps.exif_transpose(image, in_place=True)
-            pixels = image.convert(MODES[self.channels])
-        return list(pixels.split()) if self.channels == 4 else [pixels]
+                return UPRIGHT.get(image.getexif().get(0x0112))
+        return None
 
 
 class FileImages(EncodedImages):
@@ -180,7 +205,7 @@ class FileImages(EncodedImages):
         start = len(os.fsencode(os.path.join(self.root, "")))
         return identity_of_files([path[start:] for path in self.items.tolist()])
 
-    def read(self, index: int) -> list[Image.Image]:
+    def load(self, index: int) -> list[Image.Image]:
         return self.decode(self.name(index), self.name(index))
 
 
@@ -212,7 +237,7 @@ class TarImages(EncodedImages):
         """What the images are; the same as of files of these names."""
         return identity_of_files(self.items["name"].tolist())
 
-    def read(self, index: int) -> list[Image.Image]:
+    def load(self, index: int) -> list[Image.Image]:
         _, tar, offset, size = self.items[index].item()
         return self.decode(io.BytesIO(shards.read_member(*self.tars[tar], offset, size)),
                            self.name(index))
@@ -245,7 +270,7 @@ class DecodedImages(Images):
     def identity(self) -> str:
         return f"{len(self)} images of {self.set}, crc32 of the rows {zlib.crc32(self.items):08x}"
 
-    def read(self, index: int) -> list[Image.Image]:
+    def load(self, index: int) -> list[Image.Image]:
         pixels = self.loaded[self.items[index]][0].convert(MODES[self.channels])
         return list(pixels.split()) if self.channels == 4 else [pixels]
 
@@ -276,9 +301,9 @@ class JoinedImages(Images):
             self.parts, starts, splits, splits[1:], strict=False)]
         return "; ".join(part.identity() for part in taken if len(part))
 
-    def read(self, index: int) -> list[Image.Image]:
+    def load(self, index: int) -> list[Image.Image]:
         part, row = self.place(index)
-        return part.read(row)
+        return part.load(row)
 
 
 def is_deep(image: Image.Image) -> bool:
@@ -296,10 +321,59 @@ def is_deep(image: Image.Image) -> bool:
     return False
 
 
+def deep_planes(image: Image.Image, again, name: str, channels: int) -> list[Image.Image]:
+    """The channels, from 0 to 65535, of an opened file of 16 bits a channel (PNG, TIFF, PGM).
+
+    Pillow cuts RGB to its high bytes. Told that the bytes of a pixel come in the other order, it
+    gives the low ones.
+
+    Args:
+        again: opens the file once more.
+
+    Raises:
+        RefusedImage: pixels that Pillow cannot give in full.
+    """
+    raws = re.findall(r"[^\s'(]*;16[^\s',)]*", str([tile.args for tile in image.tile]))
+    gray = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if not gray and not (image.format in ("PNG", "TIFF") and len(raws) == len(image.tile) and all(
+            re.fullmatch(r"RGBA?;16[LBN]", raw) for raw in raws)):
+        raise RefusedImage(f"{name}: Pillow cannot give all bits of its pixels (mode {image.mode}, "
+                           f"{image.format} {' '.join({*raws})}); read are gray and RGB of 16 bits "
+                           "in PNG and TIFF, and gray in PGM")
+    image.load()
+    values = np.asarray(image).astype(np.float32)
+    if gray:
+        bands = [values] * min(channels, 3)
+    else:
+        with again() as other:
+            other.tile = [tile._replace(args=other_end(tile.args)) for tile in other.tile]
+            other.load()  # numpy would not tell its errors
+            values = values * 256 + np.asarray(other)
+        bands = list(values.transpose(2, 0, 1))
+        if channels == 1:  # Pillow's weights
+            bands = [0.299 * bands[0] + 0.587 * bands[1] + 0.114 * bands[2]]
+    if channels == 4 and len(bands) == 3:
+        bands.append(np.full_like(values[..., 0] if values.ndim == 3 else values, 65535))
+    return [as_float(band) for band in bands[:channels]]
+
+
+def other_end(arguments):
+    """A decoder's arguments, with the bytes of 16-bit pixels in the other order."""
+    if isinstance(arguments, tuple):
+        return tuple(map(other_end, arguments))
+    native = "L" if sys.byteorder == "little" else "B"
+    return re.sub(r";16([LBN])$", lambda raw: ";16B" if raw[1].replace("N", native) == "L" else
+                  ";16L", arguments) if isinstance(arguments, str) else arguments
+
+
+def as_float(values: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.ascontiguousarray(values, np.float32))
+
+
 def open_images(
     data: str | list[str], split: str, channels: int, *, root: str = "data", download: bool = False,
     limit: int | None = None, whole: bool = False, classes: dict[str, int] | None = None,
-    index: str | None = None,
+    index: str | None = None, bits: int = 8, exif_orientation: bool = False,
 ):
     """Open the images of one split of a data source.
 
@@ -314,6 +388,7 @@ def open_images(
         whole: a list, or a folder without a folder for this split, is all of the split.
         classes: numbers of the classes by name, where other images have fixed them.
         index: the folder where the indexes of tars are kept; None: they are not.
+        bits: 8 or 16 a channel (`Images.read`). exif_orientation: turn photographs upright.
 
     Raises:
         RunError: there is no such source, it holds no image, or a class that is not in `classes`.
@@ -322,9 +397,11 @@ def open_images(
         if split != "pretrain":
             raise NoSplit(f"--data {' '.join(data)}: several sources have no {split} split; name "
                           "one that has labels with --data")
-        options = dict(root=root, download=download, whole=whole, classes=classes, index=index)
+        options = dict(root=root, download=download, whole=whole, classes=classes, index=index,
+                       bits=bits, exif_orientation=exif_orientation)
         images = JoinedImages([open_images(one, split, channels, **options) for one in data],
                               channels)
+        images.bits = bits
         return images if limit is None else images.subset(evenly(len(images), limit))
     named = torchvision_images if data in TORCHVISION else labelled_set
     if data in LABELLED and os.path.isdir(data) and os.path.normpath(root) != ".":
@@ -361,9 +438,8 @@ def open_images(
             if unknown:
                 raise RunError(f"--data {data}: labels that no training image has, such as "
                                f"{unknown[0]}")
-    if limit is not None:
-        images = images.subset(evenly(len(images), limit))
-    return images
+    images.bits, images.exif_orientation = bits, exif_orientation
+    return images if limit is None else images.subset(evenly(len(images), limit))
 
 
 def digits(split: str, channels: int) -> ArrayImages:

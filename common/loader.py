@@ -66,7 +66,7 @@ class RankBatches(torch.utils.data.Dataset):
         for numbers in alike(self.views):
             view = self.views[numbers[0]]
             crops = torch.empty(len(numbers), self.share, view.channels, *view.size,
-                                dtype=torch.uint8)
+                                dtype=torch.uint16 if self.images.bits == 16 else torch.uint8)
             parameters = []
             for number, out in zip(numbers, crops.numpy(), strict=True):
                 view = self.views[number]
