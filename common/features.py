@@ -533,7 +533,8 @@ class Chunks(torch.utils.data.Dataset):
             sizes = np.array([planes[0].size[::-1]])
             geometry, colour = self.view.draw(np.empty((1, 0)), sizes)
             crops.append(torch.from_numpy(self.view.crop(planes, [g[0] for g in geometry]).copy()))
-        return torch.stack(crops), torch.from_numpy(colour).expand(len(crops), -1)
+        colours = torch.from_numpy(colour).expand(len(crops), -1)
+        return torch.stack(crops), colours, self.images.notes[:1]
 
 
 @torch.no_grad()
@@ -572,11 +573,13 @@ def extract(
             Chunks(images, view, blanks), sampler=local, batch_size=None, num_workers=workers,
             pin_memory=world.device.type == "cuda", worker_init_fn=start_worker,
             multiprocessing_context=context))
-    found = {}
+    found, notes = {}, []
     with comm.same_error_on_all_ranks():
         for chunk, loaded in zip(local, loader, strict=True):
             if isinstance(loaded, str):
                 raise RunError(loaded)
+            *loaded, new = loaded
+            notes = notes or new
             given, part = [view.finish(*loaded, world.device)], slice(chunk.start, chunk.stop)
             if labels is not None:
                 given.append(labels[part].to(world.device))
@@ -586,7 +589,10 @@ def extract(
                 found[name][part] = rows
                 check_finite(found[name][part], f"of {name}", chunk.start)
     widths = {name: rows.shape[1] for name, rows in found.items()}
-    widths = next(w for w in comm.all_gather_objects(widths) if w)  # some process may have no image
+    told = comm.all_gather_objects((widths, notes))
+    widths = next(w for w, _ in told if w)  # some process may have no image
+    for note in [note for _, notes in told for note in notes][:1]:
+        comm.print_main(note)
     bounds = [min(part * batch_size, n) for part in parts]
     for name, width in widths.items():
         comm.broadcast_rows(found.setdefault(name, torch.empty(n, width)), bounds)

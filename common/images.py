@@ -57,6 +57,7 @@ class Images:
     def __init__(self, items: np.ndarray, labels: np.ndarray | None, channels: int):
         self.items, self.labels, self.channels = items, labels, channels
         self.index = np.arange(len(items))  # of each image in the data set
+        self.notes = []  # what reading has met that is to be told once; shared by subsets
 
     def __len__(self) -> int:
         return len(self.items)
@@ -167,7 +168,12 @@ class EncodedImages(Images):
         """
         with Image.open(file) as image:
             turn = self.turn_of(image)
+            if image.format == "TIFF" and not self.notes and image.n_frames > 1:
+                self.notes.append(f"{name} has {image.n_frames} pages; of such files the first "
+                                  "one is read")
             if not is_deep(image):
+                if image.mode == "P" and self.channels != 4:  # of which Pillow would warn
+                    image.info.pop("transparency", None)
                 pixels = image.convert(MODES[self.channels])
                 planes = list(pixels.split()) if self.channels == 4 else [pixels]
             elif self.bits == 16:
@@ -282,6 +288,8 @@ class JoinedImages(Images):
         self.parts, self.ends = parts, np.cumsum([len(part) for part in parts])
         super().__init__(np.arange(self.ends[-1]), None, channels)
         self.reads_files = any(part.reads_files for part in parts)
+        for part in parts:
+            part.notes = self.notes
 
     def place(self, index: int) -> tuple[Images, int]:
         """The source of an image, and its number there."""

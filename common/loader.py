@@ -19,7 +19,7 @@ from common import distributed as comm, rng
 from common.distributed import RunError, World
 from common.workers import default_workers, fork_workers, start_worker
 
-FATAL = -1  # in a worker's report: stop the run
+FATAL, NOTE = -1, -2  # in a worker's report: stop the run; tell this once
 
 
 @dataclass
@@ -78,6 +78,8 @@ class RankBatches(torch.utils.data.Dataset):
                     out[row] = view.crop(planes, [p[row] for p in geometry])
                 parameters.append(torch.from_numpy(colour))
             parts.append((crops.flatten(0, 1), torch.cat(parameters)))
+        if self.images.notes:
+            problems[NOTE] = self.images.notes[0]
         index = torch.tensor(index)
         drawn = None if self.draw is None else self.draw(index, step=item)
         return parts, index, drawn, problems
@@ -145,6 +147,7 @@ class Loader:
         self.images, self.views, self.world = images, views, world
         self.steps_per_epoch = len(images) // batch_size
         self.step, self.bad_files, self.wait_seconds = start_step, {}, 0.0
+        self.noted = False
         self.shares = RankBatches(images, views, batch_size, seed, world.rank, world.size,
                                   order_epoch, draw)
         self.workers = default_workers() if workers is None else workers
@@ -196,11 +199,15 @@ class Loader:
 
     def report(self, problems: dict[int, str]) -> None:
         """Join all processes' unreadable files, name each once, and stop if there are too many."""
-        new = {i: reason for i, reason in problems.items() if i not in self.bad_files}
+        new = {i: reason for i, reason in problems.items()
+               if i not in self.bad_files and not (i == NOTE and self.noted)}
         if not any(comm.any_rank(bool(new))):
             return
         joined = {i: r for part in comm.all_gather_objects(new) for i, r in part.items()}
-        fatal = joined.pop(FATAL, None)
+        fatal, note = joined.pop(FATAL, None), joined.pop(NOTE, None)
+        if note:
+            self.noted = True
+            comm.print_main(note)
         self.bad_files.update(joined)
         allowed = max(1, len(self.images) // 100)
         if len(self.bad_files) > allowed:

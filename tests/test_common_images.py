@@ -5,6 +5,7 @@ import pickle
 import shutil
 import struct
 import tarfile
+import warnings
 import zlib
 
 import numpy as np
@@ -562,3 +563,71 @@ def test_a_portable_pixmap_of_more_than_8_bits_is_refused(content, tmp_path):
     (tmp_path / "x.ppm").write_bytes(content)
     with pytest.raises(RefusedImage, match="more than 8 bits"):
         open_images(str(tmp_path), "pretrain", 3).read(0)
+
+
+def colours(mode):
+    """An image of a mode with many values, saved as the second of the pair."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (9, 11, 4), dtype=np.uint8)
+    if mode == "P":
+        image = Image.fromarray(pixels[..., :3]).quantize(16)
+        image.info["transparency"] = bytes(range(0, 256, 16))
+        return image, "png"
+    if mode == "CMYK":
+        return Image.fromarray(pixels, "CMYK"), "tif"
+    if mode in ("YCCK", "YCbCr"):  # as JPEG has them inside
+        return Image.fromarray(pixels, "CMYK") if mode == "YCCK" else (
+            Image.fromarray(pixels[..., :3])), "jpg"
+    return Image.fromarray(pixels).convert(mode), "png"
+
+
+@pytest.mark.parametrize("mode", ["P", "CMYK", "YCCK", "YCbCr", "LA", "1", "RGBA"])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_other_modes_are_converted_by_pillows_rule_without_a_word(mode, bits, tmp_path, recwarn):
+    image, suffix = colours(mode)
+    transparency = image.info.get("transparency")
+    options = {} if transparency is None else {"transparency": transparency}
+    image.save(tmp_path / f"x.{suffix}", **options)
+    for channels, wanted in MODES.items():
+        with Image.open(tmp_path / f"x.{suffix}") as whole, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            expected = np.asarray(whole.convert(wanted)).reshape(9, 11, channels)
+        planes = open_images(str(tmp_path), "pretrain", channels, bits=bits).read(0)
+        found = np.concatenate([np.asarray(p).reshape(9, 11, -1) for p in planes], axis=2)
+        assert np.array_equal(found, expected * (257.0 if bits == 16 else 1))
+    assert not [w for w in recwarn if "ransparency" in str(w.message)]
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
+def test_of_an_animation_the_first_frame_is_read(suffix, tmp_path):
+    frames = [Image.new("RGB", (16, 16), (shade, shade, shade)) for shade in (0, 128, 255)]
+    frames[0].save(tmp_path / f"x.{suffix}", save_all=True, append_images=frames[1:])
+    with Image.open(tmp_path / f"x.{suffix}") as image:
+        assert image.n_frames == 3
+    assert np.asarray(open_images(str(tmp_path), "pretrain", 3).read(0)[0]).max() < 8
+
+
+def paged(folder, mode):
+    """Four TIFFs of three pages, of which the first is 8 x 8."""
+    for number in range(4):
+        pages = [Image.new(mode, (size, size), 200) for size in (8, 9, 10)]
+        pages[0].save(folder / f"{number}.tif", save_all=True, append_images=pages[1:])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("mode, bits", [("L", 8), ("I;16", 16)])
+def test_of_a_tiff_of_many_pages_the_first_is_read_which_is_told_once(
+        workers, mode, bits, tmp_path, capsys):
+    paged(tmp_path, mode)
+    images = open_images(str(tmp_path), "pretrain", 3, bits=bits)
+    world = World(0, 1, torch.device("cpu"))
+    view = augment.View(8, [augment.CenterCrop(8, interpolation="bicubic")], 3)
+    loader = Loader(images, [view], batch_size=2, epochs=2, seed=0, workers=workers, world=world)
+    for epoch in range(2):
+        for batch in loader.epoch(epoch):
+            assert torch.allclose(batch.views[0], torch.tensor(200 / (2**bits - 1)))
+    assert capsys.readouterr().out.count("has 3 pages; of such files the first") == 1
+    images = open_images(str(tmp_path), "pretrain", 3, bits=bits)
+    features.extract(lambda x: {"x": x.flatten(1)}, images, view, world, batch_size=1,
+                     workers=workers)
+    assert capsys.readouterr().out.count("has 3 pages") == 1
