@@ -413,8 +413,7 @@ def main(args):
     odc = args.method == "odc"
 
     # Data
-    images = open_images(args.data, "pretrain", args.in_chans, root=args.data_root,
-                         download=args.download, limit=args.limit)
+    images = open_images(args.data, "pretrain", args.in_chans, **cli.sources(args))
     most = len(images) // (args.min_cluster or 1)
     if args.batch_size <= len(images) and args.num_clusters > most:
         each = f" with --min-cluster {args.min_cluster}" if odc else ""

@@ -291,8 +291,7 @@ def main(args):
     torch.manual_seed(args.seed)
 
     # Data
-    images = open_images(args.data, "pretrain", args.in_chans, root=args.data_root,
-                         download=args.download, limit=args.limit)
+    images = open_images(args.data, "pretrain", args.in_chans, **cli.sources(args))
     seen_images = len(images) - len(images) % args.batch_size
     if args.batch_size <= len(images) and max(args.num_clusters) > seen_images:
         raise comm.RunError(f"--num-clusters {max(args.num_clusters)} is more than the "

@@ -135,12 +135,16 @@ def open_sets(args, data: str, channels: int, **options) -> list:
     if data in SETS:
         folder = os.path.join(args.data_root, data)
         with comm.same_error_on_all_ranks():
-            if data == "copydays":
-                return copies(folder, channels)
-            return revisited(folder, data, channels, args.crop_queries)
+            found = copies(folder, channels) if data == "copydays" else (
+                revisited(folder, data, channels, args.crop_queries))
+        for images in found:
+            images.bits = options["bits"]
+            images.exif_orientation = options["exif_orientation"]
+        return found
     if args.leave_one_out:
-        sources = {name: options[name] for name in ("root", "download", "limit")}
-        images = open_images(data, args.leave_one_out, channels, whole=True, **sources)
+        for name in ("test_data", "limit_per_class", "several_classes"):
+            options.pop(name)
+        images = open_images(data, args.leave_one_out, channels, whole=True, **options)
         labelled.check_labels(f"--data {data}", images, False)
         return [images, images]
     return labelled.open_splits(data, channels, **options)
@@ -287,8 +291,8 @@ def whitening_of(take, source: features.Source, args) -> dict[str, tuple[Tensor,
     Args:
         take: images to vectors (N, R, D) by layer.
     """
-    images = open_images(args.whiten, "pretrain", source.settings["in_chans"], root=args.data_root,
-                         download=args.download, limit=args.limit)
+    images = open_images(args.whiten, "pretrain", source.settings["in_chans"],
+                         **features.reading(args, source.settings))
     # So many regions has an image at most: a map that is no square has more, by up to 6 in a row.
     more = 6 if args.max_side else 0
     most = len(args.scales) * sum(level * (level + more) for level in range(1, LEVELS + 1))

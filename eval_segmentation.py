@@ -557,6 +557,9 @@ def tasks(args, world):
     """Yield the name of each checkpoint, its images, and one `Task` for each of its backbones."""
     opened, said = {}, set()
     for checkpoint, settings in features.checkpoints_of(args):
+        if settings["bits"] != 8:
+            raise comm.RunError(f"{checkpoint.name}: --bits {settings['bits']}; images with label "
+                                "maps are read with 8 bits")
         side = patch_side(settings, args.layer)
         if args.image_size is None and settings["image_size"] > 96:
             settings["image_size"] = WINDOW // side * side

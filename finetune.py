@@ -195,11 +195,13 @@ def parse_args(argv=None):
                 parser.error(f"--protocol {protocol} ({flag.replace('_', ' ')} "
                              f"{getattr(args, flag)}) is for {' '.join(backbones.VITS)}, not for "
                              f"{args.arch}")
+    if args.bits == 16 and args.rand_augment:
+        parser.error("--bits 16: RandAugment knows 8 bits; pass --no-rand-augment")
     if args.views == "whole" and cli.peek(argv, "--crop-scale", str):
         parser.error(f"--crop-scale: --protocol {protocol} does not crop")
     if args.output is None:
         source, start = (re.sub(r"\.\w+$", "", os.path.basename(os.path.normpath(name)))
-                         for name in (args.data, args.checkpoint))
+                         for name in (cli.source_name(args.data), args.checkpoint))
         labels = args.labels and os.path.basename(os.path.dirname(os.path.abspath(args.labels)))
         part = args.train_fraction or args.train_images
         parts = "finetune", source, protocol, labels, part, start

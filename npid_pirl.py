@@ -388,8 +388,7 @@ def main(args):
     torch.manual_seed(args.seed)
 
     # Data
-    images = open_images(args.data, "pretrain", args.in_chans, root=args.data_root,
-                         download=args.download, limit=args.limit)
+    images = open_images(args.data, "pretrain", args.in_chans, **cli.sources(args))
     if len(images) < 2:
         raise comm.RunError("--data holds one image: there is nothing to tell it from")
 

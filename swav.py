@@ -291,8 +291,7 @@ def main(args):
     torch.manual_seed(args.seed)
 
     # Data
-    images = open_images(args.data, "pretrain", args.in_chans, root=args.data_root,
-                         download=args.download, limit=args.limit)
+    images = open_images(args.data, "pretrain", args.in_chans, **cli.sources(args))
     if args.queue_length > len(images):
         fits = len(images) - len(images) % args.batch_size
         raise comm.RunError(f"--queue-length {args.queue_length} is more than the {len(images)} "

@@ -40,7 +40,16 @@ import torchvision
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from common import augment, backbones, checkpoint, cli, distributed as comm, features, weights
+from common import (
+    augment,
+    backbones,
+    checkpoint,
+    cli,
+    distributed as comm,
+    features,
+    labelled,
+    weights,
+)
 from common.images import evenly, open_images
 from common.knn import nearest
 from common.loader import Loader
@@ -148,6 +157,9 @@ def at_height(image: Image.Image, height: int) -> np.ndarray:
 def as_seen(images, index: int) -> Image.Image:
     """An image of a source in RGB; the mean of many channels as gray."""
     planes = images.read(index)
+    if planes[0].mode == "F":  # 16 bits
+        planes = [Image.fromarray((np.asarray(p) / 257).astype(np.uint8)) for p in planes]
+        planes = [Image.merge("RGB", planes)] if len(planes) == 3 else planes
     if len(planes) > 1:
         stack = np.mean([np.asarray(plane) for plane in planes], axis=0)
         planes = [Image.fromarray(stack.astype(np.uint8))]
@@ -202,8 +214,7 @@ def views_picture(args) -> Image.Image:
     if args.kind == "masks" and not hasattr(module, "visible_patches"):
         raise comm.RunError(f"{args.script} masks no patches of its views; try dinov2")
     given = module.parse_args(args.flags)
-    images = open_images(given.data, "pretrain", given.in_chans, root=given.data_root,
-                         download=given.download, limit=given.limit)
+    images = open_images(given.data, "pretrain", given.in_chans, **cli.sources(given))
     rows = min(args.rows, len(images))
     loader = Loader(images, module.build_views(given), batch_size=rows, epochs=1, seed=given.seed,
                     world=WORLD, workers=0)
@@ -230,7 +241,7 @@ def views_picture(args) -> Image.Image:
 def neighbours_picture(args) -> Image.Image:
     """Test images, and beside each its nearest training images, without itself."""
     world = comm.setup(args.given.device, deterministic=True)
-    source, = features.sources(args.given, world, interpolation="bicubic", unlabelled=True)
+    source, = features.sources(args.given, world, interpolation="bicubic", open_splits=labelled.open_unlabelled)
     bank, asked = source.train, source.test or source.train
     asked = asked.subset(evenly(len(asked), args.rows))
     found = dataclasses.replace(source, test=asked).features(next(source.backbones()))
@@ -262,7 +273,7 @@ def embedding_picture(args) -> Image.Image:
     figures = matplotlib_figure("the embedding is")
     world = comm.setup(args.given.device, deterministic=True)
     panels = []
-    for source in features.sources(args.given, world, interpolation="bicubic", unlabelled=True):
+    for source in features.sources(args.given, world, interpolation="bicubic", open_splits=labelled.open_unlabelled):
         shown = source.test or source.train
         shown = shown.subset(evenly(len(shown), args.points))
         found = dataclasses.replace(source, train=shown, test=None).features(
@@ -293,12 +304,12 @@ def embedding_picture(args) -> Image.Image:
 
 def some_images(args, settings: dict) -> Tensor:
     """Some evenly spaced images (n, C, S, S) of the test split (all images, if there is none)."""
+    how = dict(root=args.data_root, bits=settings["bits"],
+               exif_orientation=settings["exif_orientation"])
     try:
-        images = open_images(args.data or settings["data"], "test", settings["in_chans"],
-                             root=args.data_root)
+        images = open_images(args.data or settings["data"], "test", settings["in_chans"], **how)
     except comm.RunError:
-        images = open_images(args.data or settings["data"], "pretrain", settings["in_chans"],
-                             root=args.data_root)
+        images = open_images(args.data or settings["data"], "pretrain", settings["in_chans"], **how)
     size = settings["image_size"]
     view = augment.View(size, [augment.CenterCrop(size, interpolation="bicubic"),
                                augment.Normalize(settings["mean"], settings["std"])],
@@ -322,11 +333,11 @@ def settings_of(args, script: str) -> dict:
     if settings["arch"] not in backbones.VITS:
         raise comm.RunError(f"--checkpoint {args.checkpoint}: {settings['arch']} is not a vision "
                             "transformer")
-    missing = {*checkpoint.DESCRIBED} - {"stem"} - settings.keys()
+    missing = {*checkpoint.DESCRIBED} - {"stem", "bits", "exif_orientation"} - settings.keys()
     if missing:
         raise comm.RunError(f"--checkpoint {args.checkpoint} does not say its {min(missing)}; give "
                             f"the folder of a run of {script}")
-    return {"data": "digits", **settings}
+    return {"data": "digits", "bits": 8, "exif_orientation": False, **settings}
 
 
 @torch.inference_mode()

@@ -84,31 +84,37 @@ class View:
         return drawn[: len(self.geometry)], np.concatenate(colour, axis=1).astype(np.float32)
 
     def crop(self, planes: list[Image.Image], parameters: list[np.ndarray]) -> np.ndarray:
-        """Apply the geometric steps to one image, given as Pillow planes; uint8 (C, H, W)."""
+        """Apply the geometric steps to one image, given as Pillow planes; uint8 (C, H, W).
+
+        Of 16 bits, which Pillow resizes as floats (mode F) alone, uint16.
+        """
         size = planes[0].size[::-1]
         for number, (step, own) in enumerate(zip(self.geometry, parameters, strict=True)):
             size = self.size if number == self.resized_by else size
             planes = [step.apply(plane, own, size) for plane in planes]
         arrays = [np.asarray(plane) for plane in planes]
+        if planes[0].mode == "F":  # not cut to its range, as Pillow does with integers
+            return np.stack(arrays).round().clip(0, 65535).astype(np.uint16)
         if arrays[0].ndim == 3:
             return arrays[0].transpose(2, 0, 1)
         return np.stack(arrays)
 
     @torch.no_grad()
     def finish(self, crops: Tensor, parameters: Tensor, device: torch.device) -> Tensor:
-        """Move uint8 crops (n, C, H, W) to the device and apply the colour steps there.
+        """Move uint8 or uint16 crops (n, C, H, W) to the device and apply the colour steps there.
 
         A step reads how many images it changes on the CPU, and which ones on the device: it neither
         waits for the device nor sends it lists.
 
         Args:
-            crops: uint8 (n, C, H, W), on the CPU.
+            crops: uint8 or uint16 (n, C, H, W), on the CPU.
             parameters: (n, P) from `draw`, on the CPU.
 
         Returns:
             Images (n, C, H, W) of torch's default dtype.
         """
-        images = crops.to(device, non_blocking=True).to(torch.get_default_dtype()).div_(255)
+        white = 65535 if crops.dtype == torch.uint16 else 255
+        images = crops.to(device, non_blocking=True).to(torch.get_default_dtype()).div_(white)
         here = parameters.to(device, non_blocking=True).to(images.dtype)
         start = 0
         for step in self.colour:
@@ -224,6 +230,7 @@ class RandomAffine(Step):
     def apply(self, plane, coefficients, size):
         resample = INTERPOLATION[self.interpolation]
         fill = self.fill if plane.mode == "L" else (self.fill,) * len(plane.getbands())
+        fill = self.fill * 257 if plane.mode == "F" else fill
         plane = plane.transform(
             plane.size, Image.Transform.AFFINE, coefficients.tolist(), resample, fillcolor=fill
         )

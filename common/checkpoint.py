@@ -31,7 +31,8 @@ from common.log import Diverged
 from common.workers import set_malloc_thresholds
 
 RECORD = {"step", "settings", "identity", "processes", "state"}  # what a checkpoint holds
-DESCRIBED = ("arch", "stem", "patch_size", "image_size", "in_chans", "mean", "std")
+DESCRIBED = ("arch", "stem", "patch_size", "image_size", "in_chans", "mean", "std", "bits",
+             "exif_orientation")
 KEPT = ("backbone-epoch*.pth", "events.out.tfevents.*", "trace.json")  # of flags
 NOT_THERE = {  # what a file system answers that cannot do what it was asked
     errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL,

@@ -17,7 +17,7 @@ from common import backbones, distributed as comm
 # Settings that do not change what is computed beyond rounding: they may differ when a run resumes.
 RUN_FLAGS = {
     "accum_steps", "amp", "compile", "data_root", "deterministic", "device", "download",
-    "grad_checkpoint", "keep_every", "log_every", "lr_divided", "output", "probe_data",
+    "grad_checkpoint", "index", "keep_every", "log_every", "lr_divided", "output", "probe_data",
     "probe_every", "profile", "recipe", "resume", "save_every_minutes", "tensorboard", "workers",
 }
 Switch = argparse.BooleanOptionalAction  # --flag and --no-flag
@@ -42,6 +42,13 @@ class Parser(argparse.ArgumentParser):
     def exit(self, status=0, message=None):
         comm.end_output()  # --help | head
         super().exit(status, message)
+
+
+class OneOrMore(argparse.Action):
+    """A flag whose value is a string, or of several a list."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -75,9 +82,10 @@ def parser(script: str, description: str) -> Parser:
     prog = os.path.basename(script)
     made = Parser(prog, description=description, formatter_class=HelpFormatter, allow_abbrev=False)
     data = made.add_argument_group("data")
-    data.add_argument("--data", default="digits", metavar="SOURCE",
+    data.add_argument("--data", default="digits", metavar="SOURCE", nargs="+", action=OneOrMore,
                       help="digits (built in), cifar10 and other names of torchvision's sets, "
-                      "fake (noise), a folder of images, a text list, or a .npy (docs/guide.md)")
+                      "fake (noise), a folder of images, a tar, a folder of tars, a text list or a "
+                      ".npy (docs/guide.md); several are joined in this order")
     source_flags(data)
     data.add_argument("--limit", type=pos_int, metavar="N", help="number of images, evenly spaced")
     run = made.add_argument_group("run (none of these changes the method; --amp its precision)")
@@ -107,12 +115,27 @@ def parser(script: str, description: str) -> Parser:
     return made
 
 
+INDEX = "tar-index"  # the folder of tars' indexes, beside those of runs
+
+
 def source_flags(group) -> None:
-    """Where torchvision's data sets are."""
+    """Where torchvision's data sets and the indexes of tars are."""
     group.add_argument("--data-root", default="data", metavar="FOLDER",
                        help="folder of torchvision's data sets")
     group.add_argument("--download", action=Switch, default=False,
                        help="fetch a torchvision data set that is not there")
+    group.add_argument("--index", metavar="FOLDER",
+                       help=f"where indexes of tars are kept; default: {INDEX} beside --output, "
+                       "or in runs/")
+
+
+def sources(args: argparse.Namespace) -> dict:
+    """What `images.open_images` needs to know of the flags that say how images are read."""
+    beside = os.path.dirname(os.path.normpath(getattr(args, "output", None) or "runs/any"))
+    return dict(root=args.data_root, download=args.download, limit=args.limit,
+                index=args.index or os.path.join(beside, INDEX), bits=args.bits,
+                exif_orientation=args.exif_orientation)
+
 
 
 def test_flags(group) -> None:
@@ -126,8 +149,12 @@ def test_flags(group) -> None:
 
 
 def channel_flags(group) -> None:
-    """The channels of images, and how they are normalised."""
+    """The channels of images, how they are read, and how they are normalised."""
     group.add_argument("--in-chans", type=pos_int, help="channels of the images")
+    group.add_argument("--bits", type=int, choices=(8, 16), help="bits a channel that are read of "
+                       "PNG, TIFF and PGM files; with 8, deeper ones are refused")
+    group.add_argument("--exif-orientation", action=Switch,
+                       help="turn photographs upright as their EXIF tag says")
     group.add_argument("--mean", type=number, nargs="+", help="mean of each channel")
     group.add_argument("--std", type=positive, nargs="+", help="standard deviation of each channel")
 
@@ -177,6 +204,7 @@ def method_parser(script: str, description: str, archs, *, crops: str, batch_nor
     group.add_argument("--image-size", type=pos_int, help="side of a view in pixels" + (
         ": the first of --crop-sizes" if crops == "multi" else ""))
     channel_flags(group)
+    made.set_defaults(bits=8, exif_orientation=False)
     if crops == "multi":
         group.add_argument("--num-crops", type=pos_int, nargs="+",
                            help="number of crops of each size, the global ones first")
@@ -214,6 +242,15 @@ def length_flags(group, decayed: str = "") -> None:
     group.add_argument("--seed", type=nonneg_int, default=0, help="random seed")
 
 
+def source_name(data: str | list[str]) -> str:
+    """What the images of `--data` are called in the names of folders."""
+    first, *others = [data] if isinstance(data, str) else data
+    name = os.path.basename(os.path.normpath(first))
+    for ending in (".txt", ".npy", ".tar"):
+        name = name.removesuffix(ending)
+    return f"{name}-and-{len(others)}" if others else name
+
+
 def crops(args: argparse.Namespace) -> list[tuple[int, int, tuple[float, float]]]:
     """(count, side in pixels, (smallest, largest area fraction)) for each size of crop."""
     scales = zip(args.crop_scales[::2], args.crop_scales[1::2], strict=True)
@@ -231,16 +268,14 @@ def parse(made: Parser, recipes: dict, argv=None) -> argparse.Namespace:
         "--data, else imagenet")
     first = Parser(made.prog, add_help=False, allow_abbrev=False)
     first.add_argument("--recipe")
-    first.add_argument("--data", default="digits")
+    first.add_argument("--data", default="digits", nargs="+", action=OneOrMore)
     chosen, _ = first.parse_known_args(argv)
-    name = chosen.recipe or (chosen.data if chosen.data in recipes else "imagenet")
+    name = chosen.recipe or (str(chosen.data) if str(chosen.data) in recipes else "imagenet")
     made.set_defaults(**copy.deepcopy(recipes.get(name, {})))
     args = made.parse_args(argv)
     args.recipe = name
     if args.output is None:
-        source = os.path.basename(os.path.normpath(args.data))
-        source = source.removesuffix(".txt").removesuffix(".npy")
-        parts = made.prog.removesuffix(".py"), source, args.arch.replace(":", "-")
+        parts = made.prog.removesuffix(".py"), source_name(args.data), args.arch.replace(":", "-")
         args.output = os.path.join("runs", "-".join(parts))
     check_arch_flags(made, args, argv)
 

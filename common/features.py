@@ -126,11 +126,12 @@ def precision(amp: str, device: torch.device):
 # a file in torchvision's layout.
 DIGITS = dict(
     data="digits", arch="resnet_tiny", stem="small", patch_size=4, image_size=16, in_chans=3,
-    mean=[0.5], std=[0.5],
+    mean=[0.5], std=[0.5], bits=8, exif_orientation=False,
 )
 FOLDER = dict(
     arch="resnet50", stem="imagenet", patch_size=16, image_size=224, in_chans=3,
     mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225],
+    bits=8, exif_orientation=False,
 )
 SAID = (*DIGITS, *backbones.VIT_PARTS)  # what a run says of images and backbone
 
@@ -183,7 +184,8 @@ def evaluation_settings(args, checkpoints: list[Checkpoint], data: str | None = 
     """
     described = next((c.settings for c in checkpoints if c.settings), {})
     described = {name: described[name] for name in SAID if name in described}
-    given = {name: getattr(args, name) for name in DIGITS if getattr(args, name) is not None}
+    given = {name: value for name, value in vars(args).items()
+             if name in DIGITS and value is not None}
     source = data or args.data or described.get("data") or "digits"
     settings = (DIGITS if source == "digits" else FOLDER) | described | given | {"data": source}
     for checkpoint in checkpoints:
@@ -355,6 +357,11 @@ def checkpoints_of(args):
         yield checkpoint, settings
 
 
+def reading(args, settings: dict) -> dict:
+    """How images are opened and read, as options of `images.open_images`."""
+    return cli.sources(args) | {name: settings[name] for name in ("bits", "exif_orientation")}
+
+
 def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
             several_classes: bool = False, open_splits=labelled.open_splits,
             described=labelled.described, also_test=()):
@@ -375,18 +382,19 @@ def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
     """
     for path in args.features or ():
         yield Source(path, args, world)
-    opened, said = {}, set()  # both splits by channel count; protocols
+    opened, said = {}, set()  # both splits by how they are read; protocols
     for checkpoint, settings in checkpoints_of(args):
         channels, size = settings["in_chans"], settings["image_size"]
-        if channels not in opened:
+        how = reading(args, settings)
+        read_as = channels, how["bits"], how["exif_orientation"]
+        if read_as not in opened:
             train, test = open_splits(
-                settings["data"], channels, test_data=args.test_data, root=args.data_root,
-                download=args.download, limit=args.limit, limit_per_class=args.limit_per_class,
-                several_classes=several_classes)
-            opened[channels] = train, test, tuple(
-                labelled.open_test(path, train, channels, "--also-test", limit=args.limit)
+                settings["data"], channels, test_data=args.test_data,
+                limit_per_class=args.limit_per_class, several_classes=several_classes, **how)
+            opened[read_as] = train, test, tuple(
+                labelled.open_test(path, train, channels, "--also-test", **how)
                 for path in also_test)
-        train, test, also = opened[channels]
+        train, test, also = opened[read_as]
         view = central_view(settings, crop, interpolation, args.resize)
         protocol = described(settings["data"], args, train, test)
         protocol += f" of {size} px" if view.geometry[0].resizes else ""
@@ -586,11 +594,13 @@ class Chunks(torch.utils.data.Dataset):
             except Exception as error:  # Pillow's decoders raise what they like
                 if not self.blanks:
                     return f"{self.images.name(index)} cannot be read: {error}"
-                planes = [Image.new("L", self.view.size[::-1])] * self.view.channels
+                blank = Image.new("F" if self.images.bits == 16 else "L", self.view.size[::-1])
+                planes = [blank] * self.view.channels
             sizes = np.array([planes[0].size[::-1]])
             geometry, colour = self.view.draw(np.empty((1, 0)), sizes)
             crops.append(torch.from_numpy(self.view.crop(planes, [g[0] for g in geometry]).copy()))
-        return torch.stack(crops), torch.from_numpy(colour).expand(len(crops), -1)
+        colours = torch.from_numpy(colour).expand(len(crops), -1)
+        return torch.stack(crops), colours, self.images.notes[:1]
 
 
 @torch.no_grad()
@@ -629,11 +639,13 @@ def extract(
             Chunks(images, view, blanks), sampler=local, batch_size=None, num_workers=workers,
             pin_memory=world.device.type == "cuda", worker_init_fn=start_worker,
             multiprocessing_context=context))
-    found = {}
+    found, notes = {}, []
     with comm.same_error_on_all_ranks():
         for chunk, loaded in zip(local, loader, strict=True):
             if isinstance(loaded, str):
                 raise RunError(loaded)
+            *loaded, new = loaded
+            notes = notes or new
             given, part = [view.finish(*loaded, world.device)], slice(chunk.start, chunk.stop)
             if labels is not None:
                 given.append(labels[part].to(world.device))
@@ -643,7 +655,10 @@ def extract(
                 found[name][part] = rows
                 check_finite(found[name][part], f"of {name}", chunk.start)
     widths = {name: rows.shape[1] for name, rows in found.items()}
-    widths = next(w for w in comm.all_gather_objects(widths) if w)  # some process may have no image
+    told = comm.all_gather_objects((widths, notes))
+    widths = next(w for w, _ in told if w)  # some process may have no image
+    for note in [note for _, notes in told for note in notes][:1]:
+        comm.print_main(note)
     bounds = [min(part * batch_size, n) for part in parts]
     for name, width in widths.items():
         comm.broadcast_rows(found.setdefault(name, torch.empty(n, width)), bounds)

@@ -1,18 +1,20 @@
-"""Image sources: built-in sets, folders, lists and arrays, decoded to Pillow planes."""
+"""Image sources: built-in sets, folders, tars, lists and arrays, decoded to Pillow planes."""
 
 import contextlib
 import copy
+import io
 import math
 import os
 import re
+import sys
 import zlib
 from xml.etree import ElementTree
 
 import numpy as np
 import torchvision
-from PIL import Image, ImageOps
+from PIL import Image
 
-from common import distributed as comm, labelled_sets, rng
+from common import distributed as comm, labelled_sets, rng, shards
 from common.distributed import RunError
 from common.labelled_sets import LABELLED, evenly, every_fifth
 
@@ -20,7 +22,12 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp",
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 # Folders of a system or an archiver, ignored like names that begin with a dot.
 NO_DATA = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
+UPRIGHT = dict(zip(range(2, 9), (  # what to do about each value of EXIF's orientation
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90), strict=True))
 TORCHVISION = {name.lower(): name for name in ("CIFAR10", "CIFAR100", "STL10", "SVHN", "MNIST")}
+TARS = (".tar", *shards.COMPRESSED)
 HELD_OUT = ("val", "test")  # folders that are not trained on
 BUILT_IN = ("digits", *TORCHVISION, *LABELLED, "fake")
 
@@ -42,15 +49,34 @@ class Images:
         channels: channel count wanted.
     """
 
+    bits = 8  # a channel
+    exif_orientation = False  # whether files are turned as their EXIF tag says
     classes = None  # names of the columns of labels (N, C)
     class_names = None  # of labels (N,), where they have names: label 0 is that of the first
 
     def __init__(self, items: np.ndarray, labels: np.ndarray | None, channels: int):
         self.items, self.labels, self.channels = items, labels, channels
         self.index = np.arange(len(items))  # of each image in the data set
+        self.notes = []  # what reading has met that is to be told once; shared by subsets
 
     def __len__(self) -> int:
         return len(self.items)
+
+    def read(self, index: int) -> list[Image.Image]:
+        """The image as Pillow planes: one RGB or L image, or one L image per channel.
+
+        Of 16 bits one F image per channel, from 0 to 65535: white is white at any depth.
+        """
+        planes = self.load(index)
+        if self.bits == 8 or planes[0].mode == "F":
+            return planes
+        return [as_float(np.asarray(band, np.float32) * 257) for p in planes for band in p.split()]
+
+    def renumbered(self, indices: np.ndarray) -> "Images":
+        """Some of the images as a data set of their own."""
+        part = self.subset(indices)
+        part.index = np.arange(len(part))
+        return part
 
     def subset(self, indices: np.ndarray) -> "Images":
         part = copy.copy(self)
@@ -101,8 +127,7 @@ class ArrayImages(Images):
             crc = zlib.crc32(np.ascontiguousarray(self.images[row]), crc)
         return f"{len(self)} images {self.images.shape[1:]}, crc32 {crc:08x}"
 
-    def read(self, index: int) -> list[Image.Image]:
-        """The image as Pillow planes: one RGB or L image, or one L image per channel."""
+    def load(self, index: int) -> list[Image.Image]:
         image = np.ascontiguousarray(self.images[self.items[index]])
         image = image if image.ndim == 3 else image[..., None]
         if image.shape[-1] == 3:
@@ -114,11 +139,10 @@ class ArrayImages(Images):
         return [planes[0].convert("RGB")] if self.channels == 3 else planes * self.channels
 
 
-class FileImages(Images):
-    """Image files, decoded by Pillow when they are read.
+class EncodedImages(Images):
+    """Images in files, decoded by Pillow when they are read.
 
     Args:
-        paths: of the files. root: what they are relative to in `identity`.
         channels: 1 (L), 3 (RGB) or 4 (RGBA): what files are converted to.
 
     Raises:
@@ -127,9 +151,54 @@ class FileImages(Images):
 
     reads_files = True
 
-    def __init__(self, paths, labels: np.ndarray | None, channels: int, root: str):
+    def __init__(self, items: np.ndarray, labels: np.ndarray | None, channels: int):
         if channels not in MODES:
             raise RunError(f"--in-chans {channels}: files give 1 (L), 3 (RGB) or 4 (RGBA) channels")
+        super().__init__(items, labels, channels)
+
+    def decode(self, file, name: str) -> list[Image.Image]:
+        """The image as Pillow planes, see `read`.
+
+        Args:
+            file: a path or an open file. name: of it, for an error.
+
+        Raises:
+            RefusedImage: more bits a channel than `bits`: to cut them down is the user's choice.
+            Exception: any that Pillow raises for a file that it cannot decode.
+        """
+        with Image.open(file) as image:
+            turn = self.turn_of(image)
+            if image.format == "TIFF" and not self.notes and image.n_frames > 1:
+                self.notes.append(f"{name} has {image.n_frames} pages; of such files the first "
+                                  "one is read")
+            if not is_deep(image):
+                if image.mode == "P" and self.channels != 4:  # of which Pillow would warn
+                    image.info.pop("transparency", None)
+                pixels = image.convert(MODES[self.channels])
+                planes = list(pixels.split()) if self.channels == 4 else [pixels]
+            elif self.bits == 16:
+                planes = deep_planes(image, lambda: Image.open(file), name, self.channels)
+            else:
+                raise RefusedImage(f"{name} has more than 8 bits a channel (Pillow mode "
+                                   f"{image.mode}); pass --bits 16, or convert it to 8 bits")
+        return planes if turn is None else [plane.transpose(turn) for plane in planes]
+
+    def turn_of(self, image: Image.Image):
+        """How an opened file is to be turned, if it is. Pillow turns TIFFs itself."""
+        if self.exif_orientation and image.format != "TIFF":
+            with contextlib.suppress(Exception):  # a broken tag does not make a broken image
+                return UPRIGHT.get(image.getexif().get(0x0112))
+        return None
+
+
+class FileImages(EncodedImages):
+    """Image files.
+
+    Args:
+        paths: of the files. root: what they are relative to in `identity`.
+    """
+
+    def __init__(self, paths, labels: np.ndarray | None, channels: int, root: str):
         paths = np.array([os.fsencode(path) for path in paths])  # a byte a character, not four
         super().__init__(paths, labels, channels)
         self.root = root
@@ -140,25 +209,49 @@ class FileImages(Images):
     def identity(self) -> str:
         """What the images are, regardless of the path they were opened by."""
         start = len(os.fsencode(os.path.join(self.root, "")))
-        names = b"\n".join(path[start:] for path in self.items.tolist())
-        return f"{len(self)} files, crc32 of the names {zlib.crc32(names):08x}"
+        return identity_of_files([path[start:] for path in self.items.tolist()])
 
-    def read(self, index: int) -> list[Image.Image]:
-        """The upright image as Pillow planes: one RGB or L image, or one L image per channel.
+    def load(self, index: int) -> list[Image.Image]:
+        return self.decode(self.name(index), self.name(index))
 
-        Raises:
-            RefusedImage: more than 8 bits a channel: to cut them down is the user's choice.
-            Exception: any that Pillow raises for a file that it cannot decode.
-        """
-        with Image.open(self.name(index)) as image:
-            if is_deep(image):
-                raise RefusedImage(f"{self.name(index)} has more than 8 bits a channel "
-                                   f"(Pillow mode {image.mode}); convert it to 8 bits")
-            image.load()
-            with contextlib.suppress(Exception):  # a broken tag does not make a broken image
-                ImageOps.exif_transpose(image, in_place=True)
-            pixels = image.convert(MODES[self.channels])
-        return list(pixels.split()) if self.channels == 4 else [pixels]
+
+class TarImages(EncodedImages):
+    """Image files inside tars, which stay as they are.
+
+    Args:
+        tars: their indexes. prefixes: what the names of each one's images begin with, as bytes.
+    """
+
+    def __init__(self, tars: list[shards.Tar], prefixes: list[bytes], channels: int):
+        names = [prefix + name for tar, prefix in zip(tars, prefixes, strict=True)
+                 for name in tar.names.tolist()]
+        rows = np.empty(len(names), dtype=[("name", f"S{max(map(len, names), default=1)}"),
+                                           ("tar", "i4"), ("offset", "i8"), ("size", "i8")])
+        rows["name"] = names
+        rows["tar"] = np.repeat(np.arange(len(tars)), [len(tar.names) for tar in tars])
+        rows["offset"] = np.concatenate([tar.offsets for tar in tars])
+        rows["size"] = np.concatenate([tar.sizes for tar in tars])
+        super().__init__(rows, None, channels)
+        self.tars = [(tar.path, tar.size, tar.mtime) for tar in tars]
+        self.prefixes = prefixes
+
+    def name(self, index: int) -> str:
+        name, tar, *_ = self.items[index].item()
+        return os.path.join(self.tars[tar][0], os.fsdecode(name[len(self.prefixes[tar]) :]))
+
+    def identity(self) -> str:
+        """What the images are; the same as of files of these names."""
+        return identity_of_files(self.items["name"].tolist())
+
+    def load(self, index: int) -> list[Image.Image]:
+        _, tar, offset, size = self.items[index].item()
+        return self.decode(io.BytesIO(shards.read_member(*self.tars[tar], offset, size)),
+                           self.name(index))
+
+
+def identity_of_files(names: list[bytes]) -> str:
+    crc = zlib.crc32(b"\n".join(names))
+    return f"{len(names)} files, crc32 of the names {crc:08x}"
 
 
 class DecodedImages(Images):
@@ -183,9 +276,42 @@ class DecodedImages(Images):
     def identity(self) -> str:
         return f"{len(self)} images of {self.set}, crc32 of the rows {zlib.crc32(self.items):08x}"
 
-    def read(self, index: int) -> list[Image.Image]:
+    def load(self, index: int) -> list[Image.Image]:
         pixels = self.loaded[self.items[index]][0].convert(MODES[self.channels])
         return list(pixels.split()) if self.channels == 4 else [pixels]
+
+
+class JoinedImages(Images):
+    """Images of several sources, those of the first one first; without labels."""
+
+    def __init__(self, parts: list, channels: int):
+        self.parts, self.ends = parts, np.cumsum([len(part) for part in parts])
+        super().__init__(np.arange(self.ends[-1]), None, channels)
+        self.reads_files = any(part.reads_files for part in parts)
+        for part in parts:
+            part.notes = self.notes
+
+    def place(self, index: int) -> tuple[Images, int]:
+        """The source of an image, and its number there."""
+        item = int(self.items[index])
+        part = int(np.searchsorted(self.ends, item, side="right"))
+        return self.parts[part], item - int(self.ends[part]) + len(self.parts[part])
+
+    def name(self, index: int) -> str:
+        part, row = self.place(index)
+        return part.name(row)
+
+    def identity(self) -> str:
+        """What the images are: of each source those that are taken."""
+        splits = np.searchsorted(self.items, [0, *self.ends])
+        starts = [0, *self.ends[:-1]]
+        taken = [part.subset(self.items[slice(*bounds)] - start) for part, start, *bounds in zip(
+            self.parts, starts, splits, splits[1:], strict=False)]
+        return "; ".join(part.identity() for part in taken if len(part))
+
+    def load(self, index: int) -> list[Image.Image]:
+        part, row = self.place(index)
+        return part.load(row)
 
 
 def is_deep(image: Image.Image) -> bool:
@@ -203,14 +329,65 @@ def is_deep(image: Image.Image) -> bool:
     return False
 
 
+def deep_planes(image: Image.Image, again, name: str, channels: int) -> list[Image.Image]:
+    """The channels, from 0 to 65535, of an opened file of 16 bits a channel (PNG, TIFF, PGM).
+
+    Pillow cuts RGB to its high bytes. Told that the bytes of a pixel come in the other order, it
+    gives the low ones.
+
+    Args:
+        again: opens the file once more.
+
+    Raises:
+        RefusedImage: pixels that Pillow cannot give in full.
+    """
+    raws = re.findall(r"[^\s'(]*;16[^\s',)]*", str([tile.args for tile in image.tile]))
+    gray = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if not gray and not (image.format in ("PNG", "TIFF") and len(raws) == len(image.tile) and all(
+            re.fullmatch(r"RGBA?;16[LBN]", raw) for raw in raws)):
+        raise RefusedImage(f"{name}: Pillow cannot give all bits of its pixels (mode {image.mode}, "
+                           f"{image.format} {' '.join({*raws})}); read are gray and RGB of 16 bits "
+                           "in PNG and TIFF, and gray in PGM")
+    image.load()
+    values = np.asarray(image).astype(np.float32)
+    if gray:
+        bands = [values] * min(channels, 3)
+    else:
+        with again() as other:
+            other.tile = [tile._replace(args=other_end(tile.args)) for tile in other.tile]
+            other.load()  # numpy would not tell its errors
+            values = values * 256 + np.asarray(other)
+        bands = list(values.transpose(2, 0, 1))
+        if channels == 1:  # Pillow's weights
+            bands = [0.299 * bands[0] + 0.587 * bands[1] + 0.114 * bands[2]]
+    if channels == 4 and len(bands) == 3:
+        bands.append(np.full_like(values[..., 0] if values.ndim == 3 else values, 65535))
+    return [as_float(band) for band in bands[:channels]]
+
+
+def other_end(arguments):
+    """A decoder's arguments, with the bytes of 16-bit pixels in the other order."""
+    if isinstance(arguments, tuple):
+        return tuple(map(other_end, arguments))
+    native = "L" if sys.byteorder == "little" else "B"
+    return re.sub(r";16([LBN])$", lambda raw: ";16B" if raw[1].replace("N", native) == "L" else
+                  ";16L", arguments) if isinstance(arguments, str) else arguments
+
+
+def as_float(values: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.ascontiguousarray(values, np.float32))
+
+
 def open_images(
-    data: str, split: str, channels: int, *, root: str = "data", download: bool = False,
+    data: str | list[str], split: str, channels: int, *, root: str = "data", download: bool = False,
     limit: int | None = None, whole: bool = False, classes: dict[str, int] | None = None,
+    index: str | None = None, bits: int = 8, exif_orientation: bool = False,
 ):
     """Open the images of one split of a data source.
 
     Args:
-        data: a name of `BUILT_IN`, a folder, a text list, or a `.npy` file (docs/guide.md).
+        data: a name of `BUILT_IN`, a folder, a tar, a folder of tars, a text list, or a `.npy` file
+            (docs/guide.md). Several, of pre-training alone, are joined in their order.
         split: "pretrain" (all that may be learned from without labels), "train" or "test".
         channels: channel count wanted.
         root: the folder of torchvision's data sets.
@@ -218,10 +395,22 @@ def open_images(
         limit: number of evenly spaced images to take, if not all.
         whole: a list, or a folder without a folder for this split, is all of the split.
         classes: numbers of the classes by name, where other images have fixed them.
+        index: the folder where the indexes of tars are kept; None: they are not.
+        bits: 8 or 16 a channel (`Images.read`). exif_orientation: turn photographs upright.
 
     Raises:
         RunError: there is no such source, it holds no image, or a class that is not in `classes`.
     """
+    if isinstance(data, list):
+        if split != "pretrain":
+            raise NoSplit(f"--data {' '.join(data)}: several sources have no {split} split; name "
+                          "one that has labels with --data")
+        options = dict(root=root, download=download, whole=whole, classes=classes, index=index,
+                       bits=bits, exif_orientation=exif_orientation)
+        images = JoinedImages([open_images(one, split, channels, **options) for one in data],
+                              channels)
+        images.bits = bits
+        return images if limit is None else images.subset(evenly(len(images), limit))
     named = torchvision_images if data in TORCHVISION else labelled_set
     if data in LABELLED and os.path.isdir(data) and os.path.normpath(root) != ".":
         comm.print_main(f"warning: --data {data} is torchvision's set; for the folder pass "
@@ -240,7 +429,9 @@ def open_images(
         elif split != "pretrain" and os.path.isdir(os.path.join(data, "Annotations")):
             images = voc(data, split, channels)
         elif os.path.isdir(data):
-            images = folder(data, split, channels, whole, classes)
+            images = folder(data, split, channels, whole, classes, index)
+        elif os.path.isfile(data) and data.lower().endswith(TARS):
+            images = tar_images([data], data, split, channels, whole, classes, index)
         elif os.path.isfile(data) and (split == "pretrain" or whole):
             read = array_file if data.endswith(".npy") else text_list
             images = read(data, channels)
@@ -255,9 +446,8 @@ def open_images(
             if unknown:
                 raise RunError(f"--data {data}: labels that no training image has, such as "
                                f"{unknown[0]}")
-    if limit is not None:
-        images = images.subset(evenly(len(images), limit))
-    return images
+    images.bits, images.exif_orientation = bits, exif_orientation
+    return images if limit is None else images.subset(evenly(len(images), limit))
 
 
 def digits(split: str, channels: int) -> ArrayImages:
@@ -318,15 +508,18 @@ def torchvision_images(name: str, split: str, channels: int, root: str, download
 
 def folder(
     root: str, split: str, channels: int, whole: bool = False, numbers: dict | None = None,
-) -> FileImages:
+    index: str | None = None,
+) -> EncodedImages:
     """Image files below a folder, or below its `train`, `val` or `test` folder if it has one.
 
     Labels are the class folders; pre-training never looks at them. A file beside class folders has
-    no label and is left out with them, as are hidden files and folders in any case.
+    no label and is left out with them, as are hidden files and folders in any case. A folder of
+    tars alone gives the images in them.
 
     Args:
         whole: without such a folder, all is the split.
         numbers: of the classes by name, if not in the order of the training split's folders.
+        index: the folder of the tars' indexes.
 
     Raises:
         RunError: no image; no such split; a class of the test split that is not in the training
@@ -334,68 +527,200 @@ def folder(
     """
     names = HELD_OUT if split == "test" else ("train",)
     found = [os.path.join(root, n) for n in names if os.path.isdir(os.path.join(root, n))]
-    whole = whole or split == "pretrain"
-    if whole and split != "test" and found and train_is_a_class(root):
+    anything = whole or split == "pretrain"
+    if anything and split != "test" and found and train_is_a_class(root):
         found = []
-    if not whole and not found:
-        raise NoSplit(f"--data {root}: no {' or '.join(names)} folder in it to evaluate with")
     top = found[0] if found else os.path.normpath(root)
     held_out = [] if found else [n for n in HELD_OUT if holds_images(os.path.join(root, n))]
-    paths = sorted(os.path.join(parent, file)
-                   for parent, files in walk(top, [os.path.join(top, n) for n in held_out])
-                   for file in files)
+    paths = tars = []
+    if anything or found:
+        paths, tars = files_below(top, [os.path.join(top, n) for n in held_out])
+    if not paths and (tars := files_below(os.path.normpath(root))[1]):  # of all splits
+        return tar_images(tars, root, split, channels, whole, numbers, index)
+    if not anything and not found:
+        raise NoSplit(f"--data {root}: no {' or '.join(names)} folder in it to evaluate with")
     beside = f", {' and '.join(held_out)} held out" if held_out else ""
     if not paths:
         raise RunError(f"--data {top}: no image file in it{beside} ({' '.join(EXTENSIONS)})")
+    if tars:
+        comm.print_main(f"warning: tars beside image files are not read: {some(tars)}; pass them "
+                        "to --data")
     if held_out:
         comm.print_main(f"warning: {top}: {' and '.join(held_out)} taken for held-out images and "
                         "not trained on; a class needs another name")
     inside = [path[len(os.path.join(top, "")) :].split(os.sep) for path in paths]
+    images = FileImages(paths, None, channels, top)
     if split == "pretrain" or all(len(parts) == 1 for parts in inside):
-        return FileImages(paths, None, channels, top)
-    stray = [path for path, parts in zip(paths, inside, strict=True) if len(parts) == 1]
-    if stray:
-        comm.print_main(f"warning: left out, for no class folder holds it: {some(stray)}")
-        paths = [path for path, parts in zip(paths, inside, strict=True) if len(parts) > 1]
-    classes = [parts[0] for parts in inside if len(parts) > 1]
+        return images
+    classes = [parts[0] if len(parts) > 1 else None for parts in inside]
     # A class has the same number in every split: that of the training split.
-    train = top if whole else os.path.join(root, "train")
+    train = top if anything else os.path.join(root, "train")
     known = None
     if numbers is None:
-        known = subfolders(train) if os.path.isdir(train) else sorted(set(classes))
+        known = subfolders(train) if os.path.isdir(train) else sorted({*classes} - {None})
         known = [name for name in known if found or name not in HELD_OUT]
+    return with_classes(images, classes, known, numbers, root, top,
+                        "the training set" if anything else train, split)
+
+
+def with_classes(images, classes: list, known: list | None, numbers: dict | None, source: str,
+                 top: str, train: str, split: str):
+    """The images that have a class, with its number as label.
+
+    Args:
+        classes: name of each image's class, or None. known: the classes in order; or None, and
+            `numbers` by name. source, top, train: of the images, in messages.
+
+    Raises:
+        RunError: a class that is not known.
+    """
+    has_class = np.array([name is not None for name in classes])
+    if not has_class.all():
+        stray = [images.name(row) for row in np.flatnonzero(~has_class)]
+        comm.print_main(f"warning: left out, for no class folder holds it: {some(stray)}")
+        images = images.renumbered(np.flatnonzero(has_class))
+        classes = [name for name in classes if name is not None]
+    if numbers is None:
         numbers = {name: label for label, name in enumerate(known)}
-    there = numbers if split == "train" else subfolders(top)
+    there = subfolders(top) if os.path.isdir(top) and split != "train" else known or classes
     unknown, empty = set(classes) - set(numbers), set(there) - set(classes)
     if unknown:
-        train = "the training set" if whole else train
-        raise RunError(f"--data {root}: class folders of {top} that {train} does not have: "
+        raise RunError(f"--data {source}: class folders of {top} that {train} does not have: "
                        f"{some(unknown)}; a class has one name in both")
     if empty:
         comm.print_main(f"warning: class folders of {top} without an image: {some(empty)}")
-    images = FileImages(paths, np.array([numbers[name] for name in classes]), channels, top)
+    images.labels = np.array([numbers[name] for name in classes])
     images.class_names = known
     return images
 
 
 def train_is_a_class(root: str) -> bool:
-    """Whether the folder `train` is a class: one flat folder of images among others.
-
-    With a test split beside it, or with class folders in it, it is the training split.
-    """
+    """Whether the folder `train` is a class: one flat folder of images among others."""
     train = os.path.join(root, "train")
     beside = [name for name in subfolders(root)
               if name not in ("train", *HELD_OUT) and holds_images(os.path.join(root, name))]
     nested = any(holds_images(os.path.join(train, name)) for name in subfolders(train))
+    return is_a_class(train, beside, nested or any(
+        os.path.isdir(os.path.join(root, name)) for name in HELD_OUT))
+
+
+def is_a_class(train: str, beside: list[str], like_a_split: bool) -> bool:
+    """Whether a folder `train` is a class like the folders of images beside it, which is told.
+
+    With a test split beside it, or with class folders in it, it is the training split.
+    """
     if not beside:
         return False
-    if nested or any(os.path.isdir(os.path.join(root, name)) for name in HELD_OUT):
+    if like_a_split:
         comm.print_main(f"warning: {train} is taken for the training split; beside it, not trained "
                         f"on: {some(beside)}")
         return False
     comm.print_main(f"warning: {train} is taken for a class like {some(beside)}; for the training "
                     f"split pass --data {train}")
     return True
+
+
+def tar_images(
+    paths: list[str], root: str, split: str, channels: int, whole: bool = False,
+    numbers: dict | None = None, index: str | None = None,
+) -> TarImages:
+    """Images in tars, in the order of their names, as if each tar were a folder of its name.
+
+    Folders that all images share are passed over. Splits are those of `folder`. The class of an
+    image is what its `.cls` file says; or its folder inside the tar; or the name of its tar, if
+    that is in another tar or in a folder of tars.
+
+    Args:
+        paths: of the tars. root: one tar, or the folder that all are in.
+
+    Raises:
+        RunError: as of `folder`; a tar that cannot be used; a `.cls` file without a whole number.
+    """
+    tars = [shards.read_index(path, index, is_data) for path in paths]
+    start = 0 if paths == [root] else len(os.path.join(os.path.normpath(root), ""))
+    prefixes = [os.fsencode(path[start:-len(".tar")] + "/") if start else b"" for path in paths]
+    images = TarImages(tars, prefixes, channels)
+    if not len(images):
+        raise RunError(f"--data {root}: no image file in it ({' '.join(EXTENSIONS)})")
+    inner = np.concatenate([len(prefix) + tar.inner for prefix, tar in zip(
+        prefixes, tars, strict=True)])
+    told = np.concatenate([tar.classes for tar in tars])
+    order = np.argsort(images.items["name"], kind="stable")
+    images = images.subset(order)
+    inner, told, names = inner[order].tolist(), told[order], images.items["name"].tolist()
+    shared = len(shared_folder(names))
+    tops = [name[shared:].partition(b"/") for name in names]
+    tops = np.array([os.fsdecode(top) if slash else "" for top, slash, _ in tops])
+
+    wanted = HELD_OUT if split == "test" else ("train",)
+    there = set(tops.tolist()) - {""}
+    found = [name for name in wanted if name in there]
+    anything = whole or split == "pretrain"
+    if anything and found == ["train"]:
+        nested = any(name.count(b"/", shared) > 1 for name, top in zip(names, tops, strict=True)
+                     if top == "train")
+        if is_a_class(f"{root}: train", sorted(there - {"train", *HELD_OUT}),
+                      nested or not there.isdisjoint(HELD_OUT)):
+            found = []
+    if not anything and not {"train", *found[:1]} <= there:
+        raise NoSplit(f"--data {root}: no train and {' or '.join(HELD_OUT)} folder in it to "
+                      "evaluate with")
+    held_out = [] if found else sorted(there.intersection(HELD_OUT))
+    rows = np.flatnonzero(tops == found[0] if found else ~np.isin(tops, held_out))
+    if not len(rows):
+        raise RunError(f"--data {root}: no image file in it, {' and '.join(held_out)} held out")
+    if held_out:
+        comm.print_main(f"warning: {root}: {' and '.join(held_out)} taken for held-out images and "
+                        "not trained on; a class needs another name")
+    part = images.renumbered(rows)
+    if split == "pretrain":
+        return part
+
+    own = told[rows]
+    if (own != b"").any():
+        return with_numbers(part, own, root)
+    splits = {"train", *HELD_OUT} if found else ()
+    starts = [shared + (len(top) + 1 if top in splits else 0) for top in tops.tolist()]
+    insides = [name[max(pair) :] for name, *pair in zip(names, starts, inner, strict=True)]
+    lead = len(shared_folder(insides))
+    every = [name_of_class(name[start:end], inside[lead:]) for name, start, end, inside in
+             zip(names, starts, inner, insides, strict=True)]
+    classes, known = [every[row] for row in rows], None
+    if not any(classes):
+        return part
+    if numbers is None:
+        of = rows if anything else np.flatnonzero(tops == "train")
+        known = sorted({every[row] for row in of} - {None})
+    return with_classes(part, classes, known, numbers, root, root, "the training set", split)
+
+
+def with_numbers(images: TarImages, told: np.ndarray, root: str):
+    """The images whose class is known, with labels: the numbers that their `.cls` files hold."""
+    if wrong := [row for row, text in enumerate(told) if text and not text.isdigit()]:
+        raise RunError(f"{images.name(wrong[0])}: its .cls file holds {bytes(told[wrong[0]])!r}; "
+                       "wanted a whole number")
+    if not (told != b"").all():
+        comm.print_main(f"warning: {root}: left out, for they have no .cls file: "
+                        f"{(told == b'').sum()} of {len(told)} images")
+    images = images.renumbered(np.flatnonzero(told != b""))
+    images.labels = told[told != b""].astype(np.int64)
+    return images
+
+
+def shared_folder(names) -> bytes:
+    """The folders that all names begin with, before one of images and before a split's."""
+    both = os.path.commonprefix([min(names), max(names)])
+    parts = both[: both.rfind(b"/") + 1].split(b"/")[:-1]
+    if not all(name.count(b"/") > len(parts) for name in names):
+        parts = parts[:-1]
+    splits = [n for n, part in enumerate(parts) if part in (b"train", b"val", b"test")]
+    return b"".join(part + b"/" for part in parts[: splits[0] if splits else None])
+
+
+def name_of_class(tar: bytes, inside: bytes) -> str | None:
+    """The folder that an image is in inside its tar, else the name of its tar."""
+    top, slash, _ = inside.partition(b"/")
+    return os.fsdecode(top if slash else tar.rstrip(b"/").rpartition(b"/")[2]) or None
 
 
 def some(names) -> str:
@@ -423,11 +748,24 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name in NO_DATA
 
 
-def walk(top: str, without=()):
+def is_data(name: str, endings=EXTENSIONS) -> bool:
+    """Whether a file of some name, with its folders, is one of data: an image, or of `endings`."""
+    return name.lower().endswith(endings) and not any(map(is_hidden, name.split("/")))
+
+
+def files_below(top: str, without=()) -> tuple[list[str], list[str]]:
+    """Sorted paths of the image files and of the tars below a folder (`walk`)."""
+    found = sorted(os.path.join(parent, file)
+                   for parent, files in walk(top, without, (*EXTENSIONS, *TARS)) for file in files)
+    tars = [path for path in found if path.lower().endswith(TARS)]
+    return [path for path in found if not path.lower().endswith(TARS)] if tars else found, tars
+
+
+def walk(top: str, without=(), endings=EXTENSIONS):
     """Folders below `top` and their image files; a link to a folder that holds it is not followed.
 
     Args:
-        top: a folder.
+        top: a folder. endings: of files, if not those of images.
         without: paths of folders below it that are left out.
 
     Raises:
@@ -447,7 +785,7 @@ def walk(top: str, without=()):
             if loops or is_hidden(name) or path in without:
                 folders.remove(name)
         yield parent, [file for file in files
-                       if file.lower().endswith(EXTENSIONS) and not is_hidden(file)]
+                       if file.lower().endswith(endings) and not is_hidden(file)]
 
 
 def text_list(path: str, channels: int) -> FileImages:

@@ -88,7 +88,8 @@ def open_unlabelled(data: str, channels: int, *, limit_per_class=None, **options
     Args:
         options: of `open_splits`. The test split is None where the images have no such splits.
     """
-    sources = {name: options[name] for name in ("root", "download", "limit") if name in options}
+    sources = {name: value for name, value in options.items()
+               if name not in ("test_data", "several_classes")}
     images = open_images(data, "pretrain", channels, **sources)
     try:
         train, test = open_splits(data, channels, **options)
@@ -191,12 +192,11 @@ def labelled_images(args) -> tuple:
     Raises:
         RunError: no labels, or such as do not fit; a class without a training image.
     """
-    options = dict(root=args.data_root, download=args.download, limit=args.limit)
     if args.labels:
-        train = test = open_images(args.data, "pretrain", args.in_chans, **options)
+        train = test = open_images(args.data, "pretrain", args.in_chans, **cli.sources(args))
     else:
         train, test = open_splits(args.data, args.in_chans, test_data=args.test_data,
-                                           limit_per_class=args.limit_per_class, **options)
+                                  limit_per_class=args.limit_per_class, **cli.sources(args))
     with comm.same_error_on_all_ranks():
         if args.labels:
             labels = read_labels(args.labels, len(train))

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from common import distributed as comm, rng
 from common.distributed import RunError, World
-from common.images import RefusedImage
 from common.workers import default_workers, fork_workers, start_worker
 
-FATAL = -1  # in a worker's report: stop the run
+FATAL, NOTE = -1, -2  # in a worker's report: stop the run; tell this once
 
 
 @dataclass
@@ -67,7 +66,7 @@ class RankBatches(torch.utils.data.Dataset):
         for numbers in alike(self.views):
             view = self.views[numbers[0]]
             crops = torch.empty(len(numbers), self.share, view.channels, *view.size,
-                                dtype=torch.uint8)
+                                dtype=torch.uint16 if self.images.bits == 16 else torch.uint8)
             parameters = []
             for number, out in zip(numbers, crops.numpy(), strict=True):
                 view = self.views[number]
@@ -79,6 +78,8 @@ class RankBatches(torch.utils.data.Dataset):
                     out[row] = view.crop(planes, [p[row] for p in geometry])
                 parameters.append(torch.from_numpy(colour))
             parts.append((crops.flatten(0, 1), torch.cat(parameters)))
+        if self.images.notes:
+            problems[NOTE] = self.images.notes[0]
         index = torch.tensor(index)
         drawn = None if self.draw is None else self.draw(index, step=item)
         return parts, index, drawn, problems
@@ -90,7 +91,7 @@ class RankBatches(torch.utils.data.Dataset):
             index = int(order[at * self.batch_size + slot])
             try:
                 return index, self.images.read(index)
-            except RefusedImage as error:
+            except RunError as error:  # not to be replaced by another image
                 problems[FATAL] = str(error)
                 return index, self.blank()
             except Exception as error:  # Pillow's decoders raise what they like
@@ -146,6 +147,7 @@ class Loader:
         self.images, self.views, self.world = images, views, world
         self.steps_per_epoch = len(images) // batch_size
         self.step, self.bad_files, self.wait_seconds = start_step, {}, 0.0
+        self.noted = False
         self.shares = RankBatches(images, views, batch_size, seed, world.rank, world.size,
                                   order_epoch, draw)
         self.workers = default_workers() if workers is None else workers
@@ -197,11 +199,15 @@ class Loader:
 
     def report(self, problems: dict[int, str]) -> None:
         """Join all processes' unreadable files, name each once, and stop if there are too many."""
-        new = {i: reason for i, reason in problems.items() if i not in self.bad_files}
+        new = {i: reason for i, reason in problems.items()
+               if i not in self.bad_files and not (i == NOTE and self.noted)}
         if not any(comm.any_rank(bool(new))):
             return
         joined = {i: r for part in comm.all_gather_objects(new) for i, r in part.items()}
-        fatal = joined.pop(FATAL, None)
+        fatal, note = joined.pop(FATAL, None), joined.pop(NOTE, None)
+        if note:
+            self.noted = True
+            comm.print_main(note)
         self.bad_files.update(joined)
         allowed = max(1, len(self.images) // 100)
         if len(self.bad_files) > allowed:

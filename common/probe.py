@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from common import augment, distributed as comm, features, labelled
+from common import augment, cli, distributed as comm, features, labelled
 from common.distributed import World
 from common.images import NoSplit, evenly
 from common.knn import count_right
@@ -33,8 +33,8 @@ class Probe:
         self.settings = features.settings_of(args)
         data = args.probe_data or args.data
         try:
-            self.splits = labelled.open_splits(data, args.in_chans, root=args.data_root,
-                                               download=args.download)
+            self.splits = labelled.open_splits(
+                data, args.in_chans, **cli.sources(args) | dict(limit=None))
             comm.print_main(f"probe: all {len(self.splits[0])} training and {len(self.splits[1])} "
                             f"test images of {data}")
         except NoSplit as error:

@@ -51,7 +51,7 @@ SHARED = {
     "data", "limit", "recipe", "arch", "image_size", "in_chans", "mean", "std", "epochs",
     "batch_size", "lr", "weight_decay", "warmup_epochs", "sync_bn", "output", "resume",
     "save_every_minutes", "workers", "device", "amp", "seed", "compile", "deterministic",
-    "log_every",
+    "log_every", "index", "bits", "exif_orientation",
 }
 
 CROPS = {"crop_scale", "num_crops", "crop_sizes", "crop_scales", "stem"}  # where a script has them
@@ -157,6 +157,23 @@ def flags_of(script, monkeypatch):
     actions = [a for a in caught[0]._actions if not isinstance(a, argparse._HelpAction)]
     kinds = {a.dest: (a.option_strings, a.type, a.choices, a.nargs, type(a)) for a in actions}
     return kinds | {"recipe": None}
+
+
+@every_script
+def test_how_images_are_read_reaches_the_images(script, monkeypatch):
+    """A script that forgot it would train on other pixels without a word."""
+    module, args = parsed(script, "--bits", 16, "--exif-orientation", "--index", "here")
+    told = {}
+
+    def opened(*_, **how):
+        told.update(how)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "open_images", opened)
+    with pytest.raises(KeyboardInterrupt):
+        module.main(args)
+    assert told == cli.sources(args)
+    assert (told["bits"], told["exif_orientation"], told["index"]) == (16, True, "here")
 
 
 @every_script

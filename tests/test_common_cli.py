@@ -303,7 +303,7 @@ def test_run_flags_are_those_that_cannot_change_the_weights():
     left_out = vars(args).keys() - cli.settings(args).keys()
     assert left_out == cli.RUN_FLAGS - {"accum_steps", "grad_checkpoint"}  # not with batch norm
     assert left_out == {
-        "amp", "compile", "data_root", "deterministic", "device", "download", "keep_every",
+        "amp", "compile", "data_root", "deterministic", "device", "download", "index", "keep_every",
         "log_every", "lr_divided", "output", "probe_data", "probe_every", "profile", "recipe",
         "resume", "save_every_minutes", "tensorboard", "workers",
     }

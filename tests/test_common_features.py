@@ -20,7 +20,7 @@ WORLD = World(0, 1, torch.device("cpu"))
 # ------------------------------------------------------------------------------- resolve_checkpoint
 
 SETTINGS = dict(data="digits", arch="resnet18_quarter", stem="small", patch_size=5, image_size=20,
-                in_chans=1, mean=[0.3], std=[0.2], lr=1.0)
+                in_chans=1, mean=[0.3], std=[0.2], bits=16, exif_orientation=True, lr=1.0)
 
 
 @pytest.mark.parametrize("name", ["random", "pixels"])

@@ -1,17 +1,23 @@
 import errno
+import functools
 import os
 import pickle
 import shutil
 import struct
+import tarfile
+import warnings
 import zlib
 
 import numpy as np
 import pytest
+import torch
 import torchvision
 from PIL import Image, ImageOps
 
-from common.distributed import RunError
-from common.images import MODES, TORCHVISION, ArrayImages, RefusedImage, open_images
+from common import augment, features
+from common.distributed import RunError, World
+from common.images import MODES, TORCHVISION, ArrayImages, NoSplit, RefusedImage, open_images
+from common.loader import Loader
 from helpers import random_images
 
 # ------------------------------------------------------------------------------------------ sources
@@ -110,6 +116,31 @@ def test_files_give_one_three_or_four_channels(fifty, channels, mode):
     joined = np.concatenate([np.asarray(p).reshape(9, 11, -1) for p in planes], axis=-1)
     expected = np.asarray(Image.open(images.name(0)).convert(mode)).reshape(9, 11, -1)
     assert np.array_equal(joined, expected)
+
+
+def test_several_sources_are_joined_in_their_order(fifty):
+    (fifty / "few.txt").write_text("flat/03 x.png 1\nflat/01 x.png 0\n")
+    np.save(fifty / "some.npy", random_images(5))
+    with tarfile.open(fifty / "two.tar", "w") as tar:
+        for number in (8, 9):
+            tar.add(fifty / "flat" / f"{number:02d} x.png", f"{number}.png")
+    given = [str(fifty / name) for name in ("few.txt", "two.tar", "some.npy", "nested")]
+    images = open_images(given, "pretrain", 3)
+    single = [open_images(one, "pretrain", 3) for one in given]
+    assert len(images) == 2 + 2 + 5 + 50 and images.labels is None and images.reads_files
+    expected = [part.read(i)[0].tobytes() for part in single for i in range(len(part))]
+    assert [images.read(i)[0].tobytes() for i in range(59)] == expected
+    assert [images.name(i)[-5:] for i in (0, 3, 4)] == ["x.png", "9.png", "age 0"]
+    again = pickle.loads(pickle.dumps(images))
+    assert again.read(8)[0].tobytes() == expected[8] and again.identity() == images.identity()
+    other = open_images(given[::-1], "pretrain", 3)
+    assert other.identity() != images.identity()
+    few = open_images(given, "pretrain", 3, limit=12)
+    assert few.index.tolist() == [59 * i // 12 for i in range(12)]
+    assert [few.read(i)[0].tobytes() for i in range(12)] == [expected[i] for i in few.index]
+    assert few.identity() not in (images.identity(), other.identity())
+    with pytest.raises(NoSplit, match="several sources have no train split"):
+        open_images(given, "train", 3)
 
 
 def test_identity_is_that_of_the_images_not_of_their_place(fifty, tmp_path):
@@ -355,15 +386,120 @@ def test_any_file_of_16_bits_is_refused(mode, suffix, tmp_path):
 
 def write_16_bit_rgb(path):
     """A PNG of 4 x 4 pixels with three channels of 16 bits, which Pillow itself cannot write."""
+    write_png(path, np.arange(48, dtype=np.uint16).reshape(4, 4, 3))
+
+
+def write_png(path, pixels):
+    """A PNG of pixels (H, W) or (H, W, C) of 16 bits."""
 
     def chunk(kind, content):
         crc = zlib.crc32(kind + content)
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
 
-    header = struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)
-    rows = zlib.compress((b"\0" + bytes(range(24))) * 4)
+    colour = {1: 0, 2: 4, 3: 2, 4: 6}[pixels.shape[2] if pixels.ndim == 3 else 1]
+    header = struct.pack(">IIBBBBB", *pixels.shape[1::-1], 16, colour, 0, 0, 0)
+    rows = zlib.compress(b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels))
     parts = chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
+
+
+def write_tiff(path, pixels, order, deflated):
+    """A TIFF of pixels (H, W) or (H, W, C) of 16 bits, with bytes in the order < or >."""
+    channels = pixels.shape[2] if pixels.ndim == 3 else 1
+    data = pixels.astype(order + "u2").tobytes()
+    data = zlib.compress(data) if deflated else data
+    bits = struct.pack(f"{order}{channels}H", *[16] * channels)
+    entries = [(256, pixels.shape[1]), (257, pixels.shape[0]), (258, 16),
+               (259, 8 if deflated else 1), (262, 2 if channels >= 3 else 1), (273, 0),
+               (277, channels), (278, pixels.shape[0]), (279, len(data))]
+    entries += [(338, 2)] if channels == 4 else []
+    start = 8 + 2 + 12 * len(entries) + 4
+    ifd = struct.pack(order + "H", len(entries))
+    for tag, value in entries:
+        value = {258: start if channels > 2 else value, 273: start + len(bits)}.get(tag, value)
+        count = channels if tag == 258 else 1
+        wide = tag in (273, 279) or count > 2
+        ifd += struct.pack(order + "HHI", tag, 4 if tag in (273, 279) else 3, count)
+        ifd += struct.pack(order + "I", value) if wide else struct.pack(order + "HH", value, 0)
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "I", 8)
+    path.write_bytes(head + ifd + bytes(4) + bits + data)
+
+
+def deep_pixels(channels):
+    shape = (9, 11) if channels == 1 else (9, 11, channels)
+    return np.random.default_rng(0).integers(0, 65536, shape, dtype=np.uint16)
+
+
+WRITERS = {
+    "png": write_png,
+    **{f"tiff {order}{' deflated' * deflated}": functools.partial(
+        write_tiff, order=order, deflated=deflated) for order in "<>" for deflated in (0, 1)},
+}
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("kind", WRITERS)
+def test_all_16_bits_are_read_of_png_and_tiff(kind, channels, tmp_path):
+    pixels = deep_pixels(channels)
+    WRITERS[kind](tmp_path / f"x.{kind[:3]}", pixels)
+    planes = open_images(str(tmp_path), "pretrain", 3, bits=16).read(0)
+    expected = np.stack([pixels] * 3 if channels == 1 else np.moveaxis(pixels, 2, 0)[:3])
+    assert np.array_equal(np.stack(planes), expected)
+    gray = open_images(str(tmp_path), "pretrain", 1, bits=16).read(0)
+    assert np.allclose(gray[0], np.tensordot([0.299, 0.587, 0.114], expected, 1), atol=0.01)
+    four = open_images(str(tmp_path), "pretrain", 4, bits=16).read(0)
+    alpha = pixels[..., 3] if channels == 4 else 65535
+    assert np.array_equal(four[:3], expected) and (np.asarray(four[3]) == alpha).all()
+
+
+def test_files_and_arrays_of_8_bits_keep_their_values_among_those_of_16(tmp_path):
+    pixels = random_images(2)
+    Image.fromarray(pixels[0]).save(tmp_path / "x.png")
+    np.save(tmp_path / "x.npy", pixels)
+    for source in (str(tmp_path), [str(tmp_path), str(tmp_path / "x.npy")]):
+        images = open_images(source, "pretrain", 3, bits=16)
+        for i in range(len(images)):
+            assert np.array_equal(np.stack(images.read(i), 2), pixels[max(0, i - 1)] * 257.0)
+
+
+def test_more_than_256_levels_reach_the_network(tmp_path):
+    ramp = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    write_png(tmp_path / "x.png", np.stack([ramp, ramp // 2, ramp // 3], 2))
+    write_tiff(tmp_path / "y.tif", ramp, "<", True)
+    images = open_images(str(tmp_path), "pretrain", 3, bits=16)
+    for geometry in (
+        augment.RandomResizedCrop((1, 1), (1, 1), interpolation="bicubic"),
+        augment.CenterCrop(64, interpolation="bicubic"), augment.HorizontalFlip(p=1),
+        augment.RandomAffine(0, 0, (1, 1), 0, fill=255, interpolation="bilinear"),
+    ):
+        view = augment.View(64, [geometry, augment.Normalize([0.0], [1.0])], 3)
+        [batch] = Loader(images, [view], batch_size=2, epochs=1, seed=0, workers=0,
+                         world=World(0, 1, torch.device("cpu"))).epoch(0)
+        for i, views in zip(batch.index.tolist(), batch.views[0], strict=True):
+            levels = views[0].unique()
+            assert len(levels) > 4000 and levels.min() < 1e-3 and levels.max() > 0.999
+            crop = views if not isinstance(geometry, augment.HorizontalFlip) else views.flip(2)
+            expected = torch.from_numpy(np.stack(images.read(i)) / 65535).float()
+            torch.testing.assert_close(crop, expected, rtol=0, atol=1e-5)
+    view = augment.View(64, [augment.CenterCrop(64, interpolation="bicubic")], 3)
+    rows = features.extract(lambda x: {"x": x.flatten(1)}, images, view, batch_size=2, workers=0,
+                            world=World(0, 1, torch.device("cpu")))["x"]
+    assert len(rows[0].unique()) > 4000
+
+
+def test_what_pillow_cannot_give_in_full_is_refused_also_with_16_bits(tmp_path):
+    for name, pixels in (("x.png", deep_pixels(2)), ("x.tif", np.ones((4, 4), np.float32)),
+                         ("y.tif", np.ones((4, 4), np.int32)), ("x.ppm", None)):
+        folder = tmp_path / name
+        folder.mkdir()
+        if pixels is None:
+            (folder / name).write_bytes(b"P6 1 1 65535\n" + bytes(6))
+        elif name == "x.png":
+            write_png(folder / name, pixels)
+        else:
+            Image.fromarray(pixels).save(folder / name)
+        with pytest.raises(RefusedImage, match="Pillow cannot give all bits of its pixels"):
+            open_images(str(folder), "pretrain", 3, bits=16).read(0)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
@@ -375,16 +511,24 @@ def test_photographs_are_upright_as_viewers_show_them(orientation, suffix, tmp_p
     with Image.open(tmp_path / f"x.{suffix}") as image:
         upright = ImageOps.exif_transpose(image)
     for channels, mode in MODES.items():
-        planes = open_images(str(tmp_path), "pretrain", channels).read(0)
+        planes = open_images(str(tmp_path), "pretrain", channels, exif_orientation=True).read(0)
         assert planes[0].size == ((8, 12) if 5 <= orientation <= 8 else (12, 8))
         for plane, expected in zip(planes, upright.convert(mode).split() if mode == "RGBA" else
                                    [upright.convert(mode)], strict=True):
             assert np.array_equal(np.asarray(plane), np.asarray(expected))
 
 
+def test_photographs_are_left_as_they_lie_without_the_flag(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (12, 8)).save(tmp_path / "x.jpg", exif=exif)
+    assert open_images(str(tmp_path), "pretrain", 3).read(0)[0].size == (12, 8)
+
+
 def test_a_broken_orientation_does_not_make_a_broken_image(tmp_path):
     Image.new("RGB", (24, 16)).save(tmp_path / "x.jpg", exif=b"Exif\0\0no header of TIFF")
-    assert open_images(str(tmp_path), "pretrain", 3).read(0)[0].size == (24, 16)
+    images = open_images(str(tmp_path), "pretrain", 3, exif_orientation=True)
+    assert images.read(0)[0].size == (24, 16)
 
 
 def write_bmp(path, masks):
@@ -419,3 +563,71 @@ def test_a_portable_pixmap_of_more_than_8_bits_is_refused(content, tmp_path):
     (tmp_path / "x.ppm").write_bytes(content)
     with pytest.raises(RefusedImage, match="more than 8 bits"):
         open_images(str(tmp_path), "pretrain", 3).read(0)
+
+
+def colours(mode):
+    """An image of a mode with many values, saved as the second of the pair."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (9, 11, 4), dtype=np.uint8)
+    if mode == "P":
+        image = Image.fromarray(pixels[..., :3]).quantize(16)
+        image.info["transparency"] = bytes(range(0, 256, 16))
+        return image, "png"
+    if mode == "CMYK":
+        return Image.fromarray(pixels, "CMYK"), "tif"
+    if mode in ("YCCK", "YCbCr"):  # as JPEG has them inside
+        return Image.fromarray(pixels, "CMYK") if mode == "YCCK" else (
+            Image.fromarray(pixels[..., :3])), "jpg"
+    return Image.fromarray(pixels).convert(mode), "png"
+
+
+@pytest.mark.parametrize("mode", ["P", "CMYK", "YCCK", "YCbCr", "LA", "1", "RGBA"])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_other_modes_are_converted_by_pillows_rule_without_a_word(mode, bits, tmp_path, recwarn):
+    image, suffix = colours(mode)
+    transparency = image.info.get("transparency")
+    options = {} if transparency is None else {"transparency": transparency}
+    image.save(tmp_path / f"x.{suffix}", **options)
+    for channels, wanted in MODES.items():
+        with Image.open(tmp_path / f"x.{suffix}") as whole, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            expected = np.asarray(whole.convert(wanted)).reshape(9, 11, channels)
+        planes = open_images(str(tmp_path), "pretrain", channels, bits=bits).read(0)
+        found = np.concatenate([np.asarray(p).reshape(9, 11, -1) for p in planes], axis=2)
+        assert np.array_equal(found, expected * (257.0 if bits == 16 else 1))
+    assert not [w for w in recwarn if "ransparency" in str(w.message)]
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
+def test_of_an_animation_the_first_frame_is_read(suffix, tmp_path):
+    frames = [Image.new("RGB", (16, 16), (shade, shade, shade)) for shade in (0, 128, 255)]
+    frames[0].save(tmp_path / f"x.{suffix}", save_all=True, append_images=frames[1:])
+    with Image.open(tmp_path / f"x.{suffix}") as image:
+        assert image.n_frames == 3
+    assert np.asarray(open_images(str(tmp_path), "pretrain", 3).read(0)[0]).max() < 8
+
+
+def paged(folder, mode):
+    """Four TIFFs of three pages, of which the first is 8 x 8."""
+    for number in range(4):
+        pages = [Image.new(mode, (size, size), 200) for size in (8, 9, 10)]
+        pages[0].save(folder / f"{number}.tif", save_all=True, append_images=pages[1:])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("mode, bits", [("L", 8), ("I;16", 16)])
+def test_of_a_tiff_of_many_pages_the_first_is_read_which_is_told_once(
+        workers, mode, bits, tmp_path, capsys):
+    paged(tmp_path, mode)
+    images = open_images(str(tmp_path), "pretrain", 3, bits=bits)
+    world = World(0, 1, torch.device("cpu"))
+    view = augment.View(8, [augment.CenterCrop(8, interpolation="bicubic")], 3)
+    loader = Loader(images, [view], batch_size=2, epochs=2, seed=0, workers=workers, world=world)
+    for epoch in range(2):
+        for batch in loader.epoch(epoch):
+            assert torch.allclose(batch.views[0], torch.tensor(200 / (2**bits - 1)))
+    assert capsys.readouterr().out.count("has 3 pages; of such files the first") == 1
+    images = open_images(str(tmp_path), "pretrain", 3, bits=bits)
+    features.extract(lambda x: {"x": x.flatten(1)}, images, view, world, batch_size=1,
+                     workers=workers)
+    assert capsys.readouterr().out.count("has 3 pages") == 1
