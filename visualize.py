@@ -241,7 +241,8 @@ def views_picture(args) -> Image.Image:
 def neighbours_picture(args) -> Image.Image:
     """Test images, and beside each its nearest training images, without itself."""
     world = comm.setup(args.given.device, deterministic=True)
-    source, = features.sources(args.given, world, interpolation="bicubic", open_splits=labelled.open_unlabelled)
+    source, = features.sources(args.given, world, interpolation="bicubic",
+                                open_splits=labelled.open_unlabelled)
     bank, asked = source.train, source.test or source.train
     asked = asked.subset(evenly(len(asked), args.rows))
     found = dataclasses.replace(source, test=asked).features(next(source.backbones()))
@@ -273,7 +274,8 @@ def embedding_picture(args) -> Image.Image:
     figures = matplotlib_figure("the embedding is")
     world = comm.setup(args.given.device, deterministic=True)
     panels = []
-    for source in features.sources(args.given, world, interpolation="bicubic", open_splits=labelled.open_unlabelled):
+    for source in features.sources(args.given, world, interpolation="bicubic",
+                                   open_splits=labelled.open_unlabelled):
         shown = source.test or source.train
         shown = shown.subset(evenly(len(shown), args.points))
         found = dataclasses.replace(source, train=shown, test=None).features(

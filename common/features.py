@@ -8,6 +8,7 @@ through a backbone once. The parts are usable alone as well: `resolve_checkpoint
 
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import os

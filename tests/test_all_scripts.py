@@ -40,7 +40,9 @@ QUICK = {  # what keeps an evaluation short
     "eval_segmentation": ["--memory", "2000", "--windows", "whole"],
     "eval_svm": ["--costs", "1", "--low-shot", "1", "--draws", "1"],
 }
-RESULT = {"eval_retrieval": "map", "eval_segmentation": "miou", "eval_svm": "map"}  # of an evaluation, if not top1
+RESULT = {  # of an evaluation, if not top1
+    "eval_retrieval": "map", "eval_segmentation": "miou", "eval_svm": "map",
+}
 STILL: dict[str, set[str]] = {}  # trainable parameters that two steps need not move
 DECAYED = {  # whole, biases and norms as well
     "moco", "densecl", "simsiam", "swav", "deepcluster_v2", "npid_pirl", "lejepa",
