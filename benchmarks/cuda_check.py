@@ -42,8 +42,12 @@ EVALUATIONS = {
     "eval_linear": RANDOM,
     "eval_linear-moco": [*RANDOM, "--protocol", "moco", "--epochs", "3"],
     "eval_linear-mae": [*RANDOM, "--arch", "vit_micro", "--protocol", "mae", "--epochs", "3"],
+    "eval_linear-aim": [*RANDOM, "--arch", "vit_micro", "--probe", "attentive", "--epochs", "3"],
+    "eval_retrieval": RANDOM,
+    "eval_segmentation": [*RANDOM, "--limit", "60"],
     "eval_svm": [*RANDOM, "--costs", "0.01", "0.1"],
 }
+NEED_FAISS = ("eval_knn", "eval_segmentation")  # on a CPU
 SECONDS = 240  # for one check
 
 
@@ -219,8 +223,8 @@ def check_compile(name: str, device: str, folder) -> dict:
 
 def check_evaluations(name: str, device: str, folder) -> dict:
     results = []
-    no_faiss = name == "eval_knn" and not importlib.util.find_spec("faiss")
-    for each in (device,) if no_faiss else (device, "cpu"):  # a CPU needs it
+    no_faiss = name in NEED_FAISS and not importlib.util.find_spec("faiss")
+    for each in (device,) if no_faiss else (device, "cpu"):
         script, flags = name.split("-")[0], EVALUATIONS[name]
         printed = subprocess.run(
             [sys.executable, ROOT / f"{script}.py", *flags, "--device", each], cwd=folder,

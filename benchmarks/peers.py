@@ -464,6 +464,9 @@ def loop(args, part: str, limit: Callable, method: Method, optimizer: str):
             pass
         return
     model = method.build().to(device)
+    if args.peer_channels_last:
+        torch.backends.cudnn.benchmark = True
+        model = model.to(memory_format=torch.channels_last)
     if size > 1:
         model = torch.nn.parallel.DistributedDataParallel(model)
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -96,6 +96,8 @@ def parse_args(argv):
     parser.add_argument("--threads", type=int, help="default: cores / processes")
     parser.add_argument("--amp", default="none", help="of the script; the peer's is --peer-amp")
     parser.add_argument("--peer-amp", default="none")
+    parser.add_argument("--peer-channels-last", action="store_true",
+                        help="and cuDNN's choice of kernels by trial: as ours, not in its examples")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--mfu", type=float, nargs="?", const=0.0, metavar="PEAK",
                         help="the step's TFLOP/s, and their share of the measured or given PEAK")
