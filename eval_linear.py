@@ -143,12 +143,16 @@ def parse_args(argv=None):
     return args
 
 
-def auto_probe(found: features.Features, also: list[features.Split], args, world) -> dict:
-    """Probe every layer of one backbone's features without settings (`solver.cross_validated`)."""
+def auto_probe(found: features.Features, also: list, args, world) -> dict:
+    """Probe every layer of one backbone's features without settings (`solver.cross_validated`).
+
+    Args:
+        also: further images to test on, and their features, pairs.
+    """
     labels, truth = found.train.labels, found.test.labels
     if labels.ndim != 1:
         raise comm.RunError(f"{found.checkpoint}: the probe needs images of one class each")
-    num_classes = count_classes(labels, truth, *(split.labels for split in also))
+    num_classes = count_classes(labels, truth, *(images.labels for images, _ in also))
     chosen = labelled.class_balanced(labels, args.train_fraction, args.seed)
     if len(chosen) < 2:
         raise comm.RunError(f"{found.checkpoint}: {len(chosen)} training image; give 2 or more")
@@ -158,11 +162,12 @@ def auto_probe(found: features.Features, also: list[features.Split], args, world
         results.append({"layer": layer, **solver.cross_validated(
             rows, labels[chosen], found.test.layers[layer], truth, folds=args.folds,
             decays=sorted(args.weight_decays), num_classes=num_classes, seed=args.seed, world=world,
-            also=[(split.layers[layer], split.labels) for split in also],
+            also=[(split.layers[layer], split.labels, images.present) for images, split in also],
         )})
     best = max(results, key=lambda result: result["validation"])
     sizes = {"num_train": len(chosen), "num_test": len(truth)}
-    return summary(best, results, found.protocol, sizes, args.also_test, also)
+    return summary(best, results, found.protocol, sizes, args.also_test,
+                   [images for images, _ in also])
 
 
 def count_classes(*labels: np.ndarray) -> int:
@@ -180,7 +185,7 @@ def summary(counts: dict, results: list[dict], protocol: str, sizes: dict, paths
     for result in results:
         tested = zip(paths, also, result.pop("also"), strict=True)
         if further := [{"data": path, "num_test": len(images.labels),
-                        "num_classes": len(np.unique(images.labels)), **numbers}
+                        "num_classes": len(images.present), **numbers}
                        for path, images, numbers in tested]:
             result["also"] = further
     top = ("top1", "top5", "mean_per_class", "also")
@@ -325,16 +330,16 @@ def top_1_and_5(logits: Tensor, truth: Tensor) -> Tensor:
 
 
 def accuracies(logits_of, images, source: features.Source, num_classes: int,
-               some_classes: bool = False) -> dict[str, dict]:
+               present: np.ndarray | None = None) -> dict[str, dict]:
     """How often heads are right on some images, by layer.
 
     Args:
         logits_of: images (n, channels, H, W) to logits (n, C), by layer.
-        some_classes: predict only classes that the images have.
+        present: the classes that are predicted, if not all.
     """
     truth = torch.from_numpy(np.asarray(images.labels, dtype=np.int64))
-    left_out = labelled.absent(images.labels, num_classes) & some_classes
-    left_out = left_out.to(source.world.device)
+    present = np.arange(num_classes) if present is None else present
+    left_out = labelled.absent(present, num_classes).to(source.world.device)
 
     def correct(batch, truth):
         return {name: top_1_and_5(logits.masked_fill(left_out, -math.inf), truth)
@@ -432,7 +437,7 @@ def paper_probe(source: features.Source, backbone, mark: str, args, world) -> di
         return {name: head(rows[name]) for name, head in heads.items()}
 
     tested = accuracies(logits_of, test, source, num_classes)
-    also = [accuracies(logits_of, images, source, num_classes, some_classes=True)
+    also = [accuracies(logits_of, images, source, num_classes, images.present)
             for images in source.also]
     results = [{"layer": name, **found, "also": [part[name] for part in also]}
                for name, found in tested.items()]
@@ -468,7 +473,7 @@ def main(args):
                     return
             else:
                 found = source.features(backbone)
-                also = [source.split(backbone, images) for images in source.also]
+                also = [(images, source.split(backbone, images)) for images in source.also]
                 runs.append(auto_probe(found, also, args, world))
             after = weights.fingerprint(backbone)
             if before:

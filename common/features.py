@@ -320,7 +320,6 @@ class Source:
             write(found, self.args.save_features, self.world)
         return found
 
-
     def split(self, backbone: nn.Module, images, function=None) -> "Split":
         """Features of some images under one of the backbones.
 
@@ -405,7 +404,7 @@ def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
             comm.print_main(protocol)
             for path, images in zip(also_test, also, strict=True):
                 comm.print_main(f"also tested: {len(images)} images of {path}, of "
-                                f"{len(np.unique(images.labels))} classes; no other is predicted")
+                                f"{len(images.present)} classes; no other is predicted")
             said.add(protocol)
         arch = f" ({settings['arch']})" if checkpoint.name == "random" else ""
         yield Source(checkpoint.name + arch, args, world, checkpoint, settings, train, test, also,

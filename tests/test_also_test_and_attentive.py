@@ -82,7 +82,8 @@ def test_auto_counts_among_the_classes_that_are_there():
     train = torch.tensor(np.eye(7)[labels] + rng.normal(size=(210, 7)), dtype=torch.float32)
     test = torch.tensor(np.eye(7)[truth] + rng.normal(size=(90, 7)), dtype=torch.float32)
     found = solver.cross_validated(train, labels, test, truth, decays=[0.01], folds=2,
-                                   num_classes=7, seed=0, world=ALONE, also=[(test, truth)])
+                                   num_classes=7, seed=0, world=ALONE,
+                                   also=[(test, truth, [0, 2, 3])])
     mean, scale = solver.standardisation(train)
     x = (train.double() - mean) * scale
     axes, variances = solver.principal_axes(x, len(x))
@@ -94,6 +95,22 @@ def test_auto_counts_among_the_classes_that_are_there():
         np.testing.assert_allclose([counts["top1"], counts["top5"]],
                                    counted_by_loops(logits, truth, classes), atol=1e-12)
     assert found["also"][0]["top1"] > found["top1"]
+
+
+@pytest.mark.parametrize("flags", [FEW, ["--protocol", "swav", "--epochs", 1]])
+def test_a_limit_leaves_the_classes_that_a_further_set_has(flags, shifted, tmp_path):
+    """One image of one class of the folder: still one of four classes, not the only one."""
+    line = evaluate("--checkpoint", "random", "--arch", "resnet_tiny", "--also-test", shifted,
+                    "--limit", 5, *flags, "--output", tmp_path)
+    (also,) = line["also"]
+    assert (also["num_test"], also["num_classes"]) == (5, 4)
+
+
+def test_a_limit_leaves_the_places_of_classes(tmp_path):
+    train = open_images(str(folders(tmp_path / "words", *"abcdef")), "train", 1, whole=True)
+    test = labelled.open_test(str(folders(tmp_path / "numbered", *"0245")), train.subset([0, 5]), 1,
+                              limit=2)
+    assert test.labels.tolist() == [0, 4] and test.present.tolist() == [0, 2, 4, 5]
 
 
 def test_several_folders_and_checkpoints_are_a_row_each(shifted, capsys):
