@@ -46,6 +46,7 @@ from torch import Tensor, nn
 from common import augment, cli, distributed as comm, features, labelled, optim, solver, weights
 from common.backbones import VITS
 from common.training import Training
+from common.workers import workers_for
 
 # lr: per 256 images, at the published batch size. schedule: milestones, where it is multiplied by
 # 0.1; "cosine" to 0 every step, "epochs": once an epoch. norm: batch norm before the linear layer,
@@ -345,10 +346,8 @@ def accuracies(logits_of, images, source: features.Source, num_classes: int,
         return {name: top_1_and_5(logits.masked_fill(left_out, -math.inf), truth)
                 for name, logits in logits_of(batch).items()}
 
-    hits = features.extract(correct, images, source.view, source.world, labels=truth,
-                            batch_size=source.args.batch_size, workers=source.workers)
     found = {}
-    for name, rows in hits.items():
+    for name, rows in source.extract(correct, images, truth).items():
         top1, top5 = rows.double().mean(0).tolist()
         right = torch.zeros(num_classes, dtype=torch.float64)
         right.index_add_(0, truth, rows[:, 0].double())
@@ -380,7 +379,7 @@ def paper_probe(source: features.Source, backbone, mark: str, args, world) -> di
 
     @torch.no_grad()
     def look(images):
-        with features.precision(args.amp, world.device):
+        with source.precision:
             return (probed_tokens if attentive else probed_layers)(backbone, images, names)
 
     # Heads and optimiser
@@ -403,12 +402,13 @@ def paper_probe(source: features.Source, backbone, mark: str, args, world) -> di
     changing = dict(
         protocol, protocol=args.protocol, checkpoint=mark, layers=names, epochs=epochs, lr=base_lr,
         train_batch_size=batch_size, flip=flip, train_fraction=args.train_fraction, seed=args.seed,
-        num_classes=num_classes, **shown)
+        num_classes=num_classes, **shown, **({} if args.amp == "none" else {"amp": args.amp}))
     fraction = "" if args.train_fraction == 1 else f"-{args.train_fraction:g}"
     fraction += f"-{args.limit_per_class}-a-class" if args.limit_per_class else ""
     folder = os.path.join(args.output, f"{args.protocol}{fraction}-{mark}")
     run_args = argparse.Namespace(**vars(args) | dict(
-        output=folder, batch_size=batch_size, epochs=epochs, lr=base_lr, workers=source.workers))
+        output=folder, batch_size=batch_size, epochs=epochs, lr=base_lr,
+        workers=workers_for(train, args.workers)))
     with Training(run_args, world, train, views, settings=changing, product="heads.pth",
                   chance_loss=len(names) * math.log(num_classes)) as run:
         run.resume(heads=heads, optimizer=optimizer)

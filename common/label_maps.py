@@ -18,7 +18,7 @@ from torch import Tensor
 from common import augment, distributed as comm, images, rng
 from common.distributed import RunError, World
 from common.images import ArrayImages, FileImages, RefusedImage, evenly
-from common.workers import end_if_unsent, fork_workers
+from common.workers import end_if_unsent, read_ahead, workers_for
 
 IGNORED = 255
 BUILT_IN = ("digits", "voc2012")
@@ -273,20 +273,19 @@ class Read(torch.utils.data.Dataset):
             return f"{self.source.name(index)} cannot be read: {error}"
 
 
-def each(source, function, world: World, workers: int):
+def each(source, function, world: World, workers: int | None):
     """Yield (index, function(planes)) of this process's contiguous part of the images.
+
+    Args:
+        workers: loader processes; None: this process's share of the cores if there are files.
 
     Raises:
         RunError: an image or a map cannot be read; on this process alone.
     """
     n = len(source)
     part = range(n * world.rank // world.size, n * (world.rank + 1) // world.size)
-    workers = min(workers, len(part))
-    with fork_workers(workers) as context:
-        loader = iter(torch.utils.data.DataLoader(
-            Read(source, function), sampler=part, batch_size=None, num_workers=workers,
-            worker_init_fn=end_if_unsent, multiprocessing_context=context,
-            pin_memory=world.device.type == "cuda"))
+    loader = read_ahead(Read(source, function), part, workers_for(source, workers),
+                        worker_init_fn=end_if_unsent, pin_memory=world.device.type == "cuda")
     for index, item in zip(part, loader, strict=True):
         if isinstance(item, str):
             raise RunError(item)
@@ -302,7 +301,7 @@ def size_and_counts(num_classes: int | None, planes: list[Image.Image]) -> tuple
     return torch.tensor(planes[0].size), torch.from_numpy(counts)
 
 
-def survey(source, num_classes: int | None, world: World, workers: int) -> tuple[Tensor, Tensor]:
+def survey(source, num_classes: int | None, world: World, workers) -> tuple[Tensor, Tensor]:
     """Read every image and map once, before anything is made of them.
 
     Returns:

@@ -123,7 +123,8 @@ def test_several_folders_and_checkpoints_are_a_row_each(shifted, capsys):
 
 
 def test_processes_agree_on_further_images(shifted, vit, pool):
-    flags = list(map(str, ["--checkpoint", vit, *VIT, "--also-test", shifted, "--limit", 90, *FEW]))
+    flags = list(map(str, ["--checkpoint", vit, *VIT, "--also-test", shifted, "--limit", 90, *FEW,
+                           "--workers", 0]))
     assert pool.run(2, evaluate, *flags)[0] == evaluate(*flags)
 
 
@@ -209,7 +210,8 @@ def test_its_protocol_is_the_documented_one():
     assert [(g["weight_decay"], len(g["params"])) for g in optimizer.param_groups] == [(0.1, 4)]
 
 
-PROBE = ["--probe", "attentive", "--limit", 64, "--epochs", 2, "--train-batch-size", 16]
+PROBE = ["--probe", "attentive", "--workers", 0, "--limit", 64, "--epochs", 2,
+         "--train-batch-size", 16]
 
 
 def heads_in(folder):
@@ -315,6 +317,13 @@ def test_the_precision_is_of_the_backbone_alone_and_told(vit, tmp_path):
     difference = (rows["bf16"] - rows["none"]).abs().max()
     assert 1e-4 < difference < 0.1 and rows["bf16"].dtype == torch.float32
     assert read["bf16"].protocol == read["none"].protocol + ", features in bf16"
+
+
+def test_heads_of_another_precision_are_not_taken_for_those_of_this_one(vit, tmp_path):
+    flags = ["--checkpoint", vit, *VIT, *PROBE, "--output", tmp_path]
+    evaluate(*flags)
+    with pytest.raises(RunError, match="--amp.*--no-resume"):
+        evaluate(*flags, "--amp", "bf16")
 
 
 def test_tf32_ends_with_the_backbone():
