@@ -45,6 +45,7 @@ from torch import Tensor, nn
 
 from common import augment, cli, distributed as comm, features, labelled, optim, solver, weights
 from common.backbones import VITS
+from common.loader import fitting_batch
 from common.training import Training
 from common.workers import workers_for
 
@@ -363,12 +364,7 @@ def paper_probe(source: features.Source, backbone, mark: str, args, world) -> di
     if args.train_fraction < 1:
         train = train.subset(labelled.class_balanced(train.labels, args.train_fraction, args.seed))
     epochs, base_lr = args.epochs or protocol["epochs"], args.lr or protocol["lr"]
-    batch_size = args.train_batch_size or protocol["batch_size"]
-    if batch_size > len(train):
-        batch_size = 2 ** (len(train).bit_length() - 1)
-    if batch_size % world.size:
-        raise comm.RunError(f"--train-batch-size {batch_size} does not divide among {world.size} "
-                            "processes")
+    batch_size = fitting_batch(args.train_batch_size or protocol["batch_size"], train, world)
     lr = base_lr * batch_size / 256
     flip = settings["data"] not in NOT_MIRRORED if args.flip is None else args.flip
     names = ["patches"] if attentive else protocol_layers(args.protocol, backbone)

@@ -67,9 +67,14 @@ def parser(
     group.add_argument("--limit", type=cli.pos_int, metavar="N",
                        help="number of images of each split, evenly spaced")
     backbone_flags(made.add_argument_group("backbone (default: as above)"))
-    group = made.add_argument_group("run")
+    run_flags(made.add_argument_group("run"))
+    return made
+
+
+def run_flags(group) -> None:
+    """How an evaluation runs."""
     group.add_argument("--batch-size", type=cli.pos_int, default=256,
-                       help="images in one forward pass")
+                       help="images, or windows of them, in one forward pass")
     group.add_argument("--workers", type=cli.nonneg_int, metavar="N",
                        help="loader processes; default: the share of the cores, 0 if no files")
     group.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="device")
@@ -78,7 +83,6 @@ def parser(
                        "(but convolutions on CUDA in TF32, as torch has it); tf32: matrix products "
                        "on CUDA too; bf16, fp16: autocast, other numbers from the third digit on")
     group.add_argument("--seed", type=cli.nonneg_int, default=0, help="random seed")
-    return made
 
 
 def backbone_flags(group) -> None:
