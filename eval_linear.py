@@ -45,7 +45,9 @@ from torch import Tensor, nn
 
 from common import augment, cli, distributed as comm, features, labelled, optim, solver, weights
 from common.backbones import VITS
+from common.loader import fitting_batch
 from common.training import Training
+from common.workers import workers_for
 
 # lr: per 256 images, at the published batch size. schedule: milestones, where it is multiplied by
 # 0.1; "cosine" to 0 every step, "epochs": once an epoch. norm: batch norm before the linear layer,
@@ -143,12 +145,16 @@ def parse_args(argv=None):
     return args
 
 
-def auto_probe(found: features.Features, also: list[features.Split], args, world) -> dict:
-    """Probe every layer of one backbone's features without settings (`solver.cross_validated`)."""
+def auto_probe(found: features.Features, also: list, args, world) -> dict:
+    """Probe every layer of one backbone's features without settings (`solver.cross_validated`).
+
+    Args:
+        also: further images to test on, and their features, pairs.
+    """
     labels, truth = found.train.labels, found.test.labels
     if labels.ndim != 1:
         raise comm.RunError(f"{found.checkpoint}: the probe needs images of one class each")
-    num_classes = count_classes(labels, truth, *(split.labels for split in also))
+    num_classes = count_classes(labels, truth, *(images.labels for images, _ in also))
     chosen = labelled.class_balanced(labels, args.train_fraction, args.seed)
     if len(chosen) < 2:
         raise comm.RunError(f"{found.checkpoint}: {len(chosen)} training image; give 2 or more")
@@ -158,11 +164,12 @@ def auto_probe(found: features.Features, also: list[features.Split], args, world
         results.append({"layer": layer, **solver.cross_validated(
             rows, labels[chosen], found.test.layers[layer], truth, folds=args.folds,
             decays=sorted(args.weight_decays), num_classes=num_classes, seed=args.seed, world=world,
-            also=[(split.layers[layer], split.labels) for split in also],
+            also=[(split.layers[layer], split.labels, images.present) for images, split in also],
         )})
     best = max(results, key=lambda result: result["validation"])
     sizes = {"num_train": len(chosen), "num_test": len(truth)}
-    return summary(best, results, found.protocol, sizes, args.also_test, also)
+    return summary(best, results, found.protocol, sizes, args.also_test,
+                   [images for images, _ in also])
 
 
 def count_classes(*labels: np.ndarray) -> int:
@@ -180,7 +187,7 @@ def summary(counts: dict, results: list[dict], protocol: str, sizes: dict, paths
     for result in results:
         tested = zip(paths, also, result.pop("also"), strict=True)
         if further := [{"data": path, "num_test": len(images.labels),
-                        "num_classes": len(np.unique(images.labels)), **numbers}
+                        "num_classes": len(images.present), **numbers}
                        for path, images, numbers in tested]:
             result["also"] = further
     top = ("top1", "top5", "mean_per_class", "also")
@@ -325,25 +332,23 @@ def top_1_and_5(logits: Tensor, truth: Tensor) -> Tensor:
 
 
 def accuracies(logits_of, images, source: features.Source, num_classes: int,
-               some_classes: bool = False) -> dict[str, dict]:
+               present: np.ndarray | None = None) -> dict[str, dict]:
     """How often heads are right on some images, by layer.
 
     Args:
         logits_of: images (n, channels, H, W) to logits (n, C), by layer.
-        some_classes: predict only classes that the images have.
+        present: the classes that are predicted, if not all.
     """
     truth = torch.from_numpy(np.asarray(images.labels, dtype=np.int64))
-    left_out = labelled.absent(images.labels, num_classes) & some_classes
-    left_out = left_out.to(source.world.device)
+    present = np.arange(num_classes) if present is None else present
+    left_out = labelled.absent(present, num_classes).to(source.world.device)
 
     def correct(batch, truth):
         return {name: top_1_and_5(logits.masked_fill(left_out, -math.inf), truth)
                 for name, logits in logits_of(batch).items()}
 
-    hits = features.extract(correct, images, source.view, source.world, labels=truth,
-                            batch_size=source.args.batch_size, workers=source.workers)
     found = {}
-    for name, rows in hits.items():
+    for name, rows in source.extract(correct, images, truth).items():
         top1, top5 = rows.double().mean(0).tolist()
         right = torch.zeros(num_classes, dtype=torch.float64)
         right.index_add_(0, truth, rows[:, 0].double())
@@ -359,12 +364,7 @@ def paper_probe(source: features.Source, backbone, mark: str, args, world) -> di
     if args.train_fraction < 1:
         train = train.subset(labelled.class_balanced(train.labels, args.train_fraction, args.seed))
     epochs, base_lr = args.epochs or protocol["epochs"], args.lr or protocol["lr"]
-    batch_size = args.train_batch_size or protocol["batch_size"]
-    if batch_size > len(train):
-        batch_size = 2 ** (len(train).bit_length() - 1)
-    if batch_size % world.size:
-        raise comm.RunError(f"--train-batch-size {batch_size} does not divide among {world.size} "
-                            "processes")
+    batch_size = fitting_batch(args.train_batch_size or protocol["batch_size"], train, world)
     lr = base_lr * batch_size / 256
     flip = settings["data"] not in NOT_MIRRORED if args.flip is None else args.flip
     names = ["patches"] if attentive else protocol_layers(args.protocol, backbone)
@@ -375,7 +375,7 @@ def paper_probe(source: features.Source, backbone, mark: str, args, world) -> di
 
     @torch.no_grad()
     def look(images):
-        with features.precision(args.amp, world.device):
+        with source.precision:
             return (probed_tokens if attentive else probed_layers)(backbone, images, names)
 
     # Heads and optimiser
@@ -398,12 +398,13 @@ def paper_probe(source: features.Source, backbone, mark: str, args, world) -> di
     changing = dict(
         protocol, protocol=args.protocol, checkpoint=mark, layers=names, epochs=epochs, lr=base_lr,
         train_batch_size=batch_size, flip=flip, train_fraction=args.train_fraction, seed=args.seed,
-        num_classes=num_classes, **shown)
+        num_classes=num_classes, **shown, **({} if args.amp == "none" else {"amp": args.amp}))
     fraction = "" if args.train_fraction == 1 else f"-{args.train_fraction:g}"
     fraction += f"-{args.limit_per_class}-a-class" if args.limit_per_class else ""
     folder = os.path.join(args.output, f"{args.protocol}{fraction}-{mark}")
     run_args = argparse.Namespace(**vars(args) | dict(
-        output=folder, batch_size=batch_size, epochs=epochs, lr=base_lr, workers=source.workers))
+        output=folder, batch_size=batch_size, epochs=epochs, lr=base_lr,
+        workers=workers_for(train, args.workers)))
     with Training(run_args, world, train, views, settings=changing, product="heads.pth",
                   chance_loss=len(names) * math.log(num_classes)) as run:
         run.resume(heads=heads, optimizer=optimizer)
@@ -432,7 +433,7 @@ def paper_probe(source: features.Source, backbone, mark: str, args, world) -> di
         return {name: head(rows[name]) for name, head in heads.items()}
 
     tested = accuracies(logits_of, test, source, num_classes)
-    also = [accuracies(logits_of, images, source, num_classes, some_classes=True)
+    also = [accuracies(logits_of, images, source, num_classes, images.present)
             for images in source.also]
     results = [{"layer": name, **found, "also": [part[name] for part in also]}
                for name, found in tested.items()]
@@ -468,7 +469,7 @@ def main(args):
                     return
             else:
                 found = source.features(backbone)
-                also = [source.split(backbone, images) for images in source.also]
+                also = [(images, source.split(backbone, images)) for images in source.also]
                 runs.append(auto_probe(found, also, args, world))
             after = weights.fingerprint(backbone)
             if before:

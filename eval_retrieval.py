@@ -45,7 +45,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import augment, backbones, cli, distributed as comm, features, labelled, trunks
+from common import augment, cli, distributed as comm, features, labelled, trunks
 from common.images import open_images
 from common.retrieval_sets import copies, revisited
 from common.whitening import ROWS, whitening
@@ -81,14 +81,16 @@ def parse_args(argv=None):
     group.add_argument("--chunk", type=cli.pos_int, default=64,
                        help="queries at a time (bounds the memory)")
     args = features.parse(parser, argv)
+    if args.data in SETS[:2]:
+        args.max_side = args.max_side or 1024
     given = [name for name in vars(args) if getattr(args, name) != parser.get_default(name)]
     excluded = {  # with what is given, what would say nothing or something else
         "--features": args.features and ["pool", "scales", "max_side", "whiten"],
         f"--data {args.data}": args.data in SETS and [
             "features", "test_data", "limit", "limit_per_class", "download", "leave_one_out",
-            "resize", "save_features"],
+            "resize", "save_features", "index"],
         "--leave-one-out": args.leave_one_out and ["test_data", "limit_per_class"],
-        "--max-side": args.max_side and ["resize"],
+        "--max-side": args.max_side and ["resize", "batch_size"],
         "--pool other than gem": args.pool != "gem" and ["p"],
     }
     for flag, names in excluded.items():
@@ -96,8 +98,6 @@ def parse_args(argv=None):
             parser.error(f"--{name.replace('_', '-')} does not go with {flag}")
     if args.whiten_dim and not args.whiten:
         parser.error(f"--whiten-dim {args.whiten_dim} goes with --whiten")
-    if args.data in SETS[:2]:
-        args.max_side = args.max_side or 1024
     if args.max_side:
         if "pixels" in (args.checkpoint or ()):
             parser.error(f"pixels have no vectors of one length, for with --max-side "
@@ -109,25 +109,13 @@ def parse_args(argv=None):
 # ------------------------------------------------------------------------------------------- images
 
 
-@dataclasses.dataclass
-class LongerSide(augment.Step):
-    """Make an image smaller, where needed, so that its longer side is `max_side` pixels."""
-
-    max_side: int
-    interpolation: str
-    geometric = True
-
-    def apply(self, plane, _, size):
-        factor = self.max_side / max(plane.size)
-        if factor >= 1:
-            return plane
-        return plane.resize([max(1, round(factor * side)) for side in plane.size],
-                            augment.INTERPOLATION[self.interpolation])
-
-
-def whole(step):
-    """A step of whole images as `features.sources` makes its own, without its `--resize`."""
-    return lambda resize, interpolation: step(interpolation=interpolation)
+def step_of(args, resize: int, interpolation: str) -> augment.Step:
+    """How images are seen: whole, squeezed to a square, or their middle."""
+    if args.max_side:
+        return augment.LongerSide(args.max_side, interpolation)
+    if args.data == "copydays":
+        return augment.Resize(interpolation)
+    return augment.CenterCrop(resize, interpolation)
 
 
 def open_sets(args, data: str, channels: int, **options) -> list:
@@ -231,18 +219,6 @@ def at_scale(images: Tensor, scale: float, multiple: int) -> Tensor:
     return F.interpolate(images, sides, mode="bilinear", align_corners=False)
 
 
-def maps_of(backbone: nn.Module, images: Tensor, names: list[str]) -> dict[str, Tensor]:
-    """Maps (N, C, H, W) of a ResNet's stages, or of a transformer's patches, by layer."""
-    if backbones.is_resnet(backbone):
-        maps = features.resnet_maps(backbone, images, names)
-        return {name: maps[name] for name in names}
-    depths = {name: int(name.removeprefix("patches") or 1) for name in names}
-    tokens = backbone.tokens(images, max(depths.values()))
-    first, grid = int(backbone.cls_token is not None), backbone.grid_of(*images.shape[2:])
-    return {name: torch.cat(tokens[-n:], 2)[:, first:].transpose(1, 2).unflatten(2, grid)
-            for name, n in depths.items()}
-
-
 def layers_of(backbone: nn.Module, pool: str | None, wanted: list[str] | None) -> list[str]:
     """Layers that are pooled so: those wanted, or the usual one.
 
@@ -274,12 +250,11 @@ def vectors_of(backbone: nn.Module, images: Tensor, names: list[str], pool: str 
         scaled = at_scale(images, scale, getattr(backbone, "patch_size", 1))
         trunks.check_sizes(backbone, images.shape[1], {tuple(scaled.shape[2:])})
         if pool in ("gem", "rmac"):
-            maps = maps_of(backbone, scaled, names)
             found = {name: regions(x, LEVELS) if pool == "rmac" else gem(x, p)[:, None]
-                     for name, x in maps.items()}
+                     for name, x in features.maps(backbone, scaled, names).items()}
         else:
             rows = features.layers(backbone, scaled, names)
-            found = {name: x[:, None] for name, x in rows.items()}
+            found = {name: comm.upcast(x)[:, None] for name, x in rows.items()}
         by_scale.append(found)
     join = functools.partial(torch.cat, dim=1) if pool == "rmac" else sum
     return {name: F.normalize(join([found[name] for found in by_scale]), dim=2) for name in names}
@@ -319,9 +294,9 @@ def describe(source: features.Source, backbone: nn.Module | None, args) -> featu
     """Vectors (N, D) of both splits, whitened if that is wanted."""
     if backbone is None:
         return source.features(None)
-    take = functools.partial(
+    take = source.precision(functools.partial(
         vectors_of, backbone, names=layers_of(backbone, args.pool, args.layers), pool=args.pool,
-        p=args.p, scales=args.scales)
+        p=args.p, scales=args.scales))
     whitened = whitening_of(take, source, args) if args.whiten else {}
     return source.features(backbone, lambda images: {
         name: together(vectors, whitened.get(name)) for name, vectors in take(images).items()})
@@ -475,19 +450,16 @@ def evaluate(found: features.Features, truth: dict | None, args, world) -> dict:
 def main(args):
     world = comm.setup(args.device, deterministic=True)
     by = f", whitened by {args.whiten} ({args.whiten_dim or 'all'} dimensions)"
-    comm.print_main(f"retrieval by cosine, pool {args.pool or 'cls or avg'}"
-                    f"{f' of p {args.p:g}' if args.pool == 'gem' else ''}, scales "
-                    f"{' '.join(f'{scale:g}' for scale in args.scales)}"
-                    f"{by if args.whiten else ''}")
-    crop, table = augment.CenterCrop, []
-    if args.max_side:
-        crop = whole(functools.partial(LongerSide, args.max_side))
-    elif args.data == "copydays":
-        crop = whole(augment.Resize)
+    pooled = (f", pool {args.pool or 'cls or avg'}{f' of p {args.p:g}' * (args.pool == 'gem')}, "
+              f"scales {' '.join(f'{scale:g}' for scale in args.scales)}{by * bool(args.whiten)}")
+    comm.print_main("retrieval by cosine" + ("" if args.features else pooled))
+    table = []
     # 1. Vectors, 2. whitened; 3. ranks and 4. their measures
-    for source in features.sources(args, world, interpolation="bicubic", crop=crop,
+    for source in features.sources(args, world, interpolation="bicubic",
+                                   crop=functools.partial(step_of, args),
                                    open_splits=functools.partial(open_sets, args),
                                    described=functools.partial(described, args)):
+        source = dataclasses.replace(source, protocol=source.protocol + pooled)  # of stored ones
         truth = getattr(source.test, "truth", None)
         runs = [evaluate(describe(source, backbone, args), truth, args, world)
                 for backbone in source.backbones()]

@@ -32,7 +32,6 @@ import itertools
 import math
 import os
 import sys
-import zlib
 from dataclasses import dataclass
 from functools import partial
 
@@ -44,10 +43,12 @@ from torch import Tensor, nn
 from common import augment, backbones, cli, distributed as comm, features, label_maps, optim
 from common.knn import nearest
 from common.label_maps import IGNORED, MappedView, ScaledCrop
+from common.loader import fitting_batch
 from common.rng import MASK, SAMPLE, philox
 from common.training import Training
 from common.weights import fingerprint
-from common.workers import default_workers
+from common.windows import enlarged, enlarged_argmax, scores_of_pixels, windows
+from common.workers import workers_for
 
 # AdamW of betas .9 and .999; lr per 256 images, 0.001 at the published batch size; warm-up from a
 # millionth of it, then a cosine to 0. Crops are cut from images of `factor` times the test images'
@@ -107,13 +108,7 @@ def parse_args(argv=None):
     group.add_argument("--output", metavar="FOLDER", default="runs/eval_segmentation",
                        help="linear: parent of the heads' folders")
     cli.run_flags(group)
-    group = parser.add_argument_group("run")
-    group.add_argument("--batch-size", type=cli.pos_int, default=256,
-                       help="windows in one forward pass")
-    group.add_argument("--workers", type=cli.nonneg_int, metavar="N",
-                       help="loader processes; default: the share of the cores, 0 if no files")
-    group.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="device")
-    group.add_argument("--seed", type=cli.nonneg_int, default=0, help="random seed")
+    features.run_flags(parser.add_argument_group("run"))
     args = parser.parse_args(argv)
     cli.check_arch_flags(parser, args, argv)
     for name in LINEAR_ONLY if args.method == "knn" else KNN_ONLY:
@@ -126,6 +121,8 @@ def parse_args(argv=None):
                      f"{' '.join(label_maps.BUILT_IN)}")
     if args.labels and not args.data:
         parser.error(f"--labels {args.labels} are of a folder --data")
+    if args.index:
+        parser.error(f"--index {args.index} is of tars, and none is read with label maps")
     if args.windows == "whole" and args.stride:
         parser.error(f"--stride {args.stride} is for --windows slide")
     if args.image_size and (args.stride or 1) > args.image_size:
@@ -137,7 +134,7 @@ def parse_args(argv=None):
     if args.method == "linear" and size % cli.processes():
         parser.error(f"--train-batch-size {size} does not divide among {cli.processes()} processes")
     args.k, args.temperature = args.k or 30, args.temperature or 0.02
-    args.memory = args.memory or 2**20
+    args.memory, args.amp = args.memory or 2**20, args.amp or "none"
     return args
 
 
@@ -180,7 +177,7 @@ def iou(counts: Tensor) -> Tensor:
     return right / (predicted + true - right)
 
 
-# ----------------------------------------------------------------------------------- maps, windows
+# -------------------------------------------------------------------------------------------- maps
 
 
 def patch_side(settings: dict, layer: str) -> int:
@@ -201,76 +198,7 @@ def feature_map(backbone: nn.Module, images: Tensor, layer: str, side: int) -> T
     """Features (N, D, h, w) of images whose sides are multiples of a patch's: (N, C, H, W)."""
     if isinstance(backbone, features.Pixels):
         return F.pixel_unshuffle(images, side)
-    if backbones.is_resnet(backbone):
-        return features.resnet_maps(backbone, images, [layer])[layer]
-    tokens = backbone.tokens(images)[0][:, int(backbone.cls_token is not None) :]
-    return tokens.transpose(1, 2).unflatten(2, backbone.grid_of(*images.shape[2:]))
-
-
-def starts(length: int, window: int, stride: int) -> list[int]:
-    """Where windows begin along a side, the last one at its end."""
-    return [*range(0, length - window, stride), max(0, length - window)]
-
-
-def windows(x: Tensor, window: int, stride: int, side: int, fill: float) -> tuple[Tensor, list]:
-    """Square windows of an image (C, H, W), filled up to multiples of a patch.
-
-    Returns:
-        (n, C, H', W'), and of each (top, left).
-    """
-    height, width = (min(window, length) for length in x.shape[1:])
-    places = list(itertools.product(starts(x.shape[1], window, stride),
-                                    starts(x.shape[2], window, stride)))
-    cut = torch.stack([x[:, top : top + height, left : left + width] for top, left in places])
-    return F.pad(cut, (0, -width % side, 0, -height % side), value=fill), places
-
-
-def enlarged(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear interpolation of (N, C, h, w) to (N, C, H, W), centres of pixels at halves.
-
-    As two matrix products, whose backward is deterministic on every device, and fast.
-    """
-    with torch.no_grad():
-        down, across = (
-            F.interpolate(torch.eye(old, dtype=x.dtype, device=x.device)[None, :, None],
-                          size=(1, new), mode="bilinear")[0, :, 0]  # (old, new)
-            for old, new in zip(x.shape[2:], size, strict=True))
-    return down.T @ x @ across
-
-
-def scores_of_pixels(score, image: Tensor, window: int, stride: int, side: int) -> Tensor:
-    """Scores (C, H, W) of an image's pixels, the mean over the windows that see one.
-
-    Args:
-        score: images (n, 3, H', W') to scores (n, C, h, w) of their patches.
-        image: (3, H, W), normalised; what windows lack to a multiple of a patch is 0, the mean.
-    """
-    cut, places = windows(image, window, stride, side, fill=0.0)
-    scores = enlarged(score(cut), cut.shape[2:])
-    height, width = (min(window, length) for length in image.shape[1:])
-    total = scores.new_zeros(scores.shape[1], *image.shape[1:])
-    times = torch.zeros_like(total[0])
-    for (top, left), part in zip(places, scores, strict=True):
-        box = slice(top, top + height), slice(left, left + width)
-        total[(slice(None), *box)] += part[:, :height, :width]
-        times[box] += 1
-    return total / times
-
-
-def enlarged_argmax(scores: Tensor, size: tuple[int, int], chunk: int = 16) -> Tensor:
-    """The best class of each pixel, int64 (H, W), of scores (C, h, w) enlarged to this size.
-
-    A few classes at a time, which bounds the memory.
-    """
-    best, found = None, None
-    for first in range(0, len(scores), chunk):
-        part, which = enlarged(scores[None, first : first + chunk], size)[0].max(0)
-        if best is None:
-            best, found = part, which
-        else:
-            better = part > best
-            best, found = torch.where(better, part, best), torch.where(better, which + first, found)
-    return found
+    return features.maps(backbone, images, [layer])[layer]
 
 
 # -------------------------------------------------------------------------------------------- k-NN
@@ -314,27 +242,28 @@ def remember(task: "Task", most: int, seed: int) -> tuple[Tensor, Tensor]:
 
     Each image gives equally many, drawn by (seed, image). Equal on every process.
     """
-    source, world, quota = task.train, task.world, max(1, most // len(task.train))
+    images, world, number = task.source.train, task.source.world, task.images.number
+    quota, num_classes = max(1, most // len(images)), len(task.images.there)
     rows, shares, taken = [], [], []
     with comm.same_error_on_all_ranks():
-        for index, (pixels, classes, _) in task.read(source):
-            image, classes = task.on_device(pixels), task.number[classes.to(world.device).long()]
+        for index, (pixels, classes, _) in task.read(images):
+            image, classes = task.on_device(pixels), number[classes.to(world.device).long()]
             cut, _ = windows(image, task.window, task.window, task.side, fill=0.0)
             maps = task.map_of(cut)
             cut, _ = windows(classes[None], task.window, task.window, task.side, fill=IGNORED)
-            share = class_shares(cut[:, 0], maps.shape[2:], len(task.classes)).flatten(0, 2)
+            share = class_shares(cut[:, 0], maps.shape[2:], num_classes).flatten(0, 2)
             known = share.sum(1).nonzero()[:, 0]
-            drawn = philox(seed, SAMPLE, int(source.index[index])).permutation(len(known))
+            drawn = philox(seed, SAMPLE, int(images.index[index])).permutation(len(known))
             known = known[torch.from_numpy(np.sort(drawn[:quota])).to(known.device)]
             rows.append(F.normalize(maps.permute(0, 2, 3, 1).flatten(0, 2)[known], dim=1).cpu())
             shares.append(F.normalize(share[known], p=1, dim=1).cpu())
             taken.append(len(known))
-            features.check_finite(rows[-1], f"of {source.name(index)}")
+            features.check_finite(rows[-1], f"of {images.name(index)}")
     totals = comm.all_gather_objects((sum(taken), rows[0].shape[1] if rows else 0))
     bounds = [0, *itertools.accumulate(count for count, _ in totals)]
     own = slice(bounds[world.rank], bounds[world.rank + 1])
     bank = torch.empty(bounds[-1], max(width for _, width in totals))
-    of_classes = torch.empty(bounds[-1], len(task.classes))
+    of_classes = torch.empty(bounds[-1], num_classes)
     for whole, parts in ((bank, rows), (of_classes, shares)):
         if parts:
             torch.cat(parts, out=whole[own])
@@ -382,7 +311,7 @@ def kept_channels(dim: int, share: float, seed: int, index: Tensor, step: int) -
 
 def build_views(task: "Task", flip: bool) -> list:
     """A crop of the window's size, of the image at any of some sizes."""
-    settings = task.settings
+    settings = task.source.settings
     mean = np.broadcast_to(settings["mean"], settings["in_chans"])
     crop = ScaledCrop(task.resize, PROTOCOL["factor"], interpolation="bilinear",
                       fill=tuple(round(255 * value) for value in mean.tolist()))
@@ -393,13 +322,10 @@ def build_views(task: "Task", flip: bool) -> list:
 
 def train_head(task: "Task", mark: str, args) -> Head | None:
     """Train the protocol's head on the frozen backbone; None if it was told to stop."""
-    world, settings = task.world, task.settings
-    batch_size = min(args.train_batch_size or PROTOCOL["batch_size"],
-                     len(task.train) // world.size * world.size)
-    if batch_size == 0:
-        raise comm.RunError(f"{len(task.train)} training images for {world.size} processes; start "
-                            "fewer")
-    steps_per_epoch = len(task.train) // batch_size
+    train, world, settings = task.source.train, task.source.world, task.source.settings
+    number, num_classes = task.images.number, len(task.images.there)
+    batch_size = fitting_batch(args.train_batch_size or PROTOCOL["batch_size"], train, world)
+    steps_per_epoch = len(train) // batch_size
     epochs = args.epochs or math.ceil(PROTOCOL["steps"] / steps_per_epoch)
     base_lr = args.lr or PROTOCOL["lr"]
     lr = base_lr * batch_size / 256
@@ -411,7 +337,7 @@ def train_head(task: "Task", mark: str, args) -> Head | None:
     size = settings["image_size"]
     blank = torch.zeros(settings["in_chans"], size, size, device=world.device)
     dim = task.map_of(windows(blank, size, size, task.side, 0.0)[0]).shape[1]
-    head = comm.convert_sync_batchnorm(Head(dim, len(task.classes)).to(world.device))
+    head = comm.convert_sync_batchnorm(Head(dim, num_classes).to(world.device))
     optimizer = torch.optim.AdamW(head.parameters(), lr=lr, betas=(0.9, 0.999),
                                   weight_decay=PROTOCOL["weight_decay"])
 
@@ -421,13 +347,14 @@ def train_head(task: "Task", mark: str, args) -> Head | None:
     changing = dict(
         PROTOCOL, checkpoint=mark, layer=task.layer, epochs=epochs, lr=base_lr, flip=flip,
         train_batch_size=batch_size, seed=args.seed, resize=task.resize, image_size=size,
-        labels=task.digest, **{name: settings[name] for name in ("in_chans", "mean", "std")})
+        labels=task.images.digest, **{name: settings[name] for name in ("in_chans", "mean", "std")},
+        **({} if args.amp == "none" else {"amp": args.amp}))
     data = os.path.basename(os.path.normpath(settings["data"]))
     run_args = argparse.Namespace(**vars(args) | dict(
         output=os.path.join(args.output, f"{data}-{task.layer}-{mark}"), batch_size=batch_size,
-        epochs=epochs, lr=base_lr, workers=task.workers))
-    with Training(run_args, world, task.train, views, settings=changing, product="head.pth",
-                  chance_loss=math.log(len(task.classes)),
+        epochs=epochs, lr=base_lr, workers=workers_for(train, args.workers)))
+    with Training(run_args, world, train, views, settings=changing, product="head.pth",
+                  chance_loss=math.log(num_classes),
                   draw=partial(kept_channels, dim, PROTOCOL["dropout"], args.seed)) as run:
         run.resume(head=head, optimizer=optimizer)
         share = PROTOCOL["warmup_steps"] / PROTOCOL["steps"]
@@ -440,7 +367,7 @@ def train_head(task: "Task", mark: str, args) -> Head | None:
             right, below = -images.shape[3] % task.side, -images.shape[2] % task.side
             with torch.no_grad():
                 maps = task.map_of(F.pad(images, (0, right, 0, below)))
-            classes = F.pad(task.number[classes], (0, right, 0, below), value=IGNORED)
+            classes = F.pad(number[classes], (0, right, 0, below), value=IGNORED)
             loss = pixel_loss(head(maps, batch.drawn), classes)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -456,105 +383,55 @@ def train_head(task: "Task", mark: str, args) -> Head | None:
 
 @dataclass(frozen=True)
 class Task:
-    """The images of a checkpoint, how they are seen, and its backbone."""
+    """The images of a checkpoint, how they are seen, and one of its backbones."""
 
-    train: object
-    test: object
-    settings: dict
-    world: comm.World
-    workers: int
-    batch_size: int
+    source: features.Source
+    images: label_maps.Splits
     backbone: nn.Module
     layer: str  # or "patches", or "pixels"
     window: int  # side in pixels
     stride: int
     resize: int
     side: int  # of a patch
-    classes: Tensor  # (C,), numbers in label maps of the classes that training images have
-    number: Tensor  # (256,), the place of each among them, or IGNORED
-    digest: str  # of the training images' label maps
 
-    def read(self, source):
+    def read(self, images):
         """This process's images and maps: `label_maps.resized`, one by one."""
         function = partial(label_maps.resized, shorter=self.resize)
-        return label_maps.each(source, function, self.world, self.workers)
+        return label_maps.each(images, function, self.source.world, self.source.args.workers)
 
     def on_device(self, pixels: Tensor) -> Tensor:
         """An image, normalised."""
-        normalize = augment.Normalize(self.settings["mean"], self.settings["std"])
-        view = augment.View(self.window, [normalize], self.settings["in_chans"])
-        return view.finish(pixels[None], torch.empty(1, 0), self.world.device)[0]
+        settings = self.source.settings
+        normalize = augment.Normalize(settings["mean"], settings["std"])
+        view = augment.View(self.window, [normalize], settings["in_chans"])
+        return view.finish(pixels[None], torch.empty(1, 0), self.source.world.device)[0]
 
     def map_of(self, images: Tensor) -> Tensor:
-        """Features of windows, so many at a time."""
+        """Features of windows, so many at a time, in float32."""
         images = images.contiguous(memory_format=torch.channels_last)
-        return torch.cat([feature_map(self.backbone, part, self.layer, self.side)
-                          for part in images.split(self.batch_size)])
+        with self.source.precision:
+            return torch.cat([comm.upcast(feature_map(self.backbone, part, self.layer, self.side))
+                              for part in images.split(self.source.args.batch_size)])
 
 
 @torch.no_grad()
-def measure(task: Task, score, num_classes: int) -> Tensor:
+def measure(task: Task, score) -> Tensor:
     """`pixel_counts` of all test images; `score` makes scores (n, C, h, w) of feature maps."""
-    counts = torch.zeros(3, num_classes, dtype=torch.int64, device=task.world.device)
+    device, num_classes = task.source.world.device, task.images.num_classes
+    counts = torch.zeros(3, num_classes, dtype=torch.int64, device=device)
     with comm.same_error_on_all_ranks():
-        for _, (pixels, _, classes) in task.read(task.test):
+        for _, (pixels, _, classes) in task.read(task.source.test):
             scores = scores_of_pixels(lambda cut: score(task.map_of(cut)), task.on_device(pixels),
                                       task.window, task.stride, task.side)
             if not scores.isfinite().all():
                 raise comm.RunError("the scores are not finite; no number can be made of them")
-            found = task.classes[enlarged_argmax(scores, tuple(classes.shape))]
-            counts += pixel_counts(found, classes.to(found.device), num_classes, IGNORED)
+            found = task.images.there[enlarged_argmax(scores, tuple(classes.shape))]
+            counts += pixel_counts(found, classes.to(device), num_classes, IGNORED)
     return comm.sum_over_processes(counts)
 
 
-class Splits:
-    """Both splits, read once for a check: sizes and pixels of each class."""
-
-    def __init__(self, args, world, settings: dict):
-        opened = dict(labels=args.labels, ignore=tuple(args.ignore), root=args.data_root,
-                      download=args.download, limit=args.limit)
-        self.splits = [label_maps.open_mapped(settings["data"], split, settings["in_chans"],
-                                              **opened) for split in ("train", "test")]
-        names = self.splits[0].class_names
-        num_classes, found = args.num_classes or (len(names) if names else None), []
-        ignored = f"--ignore {' '.join(map(str, args.ignore))}"
-        for images, split in zip(self.splits, ("training", "test"), strict=True):
-            found.append(label_maps.survey(images, num_classes, world, workers(args, images)))
-            there = found[-1][1][:IGNORED].nonzero()[:, 0].tolist()
-            if len(there) < 2 - (split == "test"):
-                what = f"class {there[0]} has every pixel that counts" if there else (
-                    "no pixel counts")
-                raise comm.RunError(f"--data {settings['data']}: {what} of the {len(images)} "
-                                    f"{split} images ({ignored}); nothing to tell apart")
-            num_classes = num_classes or there[-1] + 1
-        self.num_classes, (self.sizes, counts) = num_classes, zip(*found, strict=True)
-        self.names = names or [str(number) for number in range(num_classes)]
-        self.digest = f"{zlib.crc32(counts[0].numpy()):08x}"
-        self.there = counts[0][:IGNORED].nonzero()[:, 0]
-        unseen = [self.names[c] for c in range(num_classes) if counts[1][c] and not counts[0][c]]
-        if unseen:
-            comm.print_main(f"warning: classes without a training pixel: {' '.join(unseen)}")
-
-    def check_patches(self, resize: int, side: int) -> None:
-        """Stop at an image that is narrower than a patch."""
-        for images, sizes in zip(self.splits, self.sizes, strict=True):
-            for index, size in enumerate(sizes.tolist()):
-                now = label_maps.fitted(size, resize)
-                if min(now) < side:
-                    raise comm.RunError("{} has {} x {} px, so {} x {} at --resize {}, less than "
-                                        "a patch of {} px".format(images.name(index), *size, *now,
-                                                                  resize, side))
-
-
-def workers(args, images) -> int:
-    """Loader processes: as given, else this process's share of the cores if there are files."""
-    if args.workers is not None:
-        return args.workers
-    return default_workers() if images.reads_files else 0
-
-
 def tasks(args, world):
-    """Yield the name of each checkpoint, its images, and one `Task` for each of its backbones."""
+    """Yield the name of each checkpoint, and one `Task` for each of its backbones."""
     opened, said = {}, set()
     for checkpoint, settings in features.checkpoints_of(args):
         if settings["bits"] != 8:
@@ -564,9 +441,14 @@ def tasks(args, world):
         if args.image_size is None and settings["image_size"] > 96:
             settings["image_size"] = WINDOW // side * side
         window, channels = settings["image_size"], settings["in_chans"]
-        if channels not in opened:
-            opened[channels] = Splits(args, world, settings)
-        images = opened[channels]
+        read_as = channels, settings["exif_orientation"]
+        if read_as not in opened:
+            opened[read_as] = label_maps.Splits(
+                settings["data"], channels, args.num_classes, world, args.workers,
+                labels=args.labels, ignore=tuple(args.ignore), root=args.data_root,
+                download=args.download, limit=args.limit,
+                exif_orientation=settings["exif_orientation"])
+        images = opened[read_as]
         train, test = images.splits
         resize = args.resize or getattr(train, "native_side", window)
         images.check_patches(resize, side)
@@ -584,21 +466,18 @@ def tasks(args, world):
         if protocol not in said:
             comm.print_main(protocol)
             said.add(protocol)
-        number = torch.full((256,), IGNORED, device=world.device)
-        number[images.there] = torch.arange(len(images.there), device=world.device)
         arch = f" ({settings['arch']})" if checkpoint.name == "random" else ""
-        source = features.Source(checkpoint.name + arch, args, world, checkpoint, settings, train)
+        source = features.Source(checkpoint.name + arch, args, world, checkpoint, settings, train,
+                                 test)
         layer = "patches" if settings["arch"] in backbones.VITS else args.layer
         layer = "pixels" if checkpoint.name == "pixels" else layer
-        yield source.name, images, (Task(
-            train, test, settings, world, workers(args, train), args.batch_size, backbone, layer,
-            window, stride, resize, side, images.there.to(world.device), number, images.digest,
-        ) for backbone in source.backbones())
+        yield source.name, (Task(source, images, backbone, layer, window, stride, resize, side)
+                            for backbone in source.backbones())
 
 
-def evaluate(task: Task, name: str, images: Splits, args) -> dict | None:
+def evaluate(task: Task, args) -> dict | None:
     """The numbers of one backbone; None if the training of its head was told to stop."""
-    before, remembered = fingerprint(task.backbone), {}
+    before, name, remembered = fingerprint(task.backbone), task.source.name, {}
     if args.method == "knn":
         # 1. Remember patches; 2. neighbours and 3. votes of the test images'
         bank, shares = remember(task, args.memory, args.seed)
@@ -609,13 +488,13 @@ def evaluate(task: Task, name: str, images: Splits, args) -> dict | None:
         score = train_head(task, before or name, args)
         if score is None:
             return None
-    counts = measure(task, score, images.num_classes)
+    counts = measure(task, score)
     if any(comm.any_rank(before != fingerprint(task.backbone))):
         raise comm.RunError(f"{name}: the backbone has changed")
     ious, (right, _, true) = iou(counts), counts.sum(1).tolist()
     return {"layer": task.layer, "miou": ious.nanmean().item(), "accuracy": right / true,
-            "per_class": dict(zip(images.names, ious.tolist(), strict=True)), **remembered,
-            "num_train": len(task.train), "num_test": len(task.test)}
+            "per_class": dict(zip(task.images.names, ious.tolist(), strict=True)), **remembered,
+            "num_train": len(task.source.train), "num_test": len(task.source.test)}
 
 
 def main(args):
@@ -625,10 +504,10 @@ def main(args):
                     if args.method == "knn" else
                     "linear, DINOv3's protocol: batch norm and 1x1 convolution, AdamW")
     table = []
-    for name, images, of_backbones in tasks(args, world):
+    for name, of_backbones in tasks(args, world):
         runs = []
         for task in of_backbones:
-            runs.append(evaluate(task, name, images, args))
+            runs.append(evaluate(task, args))
             if runs[-1] is None:
                 return
         table.append({"checkpoint": name, **features.mean_of(runs)})

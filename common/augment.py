@@ -293,6 +293,22 @@ class Resize(Step):
         return plane.resize(size[::-1], INTERPOLATION[self.interpolation])
 
 
+@dataclass
+class LongerSide(Step):
+    """Make an image smaller, where needed, so that its longer side is `max_side` pixels."""
+
+    max_side: int
+    interpolation: str
+    geometric = True
+
+    def apply(self, plane, _, size):
+        factor = self.max_side / max(plane.size)
+        if factor >= 1:
+            return plane
+        return plane.resize([max(1, round(factor * side)) for side in plane.size],
+                            INTERPOLATION[self.interpolation])
+
+
 def shorter_side_to(resize: int, size: tuple[int, int]) -> tuple[int, int]:
     """The size to which torchvision resizes one; of the longer side it drops the fraction."""
     return tuple(int(resize * side / min(size)) for side in size)

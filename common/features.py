@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from common import augment, backbones, cli, distributed as comm, labelled, optim, trunks, weights
 from common.checkpoint import atomic_write
 from common.distributed import RunError, World
-from common.workers import default_workers, end_if_unsent, fork_workers
+from common.workers import end_if_unsent, read_ahead, workers_for
 
 # ------------------------------------------------------------------------------------- command line
 
@@ -67,9 +67,14 @@ def parser(
     group.add_argument("--limit", type=cli.pos_int, metavar="N",
                        help="number of images of each split, evenly spaced")
     backbone_flags(made.add_argument_group("backbone (default: as above)"))
-    group = made.add_argument_group("run")
+    run_flags(made.add_argument_group("run"))
+    return made
+
+
+def run_flags(group) -> None:
+    """How an evaluation runs."""
     group.add_argument("--batch-size", type=cli.pos_int, default=256,
-                       help="images in one forward pass")
+                       help="images, or windows of them, in one forward pass")
     group.add_argument("--workers", type=cli.nonneg_int, metavar="N",
                        help="loader processes; default: the share of the cores, 0 if no files")
     group.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="device")
@@ -78,7 +83,6 @@ def parser(
                        "(but convolutions on CUDA in TF32, as torch has it); tf32: matrix products "
                        "on CUDA too; bf16, fp16: autocast, other numbers from the third digit on")
     group.add_argument("--seed", type=cli.nonneg_int, default=0, help="random seed")
-    return made
 
 
 def backbone_flags(group) -> None:
@@ -110,7 +114,7 @@ def parse(made: cli.Parser, argv=None) -> argparse.Namespace:
 
 @contextlib.contextmanager
 def precision(amp: str, device: torch.device):
-    """What an evaluation's `--amp` means on a device, as a context for the backbone alone."""
+    """What an evaluation's `--amp` means on a device: a context, or decorator, of the backbone."""
     before = torch.get_float32_matmul_precision()
     if amp == "tf32" and device.type == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -266,13 +270,6 @@ class Source:
     view: augment.View | None = None  # without random numbers
     protocol: str = ""  # what the images are, in words
 
-    @property
-    def workers(self) -> int:
-        """Loader processes: as given, else this process's share of the cores if there are files."""
-        if self.args.workers is not None:
-            return self.args.workers
-        return default_workers() if self.train.reads_files else 0
-
     def backbones(self):
         """Yield the frozen backbone: five untrained ones of `random`, None of a feature file."""
         checkpoint, settings = self.checkpoint, self.settings
@@ -288,20 +285,22 @@ class Source:
             print_doubts(checkpoint, settings)
             yield freeze(build(settings), checkpoint.weights, self.world)
 
-    def extract(self, function, images) -> dict[str, Tensor]:
-        """`extract` with the source's view, and the command line's batches, workers and `--amp`."""
-        def precise(batch):
-            with precision(self.args.amp, self.world.device):
-                return function(batch)
+    @property
+    def precision(self):
+        """`precision` as the command line has it."""
+        return precision(self.args.amp, self.world.device)
 
-        return extract(precise, images, self.view, self.world, workers=self.workers,
-                       batch_size=self.args.batch_size)
+    def extract(self, function, images, labels=None) -> dict[str, Tensor]:
+        """`extract` with the source's view, and the command line's batches and workers."""
+        return extract(function, images, self.view, self.world, workers=self.args.workers,
+                       batch_size=self.args.batch_size, labels=labels)
 
     def features(self, backbone: nn.Module | None, function=None) -> "Features":
         """Features of both splits under one of the backbones; `--save-features` writes them.
 
         Args:
-            function: images (n, C, H, W) to rows (n, D) by name; None: `layers` that are asked for.
+            function: images (n, C, H, W) to rows (n, D) by name; None: `layers` that are asked for,
+                in the precision of `--amp`.
 
         Raises:
             RunError: the backbone has no such layer; an image, a file or a number is broken.
@@ -320,7 +319,6 @@ class Source:
             write(found, self.args.save_features, self.world)
         return found
 
-
     def split(self, backbone: nn.Module, images, function=None) -> "Split":
         """Features of some images under one of the backbones.
 
@@ -330,7 +328,8 @@ class Source:
         names = None if self.checkpoint.name == "pixels" else self.args.layers
         if names is None and backbones.is_resnet(backbone):
             names = [self.args.resnet_layer]
-        rows = self.extract(function or functools.partial(layers, backbone, names=names), images)
+        function = function or self.precision(functools.partial(layers, backbone, names=names))
+        rows = self.extract(function, images)
         labels = None if images.labels is None else np.asarray(images.labels, dtype=np.int64)
         return Split(rows, labels, images.index)
 
@@ -405,7 +404,7 @@ def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
             comm.print_main(protocol)
             for path, images in zip(also_test, also, strict=True):
                 comm.print_main(f"also tested: {len(images)} images of {path}, of "
-                                f"{len(np.unique(images.labels))} classes; no other is predicted")
+                                f"{len(images.present)} classes; no other is predicted")
             said.add(protocol)
         arch = f" ({settings['arch']})" if checkpoint.name == "random" else ""
         yield Source(checkpoint.name + arch, args, world, checkpoint, settings, train, test, also,
@@ -541,22 +540,34 @@ def layers(backbone: nn.Module, images: Tensor, names=None) -> dict[str, Tensor]
         first = int(backbone.cls_token is not None)
         return {name: torch.cat([t[:, 0] if name.startswith("cls") else t[:, first:].mean(1)
                                  for t in tokens[-n:]], 1) for name, n in depths.items()}
-    maps = resnet_maps(backbone, images, plain.values())
-    return {name: (pool_to_grid(layer, maps[layer]) if name != layer else
-                   nn.functional.adaptive_avg_pool2d(maps[layer], 1)).flatten(1)
+    found = resnet_maps(backbone, images, plain.values())
+    return {name: (pool_to_grid(layer, found[layer]) if name != layer else
+                   nn.functional.adaptive_avg_pool2d(found[layer], 1)).flatten(1)
             for name, layer in plain.items()}
+
+
+def maps(backbone: nn.Module, images: Tensor, names) -> dict[str, Tensor]:
+    """Maps (n, width, H', W') of a ResNet's layers, or of a transformer's patches, by layer."""
+    if backbones.is_resnet(backbone):
+        found = resnet_maps(backbone, images, names)
+        return {name: found[name] for name in names}
+    depths = {name: int(name.removeprefix("patches") or 1) for name in names}
+    tokens = backbone.tokens(images, max(depths.values()))
+    first, grid = int(backbone.cls_token is not None), backbone.grid_of(*images.shape[2:])
+    return {name: torch.cat(tokens[-n:], 2)[:, first:].transpose(1, 2).unflatten(2, grid)
+            for name, n in depths.items()}
 
 
 def resnet_maps(backbone: nn.Module, images: Tensor, names) -> dict[str, Tensor]:
     """The maps (n, width, H', W') of a ResNet down to the deepest asked for; `avgpool` is res5."""
     x = backbone.relu(backbone.bn1(backbone.conv1(images)))
-    maps = {"conv1": x}
+    found = {"conv1": x}
     x = backbone.maxpool(x)
     for number in (2, 3, 4, 5):
-        if maps.keys() >= set(names):
+        if found.keys() >= set(names):
             break
-        x = maps[f"res{number}"] = getattr(backbone, f"layer{number - 1}")(x)
-    return maps | {"avgpool": x}
+        x = found[f"res{number}"] = getattr(backbone, f"layer{number - 1}")(x)
+    return found | {"avgpool": x}
 
 
 def pool_to_grid(name: str, x: Tensor) -> Tensor:
@@ -632,14 +643,8 @@ def extract(
     chunks = [range(start, min(start + batch_size, n)) for start in range(0, n, batch_size)]
     parts = [len(chunks) * rank // world.size for rank in range(world.size + 1)]
     local = chunks[parts[world.rank] : parts[world.rank + 1]]
-    if workers is None:
-        workers = default_workers() if images.reads_files else 0
-    workers = min(workers, len(local))
-    with fork_workers(workers) as context:
-        loader = iter(torch.utils.data.DataLoader(
-            Chunks(images, view, blanks), sampler=local, batch_size=None, num_workers=workers,
-            pin_memory=world.device.type == "cuda", worker_init_fn=start_worker,
-            multiprocessing_context=context))
+    loader = read_ahead(Chunks(images, view, blanks), local, workers_for(images, workers),
+                        pin_memory=world.device.type == "cuda", worker_init_fn=start_worker)
     found, notes = {}, []
     with comm.same_error_on_all_ranks():
         for chunk, loaded in zip(local, loader, strict=True):

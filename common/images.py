@@ -53,6 +53,7 @@ class Images:
     exif_orientation = False  # whether files are turned as their EXIF tag says
     classes = None  # names of the columns of labels (N, C)
     class_names = None  # of labels (N,), where they have names: label 0 is that of the first
+    present = None  # labels (N,) that occur, also where a limit leaves all images of one out
 
     def __init__(self, items: np.ndarray, labels: np.ndarray | None, channels: int):
         self.items, self.labels, self.channels = items, labels, channels
@@ -447,6 +448,8 @@ def open_images(
                 raise RunError(f"--data {data}: labels that no training image has, such as "
                                f"{unknown[0]}")
     images.bits, images.exif_orientation = bits, exif_orientation
+    if images.labels is not None and images.labels.ndim == 1:
+        images.present = np.unique(images.labels)
     return images if limit is None else images.subset(evenly(len(images), limit))
 
 

@@ -7,6 +7,7 @@ which Pillow resizes without mixing values. Pixels that do not count are `IGNORE
 import functools
 import math
 import os
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 from common import augment, distributed as comm, images, rng
 from common.distributed import RunError, World
 from common.images import ArrayImages, FileImages, RefusedImage, evenly
-from common.workers import end_if_unsent, fork_workers
+from common.workers import end_if_unsent, read_ahead, workers_for
 
 IGNORED = 255
 BUILT_IN = ("digits", "voc2012")
@@ -34,15 +35,21 @@ VOC_CLASSES = (
 class Mapped:
     """What a source of images gains by having label maps; the first of two bases."""
 
-    class_names = None
+    ignore = (IGNORED,)  # what maps say of pixels that do not count
 
     def read(self, index: int) -> list[Image.Image]:
         """The image's planes and its map.
 
         Raises:
-            RefusedImage: the map is of another size, or no map.
+            RefusedImage: the map is of another size, has colours, or numbers that are no classes.
         """
-        planes, classes = super().read(index), self.label_map(index)
+        planes, values = super().read(index), self.label_map(index)
+        counted = ~np.isin(values, self.ignore)
+        wrong = values[counted & ((values < 0) | (values >= IGNORED))]
+        if len(wrong):
+            raise RefusedImage(f"the label map of {self.name(index)} has class {wrong.max()}; the "
+                               f"largest there can be is {IGNORED - 1} (--ignore takes others out)")
+        classes = np.where(counted, values, IGNORED).astype(np.uint8)
         size = classes.shape[::-1]
         if planes[0].size != size:
             raise RefusedImage("{} has {} x {} px, and its label map {} x {}".format(
@@ -51,12 +58,16 @@ class Mapped:
 
 
 class MappedFiles(Mapped, FileImages):
-    """Image files, and `labels` (N,) the paths of their maps."""
-
-    ignore = (IGNORED,)  # what files say of pixels that do not count
+    """Image files, and `labels` (N,) the paths of their maps: PNG, palette or gray."""
 
     def label_map(self, index: int) -> np.ndarray:
-        return read_map(os.fsdecode(self.labels[index]), self.ignore)
+        path = os.fsdecode(self.labels[index])
+        with Image.open(path) as image:
+            mode, values = image.mode, np.asarray(image)
+        if values.ndim != 2 or values.dtype.kind not in "bui":
+            raise RefusedImage(f"{path} is no label map (Pillow mode {mode}): that has one whole "
+                               "number a pixel, palette or gray")
+        return values
 
 
 class MappedArrays(Mapped, ArrayImages):
@@ -66,35 +77,17 @@ class MappedArrays(Mapped, ArrayImages):
         return self.labels[index]
 
 
-def read_map(path: str, ignore) -> np.ndarray:
-    """Class numbers, uint8 (H, W), of a file of palette or gray; `IGNORED` for those of `ignore`.
-
-    Raises:
-        RefusedImage: it has colours, or numbers that are no classes.
-    """
-    with Image.open(path) as image:
-        mode, values = image.mode, np.asarray(image)
-    if values.ndim != 2 or values.dtype.kind not in "bui":
-        raise RefusedImage(f"{path} is no label map (Pillow mode {mode}): that has one whole "
-                           "number a pixel, palette or gray")
-    counted = ~np.isin(values, ignore)
-    wrong = values[counted & ((values < 0) | (values >= IGNORED))]
-    if len(wrong):
-        raise RefusedImage(f"{path}: class {wrong.max()}; the largest there can be is "
-                           f"{IGNORED - 1} (--ignore takes others out)")
-    return np.where(counted, values, IGNORED).astype(np.uint8)
-
-
 def open_mapped(
     data: str, split: str, channels: int, *, labels: str | None, ignore, root: str = "data",
-    download: bool = False, limit: int | None = None,
+    download: bool = False, limit: int | None = None, exif_orientation: bool = False,
 ) -> MappedFiles | MappedArrays:
     """Open the images of a split, "train" or "test", with their label maps.
 
     Args:
         data: one of `BUILT_IN`, or a folder with a folder for each split.
         labels: of a folder, that of the maps: `train/a.jpg` has the map `train/a.png`.
-        ignore: what maps in files say of pixels that do not count.
+        ignore: what maps say of pixels that do not count.
+        exif_orientation: turn photographs upright, as their maps are then.
 
     Raises:
         RunError: there is no such source; an image has no map.
@@ -108,12 +101,13 @@ def open_mapped(
             found = drawn_digits(split, channels)
         elif data == "voc2012":
             found = voc2012(split, channels, root, download=False)
-        elif labels and os.path.isdir(data):
+        elif labels and isinstance(data, str) and os.path.isdir(data):
             found = folders(data, labels, split, channels)
         else:
+            data = data if isinstance(data, str) else " ".join(data)  # of several sources
             raise RunError(f"--data {data} has no label maps; give one of {' '.join(BUILT_IN)}, or "
                            "a folder of images and, with --labels, that of their maps")
-    found.ignore = ignore
+    found.ignore, found.exif_orientation = ignore, exif_orientation
     return found if limit is None else found.subset(evenly(len(found), limit))
 
 
@@ -273,20 +267,19 @@ class Read(torch.utils.data.Dataset):
             return f"{self.source.name(index)} cannot be read: {error}"
 
 
-def each(source, function, world: World, workers: int):
+def each(source, function, world: World, workers: int | None):
     """Yield (index, function(planes)) of this process's contiguous part of the images.
+
+    Args:
+        workers: loader processes; None: this process's share of the cores if there are files.
 
     Raises:
         RunError: an image or a map cannot be read; on this process alone.
     """
     n = len(source)
     part = range(n * world.rank // world.size, n * (world.rank + 1) // world.size)
-    workers = min(workers, len(part))
-    with fork_workers(workers) as context:
-        loader = iter(torch.utils.data.DataLoader(
-            Read(source, function), sampler=part, batch_size=None, num_workers=workers,
-            worker_init_fn=end_if_unsent, multiprocessing_context=context,
-            pin_memory=world.device.type == "cuda"))
+    loader = read_ahead(Read(source, function), part, workers_for(source, workers),
+                        worker_init_fn=end_if_unsent, pin_memory=world.device.type == "cuda")
     for index, item in zip(part, loader, strict=True):
         if isinstance(item, str):
             raise RunError(item)
@@ -302,7 +295,7 @@ def size_and_counts(num_classes: int | None, planes: list[Image.Image]) -> tuple
     return torch.tensor(planes[0].size), torch.from_numpy(counts)
 
 
-def survey(source, num_classes: int | None, world: World, workers: int) -> tuple[Tensor, Tensor]:
+def survey(source, num_classes: int | None, world: World, workers) -> tuple[Tensor, Tensor]:
     """Read every image and map once, before anything is made of them.
 
     Returns:
@@ -319,3 +312,57 @@ def survey(source, num_classes: int | None, world: World, workers: int) -> tuple
             sizes[index] = size
             counts += found
     return comm.sum_over_processes(sizes), comm.sum_over_processes(counts)
+
+
+class Splits:
+    """Training and test images with label maps, read once for a check.
+
+    Args:
+        num_classes: 0 to C - 1; None: as the data set has it, or up to the largest in training.
+        options: of `open_mapped`.
+
+    Attributes:
+        splits: both. sizes: widths and heights (N, 2) of both.
+        num_classes: C. names: of the classes.
+        there: (c,), the classes that a training pixel has.
+        number: (256,), the place of each among these, or `IGNORED`.
+        digest: of the training images' label maps.
+
+    Raises:
+        RunError: something cannot be read or does not fit; nothing to tell apart.
+    """
+
+    def __init__(self, data, channels: int, num_classes: int | None, world: World, workers,
+                 **options):
+        self.splits = [open_mapped(data, split, channels, **options) for split in ("train", "test")]
+        names, found = self.splits[0].class_names, []
+        num_classes = num_classes or (len(names) if names else None)
+        for source, split in zip(self.splits, ("training", "test"), strict=True):
+            found.append(survey(source, num_classes, world, workers))
+            there = found[-1][1][:IGNORED].nonzero()[:, 0].tolist()
+            if len(there) < 2 - (split == "test"):
+                what = f"class {there[0]} has every pixel that counts" if there else (
+                    "no pixel counts")
+                ignored = " ".join(map(str, options["ignore"]))
+                raise RunError(f"--data {data}: {what} of the {len(source)} {split} images "
+                               f"(--ignore {ignored}); nothing to tell apart")
+            num_classes = num_classes or there[-1] + 1
+        self.num_classes, (self.sizes, (counts, tested)) = num_classes, zip(*found, strict=True)
+        self.names = [*(names or ()), *map(str, range(len(names or ()), num_classes))][:num_classes]
+        self.digest = f"{zlib.crc32(counts.numpy()):08x}"
+        self.there = counts[:IGNORED].nonzero()[:, 0].to(world.device)
+        self.number = torch.full((256,), IGNORED, device=world.device)
+        self.number[self.there] = torch.arange(len(self.there), device=world.device)
+        unseen = [self.names[c] for c in range(num_classes) if tested[c] and not counts[c]]
+        if unseen:
+            comm.print_main(f"warning: classes without a training pixel: {' '.join(unseen)}")
+
+    def check_patches(self, resize: int, side: int) -> None:
+        """Stop at an image that is narrower than a patch."""
+        for source, sizes in zip(self.splits, self.sizes, strict=True):
+            for index, size in enumerate(sizes.tolist()):
+                now = fitted(size, resize)
+                if min(now) < side:
+                    raise RunError("{} has {} x {} px, so {} x {} at --resize {}, less than a "
+                                   "patch of {} px".format(source.name(index), *size, *now, resize,
+                                                           side))

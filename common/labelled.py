@@ -65,15 +65,15 @@ def open_test(path: str, train, channels: int, flag: str = "--test-data", **opti
     names = train.class_names or []
     numbers = {name: label for label, name in enumerate(names)}
     if not any(map(str.isdecimal, names)):
-        numbers |= {str(label): label for label in np.unique(train.labels).tolist()}
+        numbers |= {str(label): label for label in train.present.tolist()}
     try:
         test = open_images(path, "test", channels, whole=True, classes=numbers, **options)
     except RunError as error:
         told = str(error).replace(f"--data {path}", f"{flag} {path}")
         raise type(error)(told) from error
     check_labels(f"{flag} {path}", test, False)
-    unseen = np.setdiff1d(test.labels, train.labels)
-    if len(unseen) and not options.get("limit"):
+    unseen = np.setdiff1d(test.present, train.present)
+    if len(unseen):
         told = [names[label] if names else str(label) for label in unseen]
         raise RunError(f"{flag} {path}: no training image of {some(told)}")
     if shared := shared_files(train, test):
@@ -364,13 +364,13 @@ def mean_per_class(right: Tensor, labels: np.ndarray) -> float:
     return float((right.cpu().numpy()[counts > 0] / counts[counts > 0]).mean())
 
 
-def absent(labels: np.ndarray, num_classes: int) -> Tensor:
-    """Whether a class (num_classes,) is none of these labels: of a test set with some classes alone
-    it is not to be predicted.
+def absent(present: np.ndarray, num_classes: int) -> Tensor:
+    """Whether a class (num_classes,) is none of these: of a test set with some classes alone it is
+    not to be predicted.
 
     Reference: VISSL's evaluation out of distribution (ImageNet-A, -R, -Sketch, V2).
     """
-    return torch.from_numpy(~np.isin(np.arange(num_classes), labels))
+    return torch.from_numpy(~np.isin(np.arange(num_classes), present))
 
 
 def mean_per_class_is_usual(protocol: str) -> bool:

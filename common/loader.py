@@ -222,6 +222,20 @@ class Loader:
             comm.print_main(f"unreadable, replaced: {self.images.name(i)}: {joined[i]}")
 
 
+def fitting_batch(batch_size: int, images, world: World) -> int:
+    """A batch size, or if there are fewer images, the largest power of two that they fill.
+
+    Raises:
+        RunError: it does not divide among the processes.
+    """
+    if batch_size > len(images):
+        batch_size = 2 ** (len(images).bit_length() - 1)
+    if batch_size % world.size:
+        raise RunError(f"--train-batch-size {batch_size} does not divide among {world.size} "
+                       "processes")
+    return batch_size
+
+
 def check_batch_size(images, batch_size: int, world: World) -> None:
     """Refuse a batch of more images than there are."""
     if len(images) < batch_size:

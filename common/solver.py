@@ -29,7 +29,7 @@ def cross_validated(
         train: (N, D) and test: (M, D) on the CPU; every process has them and takes its part.
         labels: int64 (N,). truth: int64 (M,).
         decays: rising.
-        also: further (rows, truth) to count on; only classes in this truth are predicted.
+        also: further (rows, truth, classes) to count on; no class but these is predicted.
 
     Returns:
         "top1", "top5", "mean_per_class", "validation", "weight_decay"; and in "also" the first
@@ -77,9 +77,9 @@ def cross_validated(
         return {"top1": top1, "top5": top5, "mean_per_class": per_class}
 
     found = []
-    for rows, theirs in also:
+    for rows, theirs, present in also:
         masked = points.clone().view(-1, num_classes)
-        masked[-1, labelled.absent(theirs, num_classes)] = -torch.inf  # the offsets
+        masked[-1, labelled.absent(present, num_classes)] = -torch.inf  # the offsets
         found.append(accuracies(masked.view_as(points), rows, theirs))
     return {**accuracies(points, test, truth), "validation": validation, "weight_decay": decay,
             "also": found}

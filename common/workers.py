@@ -11,6 +11,8 @@ import re
 import signal
 import time
 
+import torch
+
 from common import distributed as comm
 
 
@@ -18,6 +20,22 @@ def default_workers() -> int:
     """This process's share of the cores, at most 16."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(16, cores // comm.env_int("LOCAL_WORLD_SIZE", 1))
+
+
+def workers_for(images, workers: int | None) -> int:
+    """Loader processes of one pass: as given, else this process's share if there are files."""
+    if workers is not None:
+        return workers
+    return default_workers() if images.reads_files else 0
+
+
+def read_ahead(dataset, items, workers: int, **options):
+    """An iterator over some items of a data set, which loader processes read; a torch loader's."""
+    workers = min(workers, len(items))
+    with fork_workers(workers) as context:
+        return iter(torch.utils.data.DataLoader(
+            dataset, sampler=items, batch_size=None, num_workers=workers,
+            multiprocessing_context=context, **options))
 
 
 @contextlib.contextmanager

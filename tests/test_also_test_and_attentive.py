@@ -82,7 +82,8 @@ def test_auto_counts_among_the_classes_that_are_there():
     train = torch.tensor(np.eye(7)[labels] + rng.normal(size=(210, 7)), dtype=torch.float32)
     test = torch.tensor(np.eye(7)[truth] + rng.normal(size=(90, 7)), dtype=torch.float32)
     found = solver.cross_validated(train, labels, test, truth, decays=[0.01], folds=2,
-                                   num_classes=7, seed=0, world=ALONE, also=[(test, truth)])
+                                   num_classes=7, seed=0, world=ALONE,
+                                   also=[(test, truth, [0, 2, 3])])
     mean, scale = solver.standardisation(train)
     x = (train.double() - mean) * scale
     axes, variances = solver.principal_axes(x, len(x))
@@ -96,6 +97,22 @@ def test_auto_counts_among_the_classes_that_are_there():
     assert found["also"][0]["top1"] > found["top1"]
 
 
+@pytest.mark.parametrize("flags", [FEW, ["--protocol", "swav", "--epochs", 1]])
+def test_a_limit_leaves_the_classes_that_a_further_set_has(flags, shifted, tmp_path):
+    """One image of one class of the folder: still one of four classes, not the only one."""
+    line = evaluate("--checkpoint", "random", "--arch", "resnet_tiny", "--also-test", shifted,
+                    "--limit", 5, *flags, "--output", tmp_path)
+    (also,) = line["also"]
+    assert (also["num_test"], also["num_classes"]) == (5, 4)
+
+
+def test_a_limit_leaves_the_places_of_classes(tmp_path):
+    train = open_images(str(folders(tmp_path / "words", *"abcdef")), "train", 1, whole=True)
+    test = labelled.open_test(str(folders(tmp_path / "numbered", *"0245")), train.subset([0, 5]), 1,
+                              limit=2)
+    assert test.labels.tolist() == [0, 4] and test.present.tolist() == [0, 2, 4, 5]
+
+
 def test_several_folders_and_checkpoints_are_a_row_each(shifted, capsys):
     flags = ["--checkpoint", "pixels", "random", "--arch", "resnet_tiny", "--also-test", shifted,
              shifted, "--limit", 100, *FEW]
@@ -106,7 +123,8 @@ def test_several_folders_and_checkpoints_are_a_row_each(shifted, capsys):
 
 
 def test_processes_agree_on_further_images(shifted, vit, pool):
-    flags = list(map(str, ["--checkpoint", vit, *VIT, "--also-test", shifted, "--limit", 90, *FEW]))
+    flags = list(map(str, ["--checkpoint", vit, *VIT, "--also-test", shifted, "--limit", 90, *FEW,
+                           "--workers", 0]))
     assert pool.run(2, evaluate, *flags)[0] == evaluate(*flags)
 
 
@@ -192,7 +210,8 @@ def test_its_protocol_is_the_documented_one():
     assert [(g["weight_decay"], len(g["params"])) for g in optimizer.param_groups] == [(0.1, 4)]
 
 
-PROBE = ["--probe", "attentive", "--limit", 64, "--epochs", 2, "--train-batch-size", 16]
+PROBE = ["--probe", "attentive", "--workers", 0, "--limit", 64, "--epochs", 2,
+         "--train-batch-size", 16]
 
 
 def heads_in(folder):
@@ -298,6 +317,13 @@ def test_the_precision_is_of_the_backbone_alone_and_told(vit, tmp_path):
     difference = (rows["bf16"] - rows["none"]).abs().max()
     assert 1e-4 < difference < 0.1 and rows["bf16"].dtype == torch.float32
     assert read["bf16"].protocol == read["none"].protocol + ", features in bf16"
+
+
+def test_heads_of_another_precision_are_not_taken_for_those_of_this_one(vit, tmp_path):
+    flags = ["--checkpoint", vit, *VIT, *PROBE, "--output", tmp_path]
+    evaluate(*flags)
+    with pytest.raises(RunError, match="--amp.*--no-resume"):
+        evaluate(*flags, "--amp", "bf16")
 
 
 def test_tf32_ends_with_the_backbone():

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import eval_retrieval
-from common import features
+from common import augment, features
 from common.distributed import RunError
 from common.images import open_images
 from common.retrieval_sets import read_annotations
@@ -59,6 +59,7 @@ def refused(*flags):
     (["--scales", "0"], "'0'"),
     (["--max-side", "32", "--resize", "20"], "--resize does not go with --max-side"),
     (["--max-side", "32"], "--max-side 32"),  # pixels
+    (["--max-side", "32", "--batch-size", "8"], "--batch-size does not go with --max-side"),
     (["--data", "rparis6k"], "--max-side 1024"),
     (["--data", "copydays", "--limit", "5"], "--limit does not go with --data copydays"),
     (["--data", "copydays", "--save-features", "x"], "--save-features does not go with"),
@@ -323,8 +324,22 @@ def test_two_processes_find_the_same(pool, weights):
 def test_stored_features_give_the_same(tmp_path, weights):
     flags = ["--limit", 80, "--pool", "gem", "--p", 3, "--save-features", tmp_path / "x.npz"]
     _, line = run("--checkpoint", weights, *flags)
-    _, stored = run("--features", tmp_path / "x.npz")
+    text, stored = run("--features", tmp_path / "x.npz")
     assert stored["results"] == line["results"]
+    assert "pool gem of p 3, scales 1" in text and "cls or avg" not in text
+
+
+def test_the_precision_is_of_the_backbone_not_of_pooling_and_whitening(weights, tmp_path):
+    """Features in bfloat16 are whitened as the float32 ones they are stored as."""
+    flags = ["--checkpoint", weights, "--limit", 40, "--amp", "bf16"]
+    run(*flags, "--save-features", tmp_path / "plain.npz")
+    run(*flags, "--whiten", "digits", "--whiten-dim", 8, "--save-features", tmp_path / "white.npz")
+    plain, white = (features.read(str(tmp_path / name)) for name in ("plain.npz", "white.npz"))
+    rows = plain.train.layers["avgpool"]
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(40), rtol=1e-6, atol=1e-6)
+    mean, projection = eval_retrieval.whitening(rows, 8)
+    wanted = torch.nn.functional.normalize((rows - mean) @ projection)
+    torch.testing.assert_close(white.train.layers["avgpool"], wanted, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("flags", [
@@ -410,7 +425,7 @@ def test_one_image_a_class_and_an_empty_class(tmp_path):
 
 
 def test_a_longer_side_is_made_smaller_and_never_larger():
-    step = eval_retrieval.LongerSide(10, "bicubic")
+    step = augment.LongerSide(10, "bicubic")
     for size, wanted in (((40, 20), (10, 5)), ((3, 3000), (1, 10)), ((9, 4), (9, 4))):
         assert step.apply(Image.new("L", size), None, None).size == wanted
 

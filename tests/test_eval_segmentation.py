@@ -16,16 +16,8 @@ import drill
 import eval_segmentation
 from common import augment, backbones, checkpoint, features, images, label_maps
 from common.distributed import RunError, World
-from eval_segmentation import (
-    class_shares,
-    enlarged_argmax,
-    kept_channels,
-    knn_scores,
-    mean_iou,
-    pixel_loss,
-    scores_of_pixels,
-    starts,
-)
+from common.windows import enlarged, enlarged_argmax, scores_of_pixels, starts
+from eval_segmentation import class_shares, kept_channels, knn_scores, mean_iou, pixel_loss
 from helpers import check_joined, own_rows
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -55,6 +47,7 @@ def evaluate(*flags):
         (["--windows", "whole", "--stride", "8"], "--stride 8 is for --windows slide"),
         (["--image-size", "16", "--stride", "17"], "--stride 17 leaves pixels"),
         (["--num-classes", "256"], "--num-classes 256: at most 255"),
+        (["--index", "x"], "--index x is of tars"),
         (["--num-classes", "1"], "'1'"),
         (["--ignore", "-1"], "'-1'"),
         (["--layer", "avgpool"], "avgpool"),
@@ -162,7 +155,7 @@ def test_where_windows_overlap_scores_are_averaged():
 def test_enlarging_is_torchs_bilinear_interpolation(size):
     x = torch.randn(2, 3, 5, 7, dtype=torch.float64)
     wanted = F.interpolate(x, size=size, mode="bilinear")
-    torch.testing.assert_close(eval_segmentation.enlarged(x, size), wanted, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(enlarged(x, size), wanted, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 16])
@@ -176,7 +169,7 @@ def test_the_best_class_is_that_of_all_enlarged_scores(chunk):
 @pytest.mark.parametrize("arch, stem, layer, side", [
     ("resnet18", "imagenet", "res5", 32), ("resnet50", "imagenet", "res4", 16),
     ("resnet_tiny", "small", "res5", 8), ("resnet_tiny", "small", "res2", 1),
-    ("vit_micro", None, "res5", 4),
+    ("vit_micro", None, "patches", 4),
 ])
 def test_a_map_has_a_place_for_each_patch(arch, stem, layer, side):
     settings = features.DIGITS | dict(arch=arch, stem=stem)
@@ -352,21 +345,29 @@ def given(root, *flags):
 
 def test_maps_are_read_as_palette_gray_and_one_bit(tmp_path):
     classes = np.array([[0, 1], [7, 255]], dtype=np.uint8)
+    Image.new("RGB", (2, 2)).save(tmp_path / "image.png")
+
+    def read(*ignore):
+        source = label_maps.MappedFiles([tmp_path / "image.png"],
+                                        label_maps.paths([tmp_path / "x.png"]), 3, str(tmp_path))
+        source.ignore = ignore
+        found = np.asarray(source.read(0)[-1])
+        assert found.dtype == np.uint8
+        return found.tolist()
+
     gray = Image.fromarray(classes)
     palette = gray.convert("P")
     palette.putpalette(np.random.default_rng(0).integers(0, 256, 768).tolist())
     for image in (gray, palette):
         image.save(tmp_path / "x.png")
-        found = label_maps.read_map(str(tmp_path / "x.png"), (255,))
-        assert found.dtype == np.uint8 and np.array_equal(found, classes)
-    found = label_maps.read_map(str(tmp_path / "x.png"), (7, 0, 255))
-    assert found.tolist() == [[255, 1], [255, 255]]
+        assert read(255) == classes.tolist()
+    assert read(7, 0, 255) == [[255, 1], [255, 255]]
     Image.fromarray(classes > 0).save(tmp_path / "x.png")
-    assert label_maps.read_map(str(tmp_path / "x.png"), (255,)).tolist() == [[0, 1], [1, 1]]
-    Image.fromarray(np.array([[3, 65535]], dtype=np.uint16)).save(tmp_path / "x.png")
-    assert label_maps.read_map(str(tmp_path / "x.png"), (65535,)).tolist() == [[3, 255]]
-    with pytest.raises(RunError, match="class 65535; the largest there can be is 254"):
-        label_maps.read_map(str(tmp_path / "x.png"), (255,))
+    assert read(255) == [[0, 1], [1, 1]]
+    Image.fromarray(np.array([[3, 65535], [0, 0]], dtype=np.uint16)).save(tmp_path / "x.png")
+    assert read(65535) == [[3, 255], [0, 0]]
+    with pytest.raises(RunError, match="image.png has class 65535; the largest there can be is 25"):
+        read(255)
 
 
 def test_voc2012_is_read_as_torchvision_does(tmp_path):
@@ -430,6 +431,8 @@ def test_the_drawn_digits_are_the_same_everywhere_and_have_their_split():
     assert np.array_equal(np.asarray(again.read(1)[0]), np.asarray(train.read(40)[0]))
     assert np.array_equal(np.asarray(again.read(1)[1]), np.asarray(train.read(40)[1]))
     assert set(np.unique(test.labels)) == set(range(11))
+    train.ignore = (0, 255)
+    assert set(np.unique(np.asarray(train.read(0)[-1]))) < {*range(1, 11), IGNORED}
 
 
 # ------------------------------------------------------------------------------------------ errors
@@ -480,6 +483,33 @@ FAULTS = {
     "one class": "class 0 has every pixel that counts of the 6 training images (--ignore 255)",
     "no test images": "no folder val or validation or test in it",
 }
+
+
+def test_more_classes_than_a_set_has_are_numbered_and_fewer_refused():
+    flags = ["--checkpoint", "pixels", "--image-size", 48, "--limit", 3, "--num-classes"]
+    line, _ = evaluate(*flags, 13)
+    assert [*line["per_class"]][-3:] == ["9", "11", "12"] and line["per_class"]["12"] is None
+    with pytest.raises(RunError, match="in its label map, and there are 3 classes"):
+        evaluate(*flags, 3)
+
+
+def test_photographs_are_turned_as_asked(pictures):
+    """Of maps that are drawn on the upright photograph."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = broken(pictures, "images")
+    Image.open(path).rotate(90, expand=True).save(path, exif=exif)
+    flags = ["--checkpoint", "pixels", "--image-size", 32, *given(pictures)]
+    with pytest.raises(RunError, match="24 x 32 px, and its label map 32 x 24"):
+        evaluate(*flags)
+    assert evaluate(*flags, "--exif-orientation")[0]["num_train"] == 6
+
+
+def test_the_precision_is_of_the_backbone_alone(pictures):
+    flags = ["--checkpoint", "random", "--arch", "vit_micro", "--patch-size", 4, "--image-size", 16,
+             *given(pictures)]
+    lines = [evaluate(*flags, "--amp", amp)[0] for amp in ("none", "bf16")]
+    assert lines[0]["miou"] != lines[1]["miou"] == pytest.approx(lines[0]["miou"], abs=0.05)
 
 
 @pytest.mark.parametrize("how", FAULTS)
