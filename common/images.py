@@ -676,12 +676,16 @@ def tar_images(
     if split == "pretrain":
         return part
 
-    own = told[rows]
-    if (own != b"").any():
-        return with_numbers(part, own, root)
+    if (told != b"").any():
+        return with_numbers(part, told[rows], root, split)
     splits = {"train", *HELD_OUT} if found else ()
     starts = [shared + (len(top) + 1 if top in splits else 0) for top in tops.tolist()]
     insides = [name[max(pair) :] for name, *pair in zip(names, starts, inner, strict=True)]
+    for top in splits:  # train.tar has all of its images in a folder train
+        of = np.flatnonzero(tops == top)
+        if all(insides[row].startswith(os.fsencode(f"{top}/")) for row in of):
+            for row in of:
+                insides[row] = insides[row][len(top) + 1 :]
     lead = len(shared_folder(insides))
     every = [name_of_class(name[start:end], inside[lead:]) for name, start, end, inside in
              zip(names, starts, inner, insides, strict=True)]
@@ -694,9 +698,13 @@ def tar_images(
     return with_classes(part, classes, known, numbers, root, root, "the training set", split)
 
 
-def with_numbers(images: TarImages, told: np.ndarray, root: str):
+def with_numbers(images: TarImages, told: np.ndarray, root: str, split: str):
     """The images whose class is known, with labels: the numbers that their `.cls` files hold."""
-    if wrong := [row for row, text in enumerate(told) if text and not text.isdigit()]:
+    if not (told != b"").any():  # folders' numbers would be others
+        raise RunError(f"--data {root}: no image of the {split} split has a .cls file, and others "
+                       "have; one or the other says the class of all")
+    if wrong := [row for row, text in enumerate(told)
+                 if text and not (text.isdigit() and len(text) < 10)]:
         raise RunError(f"{images.name(wrong[0])}: its .cls file holds {bytes(told[wrong[0]])!r}; "
                        "wanted a whole number")
     if not (told != b"").all():
