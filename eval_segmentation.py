@@ -119,6 +119,8 @@ def parse_args(argv=None):
     for name in LINEAR_ONLY if args.method == "knn" else KNN_ONLY:
         if getattr(args, name) is not None:
             parser.error(f"--{name.replace('_', '-')} does not go with --method {args.method}")
+    if args.exif_orientation:
+        parser.error("--exif-orientation: images with label maps are read as they lie, as the maps")
     built_in = args.data in label_maps.BUILT_IN
     if args.data and built_in == bool(args.labels):
         parser.error(f"--data {args.data} has its label maps; no --labels go with it" if built_in

@@ -15,7 +15,7 @@ import torchvision
 from PIL import Image
 from torch import Tensor
 
-from common import augment, distributed as comm, images, rng
+from common import augment, cli, distributed as comm, images, rng
 from common.distributed import RunError, World
 from common.images import ArrayImages, FileImages, RefusedImage, evenly
 from common.workers import end_if_unsent, fork_workers
@@ -108,11 +108,11 @@ def open_mapped(
             found = drawn_digits(split, channels)
         elif data == "voc2012":
             found = voc2012(split, channels, root, download=False)
-        elif labels and os.path.isdir(data):
+        elif labels and isinstance(data, str) and os.path.isdir(data):
             found = folders(data, labels, split, channels)
         else:
-            raise RunError(f"--data {data} has no label maps; give one of {' '.join(BUILT_IN)}, or "
-                           "a folder of images and, with --labels, that of their maps")
+            raise RunError(f"--data {cli.as_given(data)} has no label maps; give one of "
+                           f"{' '.join(BUILT_IN)}, or a folder of images and, with --labels, that of their maps")
     found.ignore = ignore
     return found if limit is None else found.subset(evenly(len(found), limit))
 

@@ -242,8 +242,8 @@ def read_headers(path, file, bounds, inner, is_data, images, links, classes) -> 
         what = "has no header" if len(block) == 512 else "the tar's end is missing: it is cut short"
         raise RunError(f"{where}: at byte {tar.offset - start:,} {what}; fetch or make it again")
     if file.read(min(2**20, max(0, end - tar.offset - 512))).strip(b"\0"):
-        raise RunError(f"{where}: more follows behind its end at byte {tar.offset - start:,}, as of "
-                       "tars joined by cat; pass each of them to --data, or join them with tar "
+        raise RunError(f"{where}: more follows behind its end at byte {tar.offset - start:,}, as "
+                       "of tars joined by cat; pass each of them to --data, or join them with tar "
                        "--concatenate")
 
 

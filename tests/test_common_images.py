@@ -143,6 +143,23 @@ def test_several_sources_are_joined_in_their_order(fifty):
         open_images(given, "train", 3)
 
 
+def test_two_sources_of_the_same_names_are_told_apart(tmp_path):
+    for camera in "ab":
+        (tmp_path / camera).mkdir()
+        for number in range(3):
+            pixels = np.full((8, 8, 3), 100 * (camera == "b") + number, np.uint8)
+            Image.fromarray(pixels).save(tmp_path / camera / f"{number}.png")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(tmp_path / "a", "a")
+    (tmp_path / "a" / "1.png").write_bytes(b"")  # of none of the two, and no error
+    with tarfile.open(tmp_path / "empty.tar", "w") as tar:
+        tar.add(tmp_path / "a", ".")
+    first, swapped, alike, other = (
+        open_images([str(tmp_path / name) for name in names], "pretrain", 3).identity()
+        for names in ("ab", "ba", ["empty.tar", "b"], ["a.tar", "b"]))
+    assert first == alike and len({first, swapped, other}) == 3
+
+
 def test_identity_is_that_of_the_images_not_of_their_place(fifty, tmp_path):
     here = open_images(str(fifty / "flat"), "pretrain", 3).identity()
     shutil.copytree(fifty / "flat", tmp_path / "moved")
