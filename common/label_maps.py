@@ -112,7 +112,8 @@ def open_mapped(
             found = folders(data, labels, split, channels)
         else:
             raise RunError(f"--data {cli.as_given(data)} has no label maps; give one of "
-                           f"{' '.join(BUILT_IN)}, or a folder of images and, with --labels, that of their maps")
+                           f"{' '.join(BUILT_IN)}, or a folder of images and, with "
+                           "--labels, that of their maps")
     found.ignore = ignore
     return found if limit is None else found.subset(evenly(len(found), limit))
 
