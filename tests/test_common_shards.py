@@ -3,6 +3,7 @@ import gzip
 import io
 import os
 import tarfile
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -79,6 +80,16 @@ def test_images_in_tars_are_those_of_a_folder_of_the_same_names(form, forms, tmp
     for i in (0, 7, 39):
         assert images.read(i)[0].tobytes() == folder.read(i)[0].tobytes()
         assert images.name(i).endswith(folder.name(i)[-6:])
+
+
+def test_a_tar_and_a_folder_of_its_name_are_one_folder(tmp_path):
+    (tmp_path / "a").mkdir()
+    make_tar(tmp_path / "a.tar", [(f"{n}.jpg", jpeg(n)) for n in (0, 9)])
+    make_tar(tmp_path / "a" / "5.tar", [("x.jpg", jpeg(5))])
+    images = pretrain(tmp_path)
+    assert images.items["name"].tolist() == [b"a/0.jpg", b"a/5/x.jpg", b"a/9.jpg"]
+    assert [images.read(i)[0].tobytes() for i in range(3)] == [
+        Image.open(io.BytesIO(jpeg(n))).convert("RGB").tobytes() for n in (0, 5, 9)]
 
 
 @pytest.mark.parametrize("form", ["plain.tar", "outer.tar"])
@@ -207,7 +218,7 @@ def test_what_is_in_a_tar_beside_images(tmp_path, capsys):
     long = "d" * 90 + "/" + "é" * 60 + ".jpg"
     path = make_tar(tmp_path / "x.tar", [
         ("a/0.jpg", jpeg(0)), ("a/._0.jpg", jpeg(1)), ("__MACOSX/1.jpg", jpeg(1)),
-        ("notes.md", b"-"), (long, jpeg(2)), ("a/0.jpg", jpeg(3)),
+        ("notes.md", b"-"), ("a/0.jpg", (tarfile.SYMTYPE, "away.jpg")), (long, jpeg(2)), ("a/0.jpg", jpeg(3)),
         ("b/hard.jpg", (tarfile.LNKTYPE, "a/0.jpg")),
         ("b/more.jpg", (tarfile.SYMTYPE, "soft.jpg")),
         ("b/soft.jpg", (tarfile.SYMTYPE, "../a/0.jpg")),
@@ -261,11 +272,13 @@ def test_a_folder_that_cannot_hold_indexes_is_told(forms, tmp_path):
 
 
 def open_on_all(path, index):
-    return comm.size(), len(pretrain(path, index=index))
+    made, make = [], shards.make_index
+    with mock.patch.object(shards, "make_index", lambda *a: made.append(1) or make(*a)):
+        return len(pretrain(path, index=index)), sum(map(len, comm.all_gather_objects(made)))
 
 
 def test_processes_that_start_together_share_an_index(forms, tmp_path, pool):
-    assert pool.run(4, open_on_all, forms / "outer.tar", str(tmp_path)) == [(4, 40)] * 4
+    assert pool.run(4, open_on_all, forms / "outer.tar", str(tmp_path)) == [(40, 1)] * 4
 
 
 # ------------------------------------------------------------------------------------------- errors
@@ -279,6 +292,8 @@ def cut(path, count):
 def swapped(path, at, data):
     whole = bytearray(path.read_bytes())
     whole[at : at + len(data)] = data
+    if at < 512:  # the sum of the first header's bytes
+        whole[148:156] = b"%06o\0 " % (sum(whole[:148]) + sum(whole[156:512]) + 8 * 32)
     path.write_bytes(whole)
     return path
 
@@ -294,6 +309,7 @@ def swapped(path, at, data):
     (lambda p: p.rename(p.with_suffix(".tar.bz2")), r"compressed.*bunzip2"),
     (lambda p: make_tar(p, [("../0.jpg", jpeg(0))]), r"member \.\./0\.jpg lies outside of it"),
     (lambda p: p.write_bytes(p.read_bytes() * 2) and p, "more follows behind .* joined by cat"),
+    (lambda p: swapped(p, 156, b"S" + bytes(100) + b"ustar  \0"), "0.jpg is stored in pieces"),
     (lambda p: make_tar(p, [("notes.md", b"-")]), "no image file in it"),
     (lambda p: make_tar(p, [("in.tar.gz", gzip.compress(b"-"))]), "x.tar/in.tar.gz is compressed"),
     (lambda p: make_tar(p, [("in.tar", bz2.compress(b"-"))]), "x.tar/in is compressed"),
