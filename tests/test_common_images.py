@@ -504,6 +504,18 @@ def test_more_than_256_levels_reach_the_network(tmp_path):
     assert len(rows[0].unique()) > 4000
 
 
+def test_nothing_wraps_around_at_an_edge_and_what_lies_beyond_is_white():
+    edge = np.zeros((8, 8), np.float32)
+    edge[:, 4:] = 65535
+    planes = [Image.fromarray(edge)]
+    view = augment.View(32, [augment.CenterCrop(32, interpolation="bicubic")], 1)
+    crop = view.crop(planes, [[]])[0, 16]
+    assert (crop[:14] < 8000).all() and (crop[18:] > 57000).all() and crop.max() == 65535
+    affine = augment.RandomAffine(0, 0, (1, 1), 0, fill=255, interpolation="bilinear")
+    moved = affine.apply(planes[0], np.array([1, 0, -3, 0, 1, 0.0]), (8, 8))
+    assert (np.asarray(moved)[:, :2] == 65535).all() and (np.asarray(moved)[:, 4:6] == 0).all()
+
+
 def test_what_pillow_cannot_give_in_full_is_refused_also_with_16_bits(tmp_path):
     for name, pixels in (("x.png", deep_pixels(2)), ("x.tif", np.ones((4, 4), np.float32)),
                          ("y.tif", np.ones((4, 4), np.int32)), ("x.ppm", None)):

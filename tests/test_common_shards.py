@@ -218,7 +218,8 @@ def test_what_is_in_a_tar_beside_images(tmp_path, capsys):
     long = "d" * 90 + "/" + "é" * 60 + ".jpg"
     path = make_tar(tmp_path / "x.tar", [
         ("a/0.jpg", jpeg(0)), ("a/._0.jpg", jpeg(1)), ("__MACOSX/1.jpg", jpeg(1)),
-        ("notes.md", b"-"), ("a/0.jpg", (tarfile.SYMTYPE, "away.jpg")), (long, jpeg(2)), ("a/0.jpg", jpeg(3)),
+        ("notes.md", b"-"), ("a/0.jpg", (tarfile.SYMTYPE, "away.jpg")), (long, jpeg(2)),
+        ("a/0.jpg", jpeg(3)),
         ("b/hard.jpg", (tarfile.LNKTYPE, "a/0.jpg")),
         ("b/more.jpg", (tarfile.SYMTYPE, "soft.jpg")),
         ("b/soft.jpg", (tarfile.SYMTYPE, "../a/0.jpg")),
