@@ -47,7 +47,7 @@ from torch import Tensor, nn
 
 from common import augment, cli, distributed as comm, features, labelled, trunks
 from common.images import open_images
-from common.retrieval_sets import copies, revisited
+from common.retrieval_sets import BoxedImages, copies, revisited
 from common.whitening import ROWS, whitening
 
 LEVELS = 3  # of R-MAC
@@ -128,6 +128,9 @@ def open_sets(args, data: str, channels: int, **options) -> list:
         for images in found:
             images.bits = options["bits"]
             images.exif_orientation = options["exif_orientation"]
+        if options["exif_orientation"] and isinstance(found[1], BoxedImages):
+            raise comm.RunError(f"--exif-orientation: the boxes of {data}'s queries are of images "
+                                "as they lie; pass --no-exif-orientation or --no-crop-queries")
         return found
     if args.leave_one_out:
         for name in ("test_data", "limit_per_class", "several_classes"):

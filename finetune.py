@@ -178,11 +178,12 @@ def parse_args(argv=None):
     except comm.RunError as error:
         parser.error(str(error))
     if protocol is None:
-        parser.error(f"--protocol: choose one for --data {data}: {' '.join(PROTOCOLS)}")
+        parser.error(f"--protocol: choose one for --data {cli.as_given(data)}: "
+                     f"{' '.join(PROTOCOLS)}")
     labelled.check_flags(parser, args, argv)
     cli.check_arch_flags(parser, args, argv)
     if args.flip is None:
-        args.flip = data not in NOT_MIRRORED
+        args.flip = cli.as_given(data) not in NOT_MIRRORED
     if isinstance(args.schedule, list):  # in shares of the published epochs
         published = PROTOCOLS[protocol]["epochs"]
         args.schedule = [at * args.epochs / published for at in args.schedule]

@@ -137,7 +137,6 @@ def sources(args: argparse.Namespace) -> dict:
                 exif_orientation=args.exif_orientation)
 
 
-
 def test_flags(group) -> None:
     """Other test images, and fewer training images of every class."""
     group.add_argument("--test-data", metavar="SOURCE",
@@ -249,6 +248,11 @@ def source_name(data: str | list[str]) -> str:
     for ending in (".txt", ".npy", ".tar"):
         name = name.removesuffix(ending)
     return f"{name}-and-{len(others)}" if others else name
+
+
+def as_given(data: str | list[str]) -> str:
+    """The value of `--data` as one words it on the command line."""
+    return data if isinstance(data, str) else " ".join(data)
 
 
 def crops(args: argparse.Namespace) -> list[tuple[int, int, tuple[float, float]]]:

@@ -351,8 +351,10 @@ def checkpoints_of(args):
             settings = evaluation_settings(args, [checkpoint], shared["data"])
             trained_on = checkpoint.settings.get("data", shared["data"])
             if trained_on != shared["data"] and not args.data:
-                comm.print_main(f"warning: {checkpoint.name} was trained on {trained_on}, and is "
-                                f"evaluated on {shared['data']} like the first run; --data chooses")
+                comm.print_main(f"warning: {checkpoint.name} was trained on "
+                                f"{cli.as_given(trained_on)}, and is evaluated on "
+                                f"{cli.as_given(shared['data'])} like the first run; --data "
+                                "chooses")
         settings["trained_size"] = checkpoint.settings.get("image_size", settings["image_size"])
         yield checkpoint, settings
 

@@ -184,6 +184,14 @@ class EncodedImages(Images):
                                    f"{image.mode}); pass --bits 16, or convert it to 8 bits")
         return planes if turn is None else [plane.transpose(turn) for plane in planes]
 
+    def contents(self) -> str:
+        """A checksum of some of the files, as far as they can be read."""
+        crc = 0
+        for index in evenly(len(self), 16).tolist():
+            with contextlib.suppress(OSError, RunError):
+                crc = zlib.crc32(self.encoded(index), crc)
+        return f"{crc:08x}"
+
     def turn_of(self, image: Image.Image):
         """How an opened file is to be turned, if it is. Pillow turns TIFFs itself."""
         if self.exif_orientation and image.format != "TIFF":
@@ -211,6 +219,10 @@ class FileImages(EncodedImages):
         """What the images are, regardless of the path they were opened by."""
         start = len(os.fsencode(os.path.join(self.root, "")))
         return identity_of_files([path[start:] for path in self.items.tolist()])
+
+    def encoded(self, index: int) -> bytes:
+        with open(self.name(index), "rb") as file:
+            return file.read()
 
     def load(self, index: int) -> list[Image.Image]:
         return self.decode(self.name(index), self.name(index))
@@ -244,10 +256,12 @@ class TarImages(EncodedImages):
         """What the images are; the same as of files of these names."""
         return identity_of_files(self.items["name"].tolist())
 
-    def load(self, index: int) -> list[Image.Image]:
+    def encoded(self, index: int) -> bytes:
         _, tar, offset, size = self.items[index].item()
-        return self.decode(io.BytesIO(shards.read_member(*self.tars[tar], offset, size)),
-                           self.name(index))
+        return shards.read_member(*self.tars[tar], offset, size)
+
+    def load(self, index: int) -> list[Image.Image]:
+        return self.decode(io.BytesIO(self.encoded(index)), self.name(index))
 
 
 def identity_of_files(names: list[bytes]) -> str:
@@ -303,12 +317,17 @@ class JoinedImages(Images):
         return part.name(row)
 
     def identity(self) -> str:
-        """What the images are: of each source those that are taken."""
+        """What the images are: of each source those that are taken.
+
+        Contents of some files tell two sources of the same names apart, such as two cameras'.
+        """
         splits = np.searchsorted(self.items, [0, *self.ends])
         starts = [0, *self.ends[:-1]]
         taken = [part.subset(self.items[slice(*bounds)] - start) for part, start, *bounds in zip(
             self.parts, starts, splits, splits[1:], strict=False)]
-        return "; ".join(part.identity() for part in taken if len(part))
+        return "; ".join(
+            f"{part.identity()}, of contents {part.contents()}" if isinstance(part, EncodedImages)
+            else part.identity() for part in taken if len(part))
 
     def load(self, index: int) -> list[Image.Image]:
         part, row = self.place(index)
@@ -679,12 +698,16 @@ def tar_images(
     if split == "pretrain":
         return part
 
-    own = told[rows]
-    if (own != b"").any():
-        return with_numbers(part, own, root)
+    if (told != b"").any():
+        return with_numbers(part, told[rows], root, split)
     splits = {"train", *HELD_OUT} if found else ()
     starts = [shared + (len(top) + 1 if top in splits else 0) for top in tops.tolist()]
     insides = [name[max(pair) :] for name, *pair in zip(names, starts, inner, strict=True)]
+    for top in splits:  # train.tar has all of its images in a folder train
+        of = np.flatnonzero(tops == top)
+        if all(insides[row].startswith(os.fsencode(f"{top}/")) for row in of):
+            for row in of:
+                insides[row] = insides[row][len(top) + 1 :]
     lead = len(shared_folder(insides))
     every = [name_of_class(name[start:end], inside[lead:]) for name, start, end, inside in
              zip(names, starts, inner, insides, strict=True)]
@@ -697,9 +720,13 @@ def tar_images(
     return with_classes(part, classes, known, numbers, root, root, "the training set", split)
 
 
-def with_numbers(images: TarImages, told: np.ndarray, root: str):
+def with_numbers(images: TarImages, told: np.ndarray, root: str, split: str):
     """The images whose class is known, with labels: the numbers that their `.cls` files hold."""
-    if wrong := [row for row, text in enumerate(told) if text and not text.isdigit()]:
+    if not (told != b"").any():  # folders' numbers would be others
+        raise RunError(f"--data {root}: no image of the {split} split has a .cls file, and others "
+                       "have; one or the other says the class of all")
+    if wrong := [row for row, text in enumerate(told)
+                 if text and not (text.isdigit() and len(text) < 10)]:
         raise RunError(f"{images.name(wrong[0])}: its .cls file holds {bytes(told[wrong[0]])!r}; "
                        "wanted a whole number")
     if not (told != b"").all():

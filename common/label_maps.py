@@ -16,7 +16,7 @@ import torchvision
 from PIL import Image
 from torch import Tensor
 
-from common import augment, distributed as comm, images, rng
+from common import augment, cli, distributed as comm, images, rng
 from common.distributed import RunError, World
 from common.images import ArrayImages, FileImages, RefusedImage, evenly
 from common.workers import end_if_unsent, read_ahead, workers_for
@@ -104,9 +104,9 @@ def open_mapped(
         elif labels and isinstance(data, str) and os.path.isdir(data):
             found = folders(data, labels, split, channels)
         else:
-            data = data if isinstance(data, str) else " ".join(data)  # of several sources
-            raise RunError(f"--data {data} has no label maps; give one of {' '.join(BUILT_IN)}, or "
-                           "a folder of images and, with --labels, that of their maps")
+            raise RunError(f"--data {cli.as_given(data)} has no label maps; give one of "
+                           f"{' '.join(BUILT_IN)}, or a folder of images and, with "
+                           "--labels, that of their maps")
     found.ignore, found.exif_orientation = ignore, exif_orientation
     return found if limit is None else found.subset(evenly(len(found), limit))
 

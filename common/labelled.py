@@ -137,6 +137,7 @@ def rows_per_class(images, most: int) -> np.ndarray:
 
 def described(data: str, args, train, test) -> str:
     """What the images of an evaluation are, in words."""
+    data = cli.as_given(data)
     few = f" ({args.limit_per_class} a class)" if args.limit_per_class else ""
     where = f" (of {args.test_data})" if args.test_data else ""
     notes = [NOTES.get(data), "its usual number is the mean per class" * (data in MEAN_PER_CLASS)]

@@ -7,12 +7,12 @@ order of an epoch, loader processes and resuming are those of files.
 import contextlib
 import fcntl
 import functools
+import math
 import os
 import posixpath
 import stat
 import tarfile
 import tempfile
-import zipfile
 import zlib
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ from common.distributed import RunError
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstandard
-VERSION = 1  # of the index's file
+VERSION = 2  # of the index's file
 OPEN = 64  # tars that a process keeps open
 
 
@@ -36,7 +36,7 @@ class Tar:
         names: (N,) bytes of each image, `folder/name`; of a tar inside the tar `tar/folder/name`,
             without its `.tar`.
         inner: (N,) how many bytes of a name are those of inner tars. offsets, sizes: (N,) in bytes.
-        classes: (N,) what the file `name.cls` beside an image holds, or b"".
+        classes: (N,) what the `.cls` file beside an image holds (`class_of`), or b"".
     """
 
     path: str
@@ -121,10 +121,15 @@ def read_index(path: str, folder: str | None, is_data) -> Tar:
             if tar is None:
                 tar = make_index(path, *known, is_data)
                 with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-                    np.savez(file, version=VERSION, size=tar.size, mtime=tar.mtime,
-                             **{name: getattr(tar, name) for name in ARRAYS})
-                os.chmod(file.name, 0o644)
-                os.replace(file.name, kept)
+                    try:
+                        np.savez(file, version=VERSION, size=tar.size, mtime=tar.mtime,
+                                 headers=headers_of(path, tar.offsets),
+                                 **{name: getattr(tar, name) for name in ARRAYS})
+                        os.chmod(file.name, 0o644)
+                        os.replace(file.name, kept)
+                    except BaseException:
+                        os.remove(file.name)
+                        raise
     except OSError as error:
         raise RunError(f"--index {folder}: {error.strerror or error}; name a folder that can be "
                        "written") from error
@@ -135,17 +140,28 @@ ARRAYS = ("names", "inner", "offsets", "sizes", "classes")
 
 
 def load_index(kept: str, path: str, size: int, mtime: int) -> Tar | None:
-    """An index that is kept, if it is whole and of a tar of this size and time."""
+    """An index that is kept, if it is whole and of a tar of this size, time and headers."""
     try:
         with np.load(kept, allow_pickle=False) as file:
             if (int(file["version"]), int(file["size"]), int(file["mtime"])) != (
                     VERSION, size, mtime):
                 return None
             tar = Tar(path, size, mtime, *[file[name] for name in ARRAYS])
-    except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile):
+            headers = int(file["headers"])
+        inside = len(tar.sizes) == 0 or (tar.offsets + tar.sizes).max() <= size
+        whole = inside and len({len(getattr(tar, name)) for name in ARRAYS}) == 1
+        return tar if whole and headers == headers_of(path, tar.offsets) else None
+    except Exception:  # a torn file raises many things
         return None
-    inside = len(tar.sizes) == 0 or (tar.offsets + tar.sizes).max() <= size
-    return tar if inside and len({len(getattr(tar, name)) for name in ARRAYS}) == 1 else None
+
+
+def headers_of(path: str, offsets: np.ndarray) -> int:
+    """A checksum of some images' headers: another tar can have a tar's size and time."""
+    crc = 0
+    with open(path, "rb") as file:
+        for offset in np.sort(offsets)[:: math.ceil(len(offsets) / 64) or 1].tolist():
+            crc = zlib.crc32(os.pread(file.fileno(), 512, offset - 512), crc)
+    return crc
 
 
 def make_index(path: str, size: int, mtime: int, is_data) -> Tar:
@@ -156,19 +172,17 @@ def make_index(path: str, size: int, mtime: int, is_data) -> Tar:
             read_headers(path, file, (0, size), "", is_data, images, links, classes)
     except OSError as error:
         raise RunError(f"{path}: {error.strerror or error}") from error
-    lost = []
-    for name, (inner, target) in links.items():
-        if target in images:
+    while found := [name for name, (_, target) in links.items() if target in images]:
+        for name in found:  # a link may be one to a link
+            inner, target = links.pop(name)
             images[name] = inner, *images[target][1:]
-        else:
-            lost.append(name)
-    if lost:
+    if links:
         comm.print_main(f"warning: {path}: left out, for they are links to what is no image in it: "
-                        f"{len(lost)}, such as {min(lost)}")
+                        f"{len(links)}, such as {min(links)}")
     names = sorted(images)
     rows = np.array([images[name] for name in names], dtype=np.int64).reshape(-1, 3)
     return Tar(path, size, mtime, as_bytes(names), *rows.T,
-               as_bytes([classes.get(key(name), b"") for name in names]))
+               as_bytes([class_of(name, classes) for name in names]))
 
 
 def read_headers(path, file, bounds, inner, is_data, images, links, classes) -> None:
@@ -178,7 +192,7 @@ def read_headers(path, file, bounds, inner, is_data, images, links, classes) -> 
         path: of the outermost tar. inner: names of the tars in it that lead here.
         images: by name (length of `inner`, offset, size), to add to. links: likewise
             (length of `inner`, name of the image).
-        classes: contents of the `.cls` files by `key`.
+        classes: contents of the `.cls` files by their names without it.
     """
     where = os.path.join(path, inner).rstrip("/")
     start, end = bounds
@@ -209,7 +223,7 @@ def read_headers(path, file, bounds, inner, is_data, images, links, classes) -> 
                              links, classes)
             elif member.isreg() and name.endswith(".cls") and count <= 64:
                 file.seek(at)
-                classes[key(full)] = file.read(count).strip()
+                classes[full[:-4]] = file.read(count).strip()
             elif not is_data(name):
                 continue
             elif member.isreg():
@@ -227,12 +241,18 @@ def read_headers(path, file, bounds, inner, is_data, images, links, classes) -> 
     if block != bytes(512):  # tarfile takes both for its end
         what = "has no header" if len(block) == 512 else "the tar's end is missing: it is cut short"
         raise RunError(f"{where}: at byte {tar.offset - start:,} {what}; fetch or make it again")
+    if file.read(min(2**20, max(0, end - tar.offset - 512))).strip(b"\0"):
+        raise RunError(f"{where}: more follows behind its end at byte {tar.offset - start:,}, as "
+                       "of tars joined by cat; pass each of them to --data, or join them with tar "
+                       "--concatenate")
 
 
-def key(name: str) -> str:
-    """What the files of one sample share, in WebDataset's convention: all before the first dot."""
-    folder, _, file = name.rpartition("/")
-    return f"{folder}/{file.partition('.')[0]}"
+def class_of(name: str, classes: dict[str, bytes]) -> bytes:
+    """What the `.cls` file of an image holds: of the one of its whole name, `2026.07.cls` beside
+    `2026.07.jpg`, else of all before the first dot, WebDataset's convention; b"" without one."""
+    folder, slash, file = name.rpartition("/")
+    sample = f"{folder}{slash}{file.partition('.')[0]}"
+    return classes.get(posixpath.splitext(name)[0], classes.get(sample, b""))
 
 
 def compressed(path: str) -> str:

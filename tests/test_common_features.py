@@ -576,3 +576,16 @@ def labelled():
 
     return features.extract(function, images, view, comm.setup("cpu"), batch_size=2, workers=0,
                             labels=torch.arange(11))["pair"].tolist()
+
+
+def test_images_are_read_as_the_run_has_read_them(tmp_path):
+    said = features.DIGITS | {"bits": 16, "exif_orientation": True}
+    state = features.build(features.DIGITS).state_dict()
+    torch.save(checkpoint.described(state, said), tmp_path / "backbone.pth")
+    for flags, wanted in (([], (16, True)), (["--bits", "8", "--no-exif-orientation"], (8, False))):
+        given = ["--checkpoint", str(tmp_path / "backbone.pth"), "--data", "digits", *flags]
+        args = features.parse(features.parser("x.py", ""), given)
+        world = World(0, 1, torch.device("cpu"))
+        source = next(features.sources(args, world, interpolation="bicubic"))
+        for images in (source.train, source.test):
+            assert (images.bits, images.exif_orientation) == wanted

@@ -143,6 +143,23 @@ def test_several_sources_are_joined_in_their_order(fifty):
         open_images(given, "train", 3)
 
 
+def test_two_sources_of_the_same_names_are_told_apart(tmp_path):
+    for camera in "ab":
+        (tmp_path / camera).mkdir()
+        for number in range(3):
+            pixels = np.full((8, 8, 3), 100 * (camera == "b") + number, np.uint8)
+            Image.fromarray(pixels).save(tmp_path / camera / f"{number}.png")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(tmp_path / "a", "a")
+    (tmp_path / "a" / "1.png").write_bytes(b"")  # of none of the two, and no error
+    with tarfile.open(tmp_path / "empty.tar", "w") as tar:
+        tar.add(tmp_path / "a", ".")
+    first, swapped, alike, other = (
+        open_images([str(tmp_path / name) for name in names], "pretrain", 3).identity()
+        for names in ("ab", "ba", ["empty.tar", "b"], ["a.tar", "b"]))
+    assert first == alike and len({first, swapped, other}) == 3
+
+
 def test_identity_is_that_of_the_images_not_of_their_place(fifty, tmp_path):
     here = open_images(str(fifty / "flat"), "pretrain", 3).identity()
     shutil.copytree(fifty / "flat", tmp_path / "moved")
@@ -485,6 +502,18 @@ def test_more_than_256_levels_reach_the_network(tmp_path):
     rows = features.extract(lambda x: {"x": x.flatten(1)}, images, view, batch_size=2, workers=0,
                             world=World(0, 1, torch.device("cpu")))["x"]
     assert len(rows[0].unique()) > 4000
+
+
+def test_nothing_wraps_around_at_an_edge_and_what_lies_beyond_is_white():
+    edge = np.zeros((8, 8), np.float32)
+    edge[:, 4:] = 65535
+    planes = [Image.fromarray(edge)]
+    view = augment.View(32, [augment.CenterCrop(32, interpolation="bicubic")], 1)
+    crop = view.crop(planes, [[]])[0, 16]
+    assert (crop[:14] < 8000).all() and (crop[18:] > 57000).all() and crop.max() == 65535
+    affine = augment.RandomAffine(0, 0, (1, 1), 0, fill=255, interpolation="bilinear")
+    moved = affine.apply(planes[0], np.array([1, 0, -3, 0, 1, 0.0]), (8, 8))
+    assert (np.asarray(moved)[:, :2] == 65535).all() and (np.asarray(moved)[:, 4:6] == 0).all()
 
 
 def test_what_pillow_cannot_give_in_full_is_refused_also_with_16_bits(tmp_path):

@@ -3,6 +3,7 @@ import gzip
 import io
 import os
 import tarfile
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -79,6 +80,16 @@ def test_images_in_tars_are_those_of_a_folder_of_the_same_names(form, forms, tmp
     for i in (0, 7, 39):
         assert images.read(i)[0].tobytes() == folder.read(i)[0].tobytes()
         assert images.name(i).endswith(folder.name(i)[-6:])
+
+
+def test_a_tar_and_a_folder_of_its_name_are_one_folder(tmp_path):
+    (tmp_path / "a").mkdir()
+    make_tar(tmp_path / "a.tar", [(f"{n}.jpg", jpeg(n)) for n in (0, 9)])
+    make_tar(tmp_path / "a" / "5.tar", [("x.jpg", jpeg(5))])
+    images = pretrain(tmp_path)
+    assert images.items["name"].tolist() == [b"a/0.jpg", b"a/5/x.jpg", b"a/9.jpg"]
+    assert [images.read(i)[0].tobytes() for i in range(3)] == [
+        Image.open(io.BytesIO(jpeg(n))).convert("RGB").tobytes() for n in (0, 5, 9)]
 
 
 @pytest.mark.parametrize("form", ["plain.tar", "outer.tar"])
@@ -169,22 +180,55 @@ def test_images_without_a_class_are_left_out_with_labels_and_told(tmp_path, caps
     web = make_tar(tmp_path / "v.tar", [("0.jpg", jpeg(0)), ("0.cls", b"cat")])
     with pytest.raises(RunError, match=r"0\.jpg: its \.cls file holds b'cat'; wanted a whole"):
         open_images(str(web), "train", 3, whole=True)
+    large = make_tar(tmp_path / "large.tar", [("0.jpg", jpeg(0)), ("0.cls", b"9" * 20)])
+    with pytest.raises(RunError, match="wanted a whole"):
+        open_images(str(large), "train", 3, whole=True)
     assert len(pretrain(web)) == 1  # which never looks at labels
+
+
+def test_a_cls_file_of_the_whole_name_comes_first(tmp_path):
+    files = [(f"07.{n}.jpg", jpeg(n)) for n in range(3)] + [("8.left.jpg", jpeg(3))]
+    told = [(f"07.{n}.cls", b"%d" % (5 - n)) for n in range(3)] + [("8.cls", b"9")]
+    images = open_images(str(make_tar(tmp_path / "x.tar", files + told)), "train", 3, whole=True)
+    assert images.labels.tolist() == [5, 4, 3, 9]
+
+
+@pytest.mark.parametrize("told, lacks", [("train", "test"), ("val", "train")])
+def test_classes_are_not_told_in_two_ways(told, lacks, tmp_path):
+    for name in ("train", "val"):
+        files = [("a/0.jpg", jpeg(0)), ("b/1.jpg", jpeg(1))]
+        make_tar(tmp_path / f"{name}.tar",
+                 files + [("a/0.cls", b"1"), ("b/1.cls", b"0")] * (name == told))
+    with pytest.raises(RunError, match=f"no image of the {lacks} split has a .cls file, and"):
+        open_splits(str(tmp_path), 3)
+
+
+def test_the_tar_of_a_split_may_have_all_in_a_folder_of_its_name(tmp_path):
+    for name, files in (("train", ["a/0.jpg", "train/1.jpg"]), ("val", ["train/2.jpg"])):
+        for top in ("", f"{name}/"):
+            folder = tmp_path / f"with {top}"[:5]
+            folder.mkdir(exist_ok=True)
+            make_tar(folder / f"{name}.tar", [(f"{top}{f}", jpeg(0)) for f in files])
+    for folder in tmp_path.iterdir():
+        train, test = open_splits(str(folder), 3)
+        assert (train.labels.tolist(), test.labels.tolist()) == ([0, 1], [1])
 
 
 def test_what_is_in_a_tar_beside_images(tmp_path, capsys):
     long = "d" * 90 + "/" + "é" * 60 + ".jpg"
     path = make_tar(tmp_path / "x.tar", [
         ("a/0.jpg", jpeg(0)), ("a/._0.jpg", jpeg(1)), ("__MACOSX/1.jpg", jpeg(1)),
-        ("notes.md", b"-"), (long, jpeg(2)), ("a/0.jpg", jpeg(3)),
+        ("notes.md", b"-"), ("a/0.jpg", (tarfile.SYMTYPE, "away.jpg")), (long, jpeg(2)),
+        ("a/0.jpg", jpeg(3)),
         ("b/hard.jpg", (tarfile.LNKTYPE, "a/0.jpg")),
+        ("b/more.jpg", (tarfile.SYMTYPE, "soft.jpg")),
         ("b/soft.jpg", (tarfile.SYMTYPE, "../a/0.jpg")),
         ("b/lost.jpg", (tarfile.SYMTYPE, "away.jpg"))])
     images = pretrain(path)
     named = [images.name(i)[len(f"{path}/") :] for i in range(len(images))]
-    assert named == ["a/0.jpg", "b/hard.jpg", "b/soft.jpg", long]
+    assert named == ["a/0.jpg", "b/hard.jpg", "b/more.jpg", "b/soft.jpg", long]
     last = Image.open(io.BytesIO(jpeg(3))).convert("RGB").tobytes()  # of a name, the last counts
-    assert [images.read(i)[0].tobytes() == last for i in range(4)] == [True, True, True, False]
+    assert [images.read(i)[0].tobytes() == last for i in range(5)] == [True] * 4 + [False]
     assert "1, such as b/lost.jpg" in capsys.readouterr().out
 
 
@@ -213,6 +257,15 @@ def test_an_index_is_made_once_and_again_for_a_changed_one(tmp_path, monkeypatch
     assert len(pretrain(path, index=str(index))) == 1 and len(made) == 5
 
 
+def test_another_tar_of_the_same_size_and_time_is_not_taken_for_it(tmp_path):
+    for names, size in ("ab", 300), ("cd", 700):
+        path = make_tar(tmp_path / "x.tar", [(f"{n}.jpg", bytes(size)) for n in names])
+        os.utime(path, ns=(0, 10**18))
+        images = pretrain(path, index=str(tmp_path / "index"))
+        assert path.stat().st_size == 10240 and images.items["size"].tolist() == [size] * 2
+        assert [images.name(i)[-5] for i in range(2)] == list(names)
+
+
 def test_a_folder_that_cannot_hold_indexes_is_told(forms, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="--index .*file: .*name a folder that can be written"):
@@ -220,11 +273,13 @@ def test_a_folder_that_cannot_hold_indexes_is_told(forms, tmp_path):
 
 
 def open_on_all(path, index):
-    return comm.size(), len(pretrain(path, index=index))
+    made, make = [], shards.make_index
+    with mock.patch.object(shards, "make_index", lambda *a: made.append(1) or make(*a)):
+        return len(pretrain(path, index=index)), sum(map(len, comm.all_gather_objects(made)))
 
 
 def test_processes_that_start_together_share_an_index(forms, tmp_path, pool):
-    assert pool.run(4, open_on_all, forms / "outer.tar", str(tmp_path)) == [(4, 40)] * 4
+    assert pool.run(4, open_on_all, forms / "outer.tar", str(tmp_path)) == [(40, 1)] * 4
 
 
 # ------------------------------------------------------------------------------------------- errors
@@ -238,6 +293,8 @@ def cut(path, count):
 def swapped(path, at, data):
     whole = bytearray(path.read_bytes())
     whole[at : at + len(data)] = data
+    if at < 512:  # the sum of the first header's bytes
+        whole[148:156] = b"%06o\0 " % (sum(whole[:148]) + sum(whole[156:512]) + 8 * 32)
     path.write_bytes(whole)
     return path
 
@@ -252,6 +309,8 @@ def swapped(path, at, data):
     (lambda p: p.write_bytes(gzip.compress(p.read_bytes())) and p, r"compressed.*gunzip"),
     (lambda p: p.rename(p.with_suffix(".tar.bz2")), r"compressed.*bunzip2"),
     (lambda p: make_tar(p, [("../0.jpg", jpeg(0))]), r"member \.\./0\.jpg lies outside of it"),
+    (lambda p: p.write_bytes(p.read_bytes() * 2) and p, "more follows behind .* joined by cat"),
+    (lambda p: swapped(p, 156, b"S" + bytes(100) + b"ustar  \0"), "0.jpg is stored in pieces"),
     (lambda p: make_tar(p, [("notes.md", b"-")]), "no image file in it"),
     (lambda p: make_tar(p, [("in.tar.gz", gzip.compress(b"-"))]), "x.tar/in.tar.gz is compressed"),
     (lambda p: make_tar(p, [("in.tar", bz2.compress(b"-"))]), "x.tar/in is compressed"),

@@ -482,7 +482,8 @@ def test_revisited_sets_at_three_settings(paris, monkeypatch, tmp_path):
         assert result["num_queries"] == sum(map(bool, good))
     assert line["map"] == line["results"][0]["map"] and "mP@10" in text
     assert "2 queries searched for in 12 images" in text
-    run(*paris(), "--max-side", 32, "--no-crop-queries")
+    assert "pass --no-exif-orientation or --no-crop" in refused(*paris(), "--exif-orientation")
+    run(*paris(), "--max-side", 32, "--no-crop-queries", "--exif-orientation")
     assert rows["cosines"].shape == (2, 12)
 
 

@@ -41,6 +41,7 @@ def evaluate(*flags):
     [
         (["--epochs", "3"], "--epochs does not go with --method knn"),
         (["--method", "linear", "--k", "3"], "--k does not go with --method linear"),
+        (["--exif-orientation"], "--exif-orientation: images with label maps are read as they lie"),
         (["--data", "somewhere"], "--data somewhere needs its label maps: --labels FOLDER"),
         (["--data", "voc2012", "--labels", "x"], "--data voc2012 has its label maps"),
         (["--labels", "x"], "--labels x are of a folder --data"),

@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 
 import mae
+import simsiam
 import visualize
 from common import distributed as comm, rng
 from common.images import open_images
-from helpers import SCRIPTS, TINY
+from helpers import SCRIPTS, TINY, train
 
 
 def run(*flags):
@@ -188,6 +189,14 @@ def test_without_labels_an_image_is_not_its_own_neighbour(tmp_path):
         tiles = [picture[4 + row * 100 :, 4 + column * 100 :][:96:6, :96:6] for column in range(5)]
         np.testing.assert_array_equal(tiles[0], pixels[row])
         assert len({tile.tobytes() for tile in tiles}) == 5
+
+
+def test_neighbours_in_several_sources_joined(tmp_path):
+    run_of = tmp_path / "run"
+    train(simsiam, run_of, "--data", "digits", "digits", "--recipe", "digits", "--limit", 40,
+          dtype="float32")
+    run("neighbours", "--checkpoint", run_of, "--image", tmp_path / "x.png", "--rows", 2)
+    assert Image.open(tmp_path / "x.png").height == 2 * 100 + 4
 
 
 def test_an_embedding_has_a_panel_for_every_checkpoint_and_a_colour_for_every_class(tmp_path):
