@@ -46,7 +46,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import augment, backbones, cli, distributed as comm, features, labelled, trunks
-from common.images import open_images
+from common.images import NoSplit, open_images
 from common.retrieval_sets import copies, revisited
 from common.whitening import ROWS, whitening
 
@@ -147,7 +147,11 @@ def open_sets(args, data: str, channels: int, **options) -> list:
         images = open_images(data, args.leave_one_out, channels, whole=True, **options)
         labelled.check_labels(f"--data {data}", images, False)
         return [images, images]
-    return labelled.open_splits(data, channels, **options)
+    try:
+        return labelled.open_splits(data, channels, **options)
+    except NoSplit as error:
+        raise comm.RunError(f"{error}. Or search class folders in themselves with "
+                            "--leave-one-out") from error
 
 
 def described(args, data: str, _, database, queries) -> str:
