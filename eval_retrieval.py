@@ -315,6 +315,10 @@ def whitening_of(take, source: features.Source, args) -> dict[str, tuple[Tensor,
             raise comm.RunError(f"--whiten-dim {dim}: {args.whiten} gives {len(x)} vectors of "
                                 f"{x.shape[1]} numbers ({name}); dimensions are at most as many as "
                                 "these, and fewer than vectors")
+        if dim < x.shape[1] and not args.whiten_dim:
+            comm.print_main(f"warning: --whiten {args.whiten} gives {len(x)} vectors of "
+                            f"{x.shape[1]} numbers ({name}), so {dim} dimensions are kept, the "
+                            "last ones mostly noise; give more images, or a smaller --whiten-dim")
         found[name] = whitening(x, dim)
     return found
 

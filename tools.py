@@ -477,11 +477,15 @@ def rewritten(piece: Piece, names: dict, path: str) -> str:
         lines[row] = (line[:start] + new.encode() + line[end:]).decode()
         moves[row].append((len(line[:start].decode()), len(new) - len(old)))
 
+    spaces = [len(line) - len(line.lstrip()) for line in lines]
     indents, open_brackets, last = collections.Counter(), [], -1
     for token in tokenize.generate_tokens(io.StringIO(piece.text).readline):
         row, column = token.start[0] - 1, token.start[1]
         if row > last and open_brackets and token.type != tokenize.NL:
-            above, place = open_brackets[-1]
+            # of the line that it is indented against: that of the innermost bracket, unless further
+            # right, for it hangs below its own bracket
+            above, place = next((each for each in reversed(open_brackets)
+                                 if spaces[each[0]] <= column), open_brackets[0])
             indents[row] = indents[above]
             if column == place + 1:
                 indents[row] += sum(move for at, move in moves[above] if at < place)
