@@ -107,8 +107,12 @@ def parse_args(argv=None):
             evaluation.error(f"--features {args.given.features[0]} has no images; --checkpoint")
         if args.kind == "neighbours" and len(args.given.checkpoint) > 1:
             evaluation.error(f"--checkpoint {' '.join(args.given.checkpoint)}: give one")
+        if len(args.given.layers or ()) > 1:
+            evaluation.error(f"--layers {' '.join(args.given.layers)}: give one")
     elif others and args.kind not in ("views", "masks"):
         parser.error(f"unrecognized arguments: {' '.join(others)}")
+    if os.path.isdir(args.image) or not os.path.isdir(os.path.dirname(args.image) or "."):
+        parser.error(f"--image {args.image}: give a PNG file in a folder that is there")
     args.flags = others
     return args
 
