@@ -37,7 +37,7 @@ from common.whitening import whitening
 
 
 def parse_args(argv=None):
-    parser = features.parser(__file__, __doc__)
+    parser = features.parser(__file__, __doc__, several=False)
     group = parser.add_argument_group("clusters")
     group.add_argument("--num-clusters", type=cli.pos_int, required=True, metavar="K",
                        help="16000 in the paper, for ImageNet")
@@ -93,6 +93,9 @@ def main(args):
     world = comm.setup(args.device, deterministic=True)
     with comm.same_error_on_all_ranks(writing=args.output):
         os.makedirs(args.output, exist_ok=True)
+    if os.path.exists(os.path.join(args.output, "assignments.npy")):
+        comm.print_main(f"warning: {args.output} holds clusters already, which will be replaced; "
+                        "to keep them interrupt now, and choose another --output")
     # 1. Features
     (source,) = features.sources(args, world, interpolation="bilinear",
                                  open_splits=labelled.open_unlabelled)

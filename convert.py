@@ -101,7 +101,7 @@ def advice(to: str, settings: dict) -> list[str]:
 
 
 def main(args):
-    source = features.resolve_checkpoint(args.source)
+    source = features.resolve_checkpoint(args.source, "SOURCE")
     if source.weights is None:
         raise comm.RunError(f"{args.source} has no weights to convert")
     args.data = source.settings.get("data", "folder")  # what is not described is as for photos

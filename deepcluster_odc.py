@@ -86,13 +86,14 @@ ODC = {  # what `--method odc` changes
 
 
 def parse_args(argv=None):
-    recipes = RECIPES
-    if cli.peek(argv, "--method", str) == "odc":
+    recipes, method = RECIPES, cli.peek(argv, "--method", str) or "deepcluster"
+    if method == "odc":
         recipes = {name: recipe | ODC[name] for name, recipe in RECIPES.items()}
     parser, group = cli.method_parser(__file__, __doc__, backbones.RESNETS, crops="one",
                                       decay="all")
-    group.add_argument("--method", choices=("deepcluster", "odc"), default="deepcluster",
-                       help="clusters of each epoch, or of each step; sets what its paper sets")
+    group.add_argument("--method", choices=("deepcluster", "odc"), default=method,
+                       help="clusters of each epoch, or of each step; sets what its paper sets "
+                       "(its numbers: --method odc --help)")
     group.add_argument("--sobel", action=cli.Switch,
                        help="the backbone sees edges in place of colours")
     group.add_argument("--views", choices=("photo", "digits"), help="kind of augmentation")

@@ -607,6 +607,8 @@ def main(args):
                   floors={"teacher_entropy": 0.01 * max_entropy,
                           "z_std": 0.1 / math.sqrt(args.bottleneck_dim)},
                   ceilings={"teacher_entropy": 0.99 * max_entropy}) as run:
+        if args.koleo_weight:
+            comm.print_main("the chance level is that of class and patch loss, without KoLeo's")
         run.resume(model=model, teacher=teacher, **centers, optimizer=optimizer, scaler=scaler)
         ddp_model = comm.data_parallel(model)
         lr_of_step = optim.warmup_cosine(

@@ -98,13 +98,14 @@ def parse_args(argv=None):
     parser = features.parser(__file__, __doc__)
     group = parser.add_argument_group("protocol")
     group.add_argument("--probe", choices=("linear", "attentive"), default="linear",
-                       help="the head; attentive: of transformers, on patches or, by --layers "
-                       "tokens, on the class token too")
+                       help="the head that is trained; attentive: for transformers, sees all "
+                       "patches, or with --layers tokens the class token as well")
     group.add_argument("--protocol", choices=("auto", *PROTOCOLS, *ATTENTIVE),
-                       help="how the head is trained; default: auto, of an attentive one aim")
+                       help="how the head is trained: auto (described above), a paper's way, or "
+                       "for --probe attentive aim; default: auto, or aim. One of")
     group.add_argument("--train-fraction", type=cli.fraction, default=1.0, metavar="SHARE",
                        help="class-balanced fraction of the training images")
-    group.add_argument("--also-test", nargs="+", default=[], metavar="FOLDER",
+    group.add_argument("--also-test", nargs="+", metavar="FOLDER",
                        help="further test images, of some of the classes: class folders named as "
                        "in training (or 0, 1, ... in the order of those names), or lists")
     group = parser.add_argument_group("auto")
@@ -124,8 +125,10 @@ def parse_args(argv=None):
     args = features.parse(parser, argv)
     attentive = args.probe == "attentive"
     args.protocol = args.protocol or ("aim" if attentive else "auto")
+    args.also_test = args.also_test or []
     if attentive != (args.protocol in ATTENTIVE):
-        parser.error(f"--protocol {args.protocol} does not go with --probe {args.probe}")
+        parser.error(f"--protocol {args.protocol} does not go with --probe {args.probe}, "
+                     + ("whose only one is aim" if attentive else "it needs --probe attentive"))
     if attentive and (other := set(args.layers or ()) - set(TOKENS)):
         parser.error(f"--layers {' '.join(sorted(other))}: an attentive probe has "
                      f"{' '.join(TOKENS)}")

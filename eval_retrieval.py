@@ -46,7 +46,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import augment, cli, distributed as comm, features, labelled, trunks
-from common.images import open_images
+from common.images import NoSplit, open_images
 from common.retrieval_sets import BoxedImages, copies, revisited
 from common.whitening import ROWS, whitening
 
@@ -138,7 +138,11 @@ def open_sets(args, data: str, channels: int, **options) -> list:
         images = open_images(data, args.leave_one_out, channels, whole=True, **options)
         labelled.check_labels(f"--data {data}", images, False)
         return [images, images]
-    return labelled.open_splits(data, channels, **options)
+    try:
+        return labelled.open_splits(data, channels, **options)
+    except NoSplit as error:
+        raise comm.RunError(f"{error}. Or search class folders in themselves with "
+                            "--leave-one-out") from error
 
 
 def described(args, data: str, _, database, queries) -> str:
@@ -289,6 +293,10 @@ def whitening_of(take, source: features.Source, args) -> dict[str, tuple[Tensor,
             raise comm.RunError(f"--whiten-dim {dim}: {args.whiten} gives {len(x)} vectors of "
                                 f"{x.shape[1]} numbers ({name}); dimensions are at most as many as "
                                 "these, and fewer than vectors")
+        if dim < x.shape[1] and not args.whiten_dim:
+            comm.print_main(f"warning: --whiten {args.whiten} gives {len(x)} vectors of "
+                            f"{x.shape[1]} numbers ({name}), so {dim} dimensions are kept, the "
+                            "last ones mostly noise; give more images, or a smaller --whiten-dim")
         found[name] = whitening(x, dim)
     return found
 

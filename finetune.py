@@ -128,8 +128,8 @@ def parse_args(argv=None):
     group.add_argument("--image-size", type=cli.pos_int, help="side in pixels")
     cli.channel_flags(group)
     group = parser.add_argument_group("protocol")
-    group.add_argument("--protocol", choices=PROTOCOLS, help="named defaults; of digits and "
-                       "cifar10: small, for a transformer mae")
+    group.add_argument("--protocol", choices=PROTOCOLS, help="named defaults; needed, except for "
+                       "digits and cifar10: there small, or for a transformer mae. One of")
     group.add_argument("--crop-scale", type=cli.fraction, nargs=2,
                        help="smallest, largest area fraction of a crop")
     group.add_argument("--flip", action=cli.Switch,
@@ -466,7 +466,7 @@ def test(model: Classifier, images, args, world) -> dict:
 def main(args):
     world = comm.setup(args.device, args.deterministic)
     with comm.same_error_on_all_ranks():
-        features.resolve_checkpoint(args.checkpoint)
+        features.resolve_checkpoint(args.checkpoint, baselines="random")
     if args.arch in backbones.VITS and args.optimizer != "adamw":
         comm.print_main(f"warning: the rates of --protocol {args.protocol} are for ResNets, and "
                         f"{args.arch} is a transformer")

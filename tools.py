@@ -69,6 +69,9 @@ def parse_args(argv=None):
             backbones.check_name(args.arch)
         except comm.RunError as error:
             parser.error(str(error))
+        for flag, own in (("--stem", backbones.RESNETS), ("--patch-size", backbones.VITS)):
+            if args.arch not in own and (value := cli.peek(argv, flag, str)):
+                parser.error(f"{flag} {value} does not belong to {args.arch}; leave it out")
         if args.arch in backbones.VITS and args.image_size % args.patch_size:
             parser.error(f"--image-size {args.image_size} is not a multiple of --patch-size "
                          f"{args.patch_size}")
@@ -152,6 +155,8 @@ def publish(args) -> None:
     name = args.name or os.path.basename(os.path.abspath(folder))
     digest = hashlib.sha256(content.getvalue()).hexdigest()
     path = os.path.join(args.output, f"{name}-{digest[:8]}.pth")
+    if os.path.exists(args.output) and not os.path.isdir(args.output):
+        raise comm.RunError(f"--output {args.output} is a file; give a folder")
     with comm.same_error_on_all_ranks(writing=args.output):
         os.makedirs(args.output, exist_ok=True)
         with checkpoint.atomic_write(path) as file:
@@ -472,11 +477,15 @@ def rewritten(piece: Piece, names: dict, path: str) -> str:
         lines[row] = (line[:start] + new.encode() + line[end:]).decode()
         moves[row].append((len(line[:start].decode()), len(new) - len(old)))
 
+    spaces = [len(line) - len(line.lstrip()) for line in lines]
     indents, open_brackets, last = collections.Counter(), [], -1
     for token in tokenize.generate_tokens(io.StringIO(piece.text).readline):
         row, column = token.start[0] - 1, token.start[1]
         if row > last and open_brackets and token.type != tokenize.NL:
-            above, place = open_brackets[-1]
+            # of the line that it is indented against: that of the innermost bracket, unless further
+            # right, for it hangs below its own bracket
+            above, place = next((each for each in reversed(open_brackets)
+                                 if spaces[each[0]] <= column), open_brackets[0])
             indents[row] = indents[above]
             if column == place + 1:
                 indents[row] += sum(move for at, move in moves[above] if at < place)
@@ -490,9 +499,11 @@ def rewritten(piece: Piece, names: dict, path: str) -> str:
 
 
 def flatten(args) -> None:
+    if os.path.isdir(args.out):
+        raise comm.RunError(f"{args.out} is a folder; name the file to write in it")
     if os.path.exists(args.out) and not args.overwrite:
         raise comm.RunError(f"{args.out} is there already; give another name or --overwrite")
-    flat = Flat(args.script)
+    flat = Flat(args.script if args.script.endswith(".py") else f"{args.script}.py")
     text = flat.text()
     compile(text, args.out, "exec")
     folder = os.path.dirname(args.out) or "."

@@ -65,14 +65,17 @@ def parse_args(argv=None):
                         formatter_class=cli.HelpFormatter, allow_abbrev=False)
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     for name, what, scripts in (("views", "the views of a script", "simclr, moco, ..."),
-                                ("masks", "the views that a script masks, masked", "dinov2, ...")):
+                                ("masks", "the views that a script masks, masked",
+                                 "cae, dinov2, ijepa or simmim")):
         views = kinds.add_parser(name, allow_abbrev=False, formatter_class=cli.HelpFormatter,
-                                 help=f"{what}; its flags may follow")
+                                 help=f"{what}; its flags may follow", epilog="Any flag of the "
+                                 "script may follow, such as --data FOLDER --recipe cifar10.")
         views.add_argument("script", help=scripts)
     for name, what in (("neighbours", "test images and their nearest training images"),
                        ("embedding", "test images as points, by t-SNE")):
         kinds.add_parser(name, allow_abbrev=False, formatter_class=cli.HelpFormatter,
-                         help=f"{what}; flags of the evaluations follow")
+                         help=f"{what}; flags of the evaluations follow", epilog="And the "
+                         "flags of eval_knn.py: --checkpoint, --data, --layers, --limit, ...")
     kinds.choices["neighbours"].add_argument("--columns", type=cli.pos_int, default=8,
                                              help="number of neighbours")
     kinds.choices["embedding"].add_argument("--points", type=cli.two_or_more, default=2000,
@@ -104,8 +107,12 @@ def parse_args(argv=None):
             evaluation.error(f"--features {args.given.features[0]} has no images; --checkpoint")
         if args.kind == "neighbours" and len(args.given.checkpoint) > 1:
             evaluation.error(f"--checkpoint {' '.join(args.given.checkpoint)}: give one")
+        if len(args.given.layers or ()) > 1:
+            evaluation.error(f"--layers {' '.join(args.given.layers)}: give one")
     elif others and args.kind not in ("views", "masks"):
         parser.error(f"unrecognized arguments: {' '.join(others)}")
+    if os.path.isdir(args.image) or not os.path.isdir(os.path.dirname(args.image) or "."):
+        parser.error(f"--image {args.image}: give a PNG file in a folder that is there")
     args.flags = others
     return args
 
@@ -212,7 +219,8 @@ def views_picture(args) -> Image.Image:
     """Images, and beside each its views in the first epoch, or what its masks leave of them."""
     module = method(args.script)
     if args.kind == "masks" and not hasattr(module, "visible_patches"):
-        raise comm.RunError(f"{args.script} masks no patches of its views; try dinov2")
+        raise comm.RunError(f"{args.script} masks no patches of its views; cae, dinov2, "
+                            "ijepa and simmim do (of MAE: reconstruction)")
     given = module.parse_args(args.flags)
     images = open_images(given.data, "pretrain", given.in_chans, **cli.sources(given))
     rows = min(args.rows, len(images))
@@ -406,7 +414,7 @@ def reconstruction_picture(args) -> Image.Image:
     import mae
 
     settings = settings_of(args, "mae.py")
-    if "mask_ratio" not in settings:
+    if not {"mask_ratio", "decoder_dim", "norm_pix"} <= settings.keys():
         raise comm.RunError(f"--checkpoint {args.checkpoint} is not a run of mae.py")
     path = os.path.join(args.checkpoint, "checkpoint.pt")
     try:

@@ -32,22 +32,25 @@ from common.workers import end_if_unsent, read_ahead, workers_for
 
 def parser(
     script: str, description: str, *, resnet_layer: str = "avgpool",
-    resize: str = "the image size up to 96 px, 256/224 of it above",
+    resize: str = "the image size up to 96 px, 256/224 of it above", several: bool = True,
 ) -> cli.Parser:
     """Make an evaluation's parser; flags that default to those of a run are None.
 
     Args:
         resnet_layer: the default of `--layers` for a ResNet.
         resize: the default of this flag, in words.
+        several: whether one call takes several checkpoints and layers, for the help.
     """
     made = cli.Parser(os.path.basename(script), description=description,
                       formatter_class=cli.HelpFormatter, allow_abbrev=False)
     group = made.add_argument_group("features")
     which = group.add_mutually_exclusive_group(required=True)
     which.add_argument("--checkpoint", nargs="+", metavar="WHAT",
-                       help="run folders, weights files, random, pixels")
+                       help="run folders, weights files, random, pixels" if several else
+                       "one run folder or weights file, random or pixels")
     which.add_argument("--features", nargs="+", metavar="FILE",
-                       help="files made by --save-features, instead of checkpoints and images")
+                       help="files made by --save-features, instead of checkpoints and images"
+                       if several else "one file made by --save-features, instead of these")
     group.add_argument("--save-features", metavar="FILE",
                        help="write the features of the one checkpoint to a .npz")
     group.add_argument("--layers", nargs="+", metavar="LAYER",
@@ -150,7 +153,7 @@ class Checkpoint:
     settings: dict  # what the file and the run that made it say; empty if nothing does
 
 
-def resolve_checkpoint(name: str, flag: str = "--checkpoint") -> Checkpoint:
+def resolve_checkpoint(name: str, flag: str = "--checkpoint", baselines: str = "") -> Checkpoint:
     """Look up `random`, `pixels`, a run folder, or a file, maybe with a run.json beside it.
 
     What a file says of itself (`checkpoint.described`) counts more than the run.json.
@@ -164,7 +167,7 @@ def resolve_checkpoint(name: str, flag: str = "--checkpoint") -> Checkpoint:
     if not os.path.isfile(path):
         raise RunError(
             f"{flag} {name}: no file {path}; give a run folder or a weights file"
-            + (", random or pixels" if flag == "--checkpoint" else "")
+            + (baselines and f", or {baselines}")
         )
     described = os.path.join(os.path.dirname(path), "run.json")
     settings = {}
@@ -343,7 +346,8 @@ def checkpoints_of(args):
     Raises:
         RunError: something named is not there or does not fit.
     """
-    checkpoints = [resolve_checkpoint(name) for name in args.checkpoint or ()]
+    checkpoints = [resolve_checkpoint(name, baselines="random or pixels")
+                   for name in args.checkpoint or ()]
     shared = evaluation_settings(args, checkpoints) if checkpoints else {}
     for checkpoint in checkpoints:
         settings = dict(shared)
@@ -401,7 +405,10 @@ def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
         protocol = described(settings["data"], args, train, test)
         protocol += f" of {size} px" if view.geometry[0].resizes else ""
         protocol += f", {view.geometry[0]}"
-        protocol += f", features in {args.amp}" if args.amp != "none" else ""
+        if args.amp == "tf32" and world.device.type != "cuda":
+            protocol += ", features in float32 (tf32 is CUDA's)"
+        elif args.amp != "none":
+            protocol += f", features in {args.amp}"
         if protocol not in said:
             comm.print_main(protocol)
             for path, images in zip(also_test, also, strict=True):

@@ -560,7 +560,8 @@ def folder(
     if not paths and (tars := files_below(os.path.normpath(root))[1]):  # of all splits
         return tar_images(tars, root, split, channels, whole, numbers, index)
     if not anything and not found:
-        raise NoSplit(f"--data {root}: no {' or '.join(names)} folder in it to evaluate with")
+        raise NoSplit(f"--data {root}: no {' or '.join(names)} folder in it to evaluate with; "
+                      "give a folder with train/ and val/ or test/, or --test-data")
     beside = f", {' and '.join(held_out)} held out" if held_out else ""
     if not paths:
         raise RunError(f"--data {top}: no image file in it{beside} ({' '.join(EXTENSIONS)})")
@@ -686,7 +687,7 @@ def tar_images(
             found = []
     if not anything and not {"train", *found[:1]} <= there:
         raise NoSplit(f"--data {root}: no train and {' or '.join(HELD_OUT)} folder in it to "
-                      "evaluate with")
+                      "evaluate with; or name those to test on with --test-data")
     held_out = [] if found else sorted(there.intersection(HELD_OUT))
     rows = np.flatnonzero(tops == found[0] if found else ~np.isin(tops, held_out))
     if not len(rows):

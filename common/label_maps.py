@@ -291,7 +291,8 @@ def size_and_counts(num_classes: int | None, planes: list[Image.Image]) -> tuple
     counts = np.bincount(np.asarray(planes[-1]).ravel(), minlength=IGNORED + 1)
     highest = np.flatnonzero(counts[:IGNORED]).max(initial=-1)
     if num_classes is not None and highest >= num_classes:
-        raise RunError(f"class {highest} in its label map, and there are {num_classes} classes")
+        raise RunError(f"class {highest} in its label map, and classes are 0 to {num_classes - 1} "
+                       "(raise --num-classes, or give the number to --ignore)")
     return torch.tensor(planes[0].size), torch.from_numpy(counts)
 
 

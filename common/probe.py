@@ -39,7 +39,7 @@ class Probe:
                             f"test images of {data}")
         except NoSplit as error:
             if args.probe_data:
-                raise
+                raise NoSplit(str(error).replace("--data", "--probe-data", 1)) from error
             comm.print_main(f"probe: effective rank alone, for there are no labels ({error})")
             self.splits = [images.subset(evenly(len(images), RANKED))]
 

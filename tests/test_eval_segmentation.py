@@ -41,7 +41,6 @@ def evaluate(*flags):
     [
         (["--epochs", "3"], "--epochs does not go with --method knn"),
         (["--method", "linear", "--k", "3"], "--k does not go with --method linear"),
-        (["--exif-orientation"], "--exif-orientation: images with label maps are read as they lie"),
         (["--data", "somewhere"], "--data somewhere needs its label maps: --labels FOLDER"),
         (["--data", "voc2012", "--labels", "x"], "--data voc2012 has its label maps"),
         (["--labels", "x"], "--labels x are of a folder --data"),
@@ -476,7 +475,7 @@ def spoil(root, how):
 FAULTS = {
     "no map": "1 of 6 images have no label map, such as {}, which needs",
     "another size": "{} has 32 x 24 px, and its label map 24 x 32",
-    "too many classes": "{}: class 3 in its label map, and there are 3 classes",
+    "too many classes": "{}: class 3 in its label map, and classes are 0 to 2 ",
     "colours": "is no label map (Pillow mode RGB)",
     "no image": "cannot be read",
     "narrow": "{} has 3000 x 3 px, so 64 x 1 at --resize 16, less than a patch of 4 px",

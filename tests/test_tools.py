@@ -63,7 +63,9 @@ def test_the_parts_add_up(arch):
 
 
 def test_what_cannot_be_counted_is_said(capsys):
-    for flags, named in ((["resnet51"], "resnet50"), (["vit_tiny", "--image-size", "100"], "100")):
+    for flags, named in ((["resnet51"], "resnet50"), (["vit_tiny", "--image-size", "100"], "100"),
+                         (["resnet18", "--patch-size", "8"], "--patch-size 8"),
+                         (["vit_tiny", "--stem", "small"], "--stem small")):
         with pytest.raises(SystemExit):
             tools.parse_args(["count", *flags])
         assert named in capsys.readouterr().err

@@ -143,6 +143,19 @@ def test_what_cannot_be_shown_is_said(flags, named, tmp_path):
         run(*flags, "--image", tmp_path / "out.png")
 
 
+def test_a_run_that_masks_but_reconstructs_nothing_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(visualize, "settings_of", lambda *_: {"mask_ratio": [0.1, 0.5]})
+    with pytest.raises(comm.RunError, match="is not a run of mae.py"):
+        run("reconstruction", "--checkpoint", "dinov2", "--image", tmp_path / "out.png")
+
+
+def test_a_picture_needs_a_folder(tmp_path, capsys):
+    for image in (tmp_path, tmp_path / "none" / "x.png"):
+        with pytest.raises(SystemExit):
+            visualize.parse_args(["curves", "run", "--image", str(image)])
+        assert f"--image {image}: give a PNG" in capsys.readouterr().err
+
+
 # --------------------------------------------------------------------------------- features of runs
 
 
