@@ -479,8 +479,8 @@ def main(args):
     measure, short = ("precision", "mP") if args.data in SETS else ("recall", "recall")
     several = [key for key in ("layer", "relevant")
                if any(len({r[key] for r in row["results"]}) > 1 for row in table)]
-    features.print_table(["checkpoint", "mAP", *(f"{short}@{k}" for k in dict.fromkeys(args.k)),
-                          "queries"], [
+    columns = ["checkpoint", "mAP", *(f"{short}@{k}" for k in dict.fromkeys(args.k)), "queries"]
+    features.print_table(columns, [
         [" ".join([row["checkpoint"], *(r[key] for key in several)]), f"{r['map']:.3f}",
          *(f"{share:.3f}" for share in r[measure].values()), str(r["num_queries"])]
         for row in table for r in row["results"]])

@@ -494,7 +494,8 @@ def rewritten(piece: Piece, names: dict, path: str) -> str:
             open_brackets.append((row, column))
         elif token.type == tokenize.OP and token.string in ")]}":
             open_brackets.pop()
-    return "\n".join(" " * indents[row] + line if indents[row] >= 0 else line[-indents[row]:]
+    spaces = [len(line) - len(line.lstrip()) for line in lines]  # all that can be taken away
+    return "\n".join(" " * max(0, indents[row]) + line[min(max(0, -indents[row]), spaces[row]):]
                      for row, line in enumerate(lines))
 
 

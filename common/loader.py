@@ -226,13 +226,16 @@ def fitting_batch(batch_size: int, images, world: World) -> int:
     """A batch size, or if there are fewer images, the largest power of two that they fill.
 
     Raises:
-        RunError: it does not divide among the processes.
+        RunError: it does not divide among the processes, or is too small for batch norm.
     """
     if batch_size > len(images):
         batch_size = 2 ** (len(images).bit_length() - 1)
     if batch_size % world.size:
         raise RunError(f"--train-batch-size {batch_size} does not divide among {world.size} "
                        "processes")
+    if batch_size < 2:
+        raise RunError(f"batches of 1 of {len(images)} training images, too few for batch norm; "
+                       "give 2 or more")
     return batch_size
 
 
