@@ -123,6 +123,15 @@ def test_half_is_half_and_loads(folder, tmp_path, capsys):
     assert Path(half).stat().st_size < 0.6 * Path(whole).stat().st_size
 
 
+def test_of_a_part_of_a_tensor_the_rest_is_not_published(folder, tmp_path, capsys):
+    state = torch.load(folder / "backbone.pth", weights_only=True)
+    before = (folder / "backbone.pth").stat().st_size
+    state["bn1.weight"] = torch.rand(10**6)[: len(state["bn1.weight"])]
+    torch.save(state, folder / "backbone.pth")
+    run("publish", folder, "--output", tmp_path)
+    assert Path(published(capsys)).stat().st_size < before + 10**5
+
+
 def test_what_cannot_be_published_is_said(folder, tmp_path):
     state = torch.load(folder / "backbone.pth", weights_only=True)
     for value, flags, named in ((1e6, ["--half"], "bn1.weight is not finite, being beyond 65504"),
