@@ -560,7 +560,7 @@ def digit_copies(folder, count=40):
         moved = Image.fromarray(np.roll(np.asarray(image), 1, axis=i % 2))
         crop = image.crop((2, 2, 62, 62))
         for part, copy, name in (("original", image, "00.png"), ("strong", moved, "01.jpg"),
-                                 ("crops/10", crop, "02.png")):
+                                 ("crops/10", crop, "12.png")):
             path = folder / part / f"{2000 + i}{name}"
             path.parent.mkdir(parents=True, exist_ok=True)
             copy.save(path)
