@@ -136,6 +136,8 @@ def test_windows_together_are_the_image(size, window, stride):
     image = torch.randn(3, *size)
     found = scores_of_pixels(lambda cut: cut, image, window, stride, side=1)
     torch.testing.assert_close(found, image)
+    filled = scores_of_pixels(lambda cut: cut, image, window, stride, side=4)
+    torch.testing.assert_close(filled, image)  # what is filled up is cut off again
     seen = []
     scores_of_pixels(lambda cut: seen.append(cut.shape) or cut[:, :, ::4, ::4], image, window,
                      stride, side=4)
@@ -164,6 +166,7 @@ def test_the_best_class_is_that_of_all_enlarged_scores(chunk):
     wanted = F.interpolate(scores[None], size=(31, 40), mode="bilinear")[0].argmax(0)
     found = enlarged_argmax(scores, (31, 40), chunk)
     assert torch.equal(found, wanted)
+    assert not enlarged_argmax(torch.zeros(11, 5, 7), (31, 40), chunk).any()  # of equals the first
 
 
 @pytest.mark.parametrize("arch, stem, layer, side", [
