@@ -492,7 +492,7 @@ def test_more_classes_than_a_set_has_are_numbered_and_fewer_refused():
     flags = ["--checkpoint", "pixels", "--image-size", 48, "--limit", 3, "--num-classes"]
     line, _ = evaluate(*flags, 13)
     assert [*line["per_class"]][-3:] == ["9", "11", "12"] and line["per_class"]["12"] is None
-    with pytest.raises(RunError, match="in its label map, and there are 3 classes"):
+    with pytest.raises(RunError, match="in its label map, and classes are 0 to 2"):
         evaluate(*flags, 3)
 
 
