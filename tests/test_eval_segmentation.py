@@ -614,6 +614,15 @@ def test_processes_change_nothing_but_rounding_in_linear(pool, weights, tmp_path
     assert two["miou"] == pytest.approx(one["miou"], abs=0.01)
 
 
+def test_the_rates_of_linear_are_the_protocols(tmp_path):
+    evaluate("--checkpoint", "random", *LINEAR, "--epochs", 20, "--limit", 8, "--output", tmp_path)
+    rates = [line["lr"] for line in drill.log_of(next(tmp_path.iterdir()))]
+    base = 0.016 * 4 / 256  # 1e-3 at the published batch of 16
+    warm_up = [base * 1e-6, base * (1 + 1e-6) / 2]  # 1500 / 40000 of 40 steps
+    cosine = [base * (1 + math.cos(math.pi * step / 38)) / 2 for step in range(38)]
+    np.testing.assert_allclose(rates, warm_up + cosine, rtol=1e-6)
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """A small ResNet that has been taught the digits for two seconds."""
