@@ -14,19 +14,24 @@ import torch
 from lightly.loss import (
     BarlowTwinsLoss,
     DINOLoss,
+    IBOTPatchLoss,
+    KoLeoLoss,
     LeJEPALoss,
     NegativeCosineSimilarity,
     NTXentLoss,
     SwaVLoss,
     VICRegLoss,
 )
+from lightly.models.utils import select_most_similar
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import barlow_twins
 import byol
+import densecl
 import dino
+import dinov2
 import lejepa
 import moco
 import simclr
@@ -45,13 +50,24 @@ def of_simclr(z):
     return simclr.nt_xent(z[0], z[1], 0.5), NTXentLoss(temperature=0.5)(z[0], z[1])
 
 
-def of_moco(z):
+def with_queue(queue):
     peer = NTXentLoss(temperature=0.1, memory_bank_size=(K, D))
-    queue = unit(K, D)
     peer.memory_bank.bank = queue.clone()
     peer.memory_bank.bank_ptr = torch.zeros(1, dtype=torch.long)
-    keys = z[1].detach()
-    return moco.info_nce(z[0], keys, queue, 0.1), peer(z[0], keys)
+    return peer
+
+
+def of_moco(z):
+    queue, keys = unit(K, D), z[1].detach()
+    return moco.info_nce(z[0], keys, queue, 0.1), with_queue(queue)(z[0], keys)
+
+
+def of_densecl(z):
+    queue, cells = unit(K, D), unit(2, N // 4, 4, D)  # 4 cells an image, of the map and embedded
+    q, k = z.view(2, N // 4, 4, D)
+    found = select_most_similar(*cells, k.detach()).flatten(0, 1)
+    ours = densecl.dense_info_nce(q, k, densecl.match_cells(*cells), queue, 0.1)
+    return ours, with_queue(queue)(q.flatten(0, 1), found)
 
 
 def of_barlow_twins(z):
@@ -96,6 +112,24 @@ def of_dino(z):
     return dino.dino_loss(z, teacher, center, 0.1, 0.04), peer(list(teacher), list(z), epoch=1)
 
 
+def of_ibot(z):
+    """Of 4 crops, whose masked patches are not as many, the third without any."""
+    mask = torch.zeros(4, 8, 8, dtype=torch.bool)
+    for crop, count in enumerate((10, 33, 0, N - 43)):
+        mask[crop].view(-1)[:count] = True
+    center = torch.randn(D, dtype=z.dtype)
+    peer = IBOTPatchLoss(output_dim=D, teacher_temp=0.0625).double()
+    peer.center.center.copy_(center)
+    targets = dinov2.centered_targets(z[1].detach(), center, 0.0625)
+    weights = dinov2.spread_masks(mask.flatten().nonzero()[:, 0], 4, 64)[1]
+    return (dinov2.patch_loss(z[0], targets, weights, 4, 0.1),
+            peer(z[1].detach(), z[0], mask))
+
+
+def of_koleo(z):
+    return dinov2.koleo_loss(z[0]), KoLeoLoss()(z[0])
+
+
 def main():
     torch.manual_seed(0)
     found = {}
@@ -104,6 +138,8 @@ def main():
         ("SimSiam", 2, of_simsiam), ("BYOL", 2, of_byol),
         ("SwAV, 2 + 4 crops", 6, of_swav), ("DINO, 2 + 4 crops", 6, of_dino),
         ("VICReg", 2, of_vicreg), ("LeJEPA, 2 + 4 crops", 6, of_lejepa),
+        ("DenseCL, cells", 2, of_densecl), ("iBOT, patches", 2, of_ibot),
+        ("DINOv2, KoLeo", 1, of_koleo),
     ):
         z = torch.randn(views, N, D, dtype=torch.float64, requires_grad=True)
         ours, theirs = pair(z)
