@@ -33,6 +33,7 @@ METHODS = {  # name: script and flags
     "BYOL": ["byol.py"],
     "DINO": ["dino.py"],
     "DINOv2": ["dinov2.py"],
+    "iBOT": ["dinov2.py", "--method", "ibot", "--koleo-weight", "0"],
     "Barlow Twins": ["barlow_twins.py"],
     "VICReg": ["vicreg.py"],
     "LeJEPA": ["lejepa.py"],
@@ -45,14 +46,12 @@ METHODS = {  # name: script and flags
     "Relative location": ["pretext.py", "--task", "location"],
 }
 TRANSFORMERS = {  # and the layer that is evaluated
-    "DINOv2": "cls", "MAE": "patches", "SimMIM": "patches", "I-JEPA": "patches",
+    "DINOv2": "cls", "iBOT": "cls", "MAE": "patches", "SimMIM": "patches", "I-JEPA": "patches",
     "CAE": "patches",
 }
-EVALUATIONS = {
-    "eval_knn.py": [],
-    "eval_linear.py": [],
-    "eval_svm.py": ["--costs", "0.1", "1", "10", "--low-shot", "1"],
-    "eval_retrieval.py": [],
+EVALUATIONS = {  # and their flags
+    "knn": [], "linear": [], "svm": ["--costs", "0.1", "1", "10", "--low-shot", "1"],
+    "retrieval": [],
 }
 
 
@@ -96,12 +95,12 @@ def evaluate(folder: Path) -> dict:
         runs = [folder / name.lower().replace(",", "").replace(" ", "-") for name in names]
         suffix = f" ({names[0]}'s, {layer})" if layer else ""  # each has an untrained twin
         titles = [b if b == "pixels" else f"random{suffix or ' (ResNet)'}" for b in baselines]
-        for script, flags in EVALUATIONS.items():
+        for kind, flags in EVALUATIONS.items():
             layers = ["--layers", layer] if layer else []
-            printed = run([script, "--checkpoint", *baselines, *runs, *flags, *layers])
+            printed = run([f"eval_{kind}.py", "--checkpoint", *baselines, *runs, *flags, *layers])
             rows = json.loads(printed.splitlines()[-1])["checkpoints"]
             for name, row in zip([*titles, *names], rows, strict=True):
-                found.setdefault(name, {})[script.removesuffix(".py")] = row
+                found.setdefault(name, {})[kind] = row
     return found
 
 
@@ -119,7 +118,7 @@ def main():
           "SVM, mAP | retrieval, mAP |")
     print("|---|---|---|---|---|---|---|---|")
     for name, results in found.items():
-        knn, linear, svm, retrieval = (results[script.removesuffix(".py")] for script in EVALUATIONS)
+        knn, linear, svm, retrieval = (results[kind] for kind in EVALUATIONS)
         few = [f"{knn['shots'][s]['mean']:.3f} ±{knn['shots'][s]['std']:.3f}" for s in ("5", "1")]
         print(f"| {name} | {seconds.get(name, ''):} | {knn['top1']:.3f} | {few[0]} | {few[1]} | "
               f"{linear['top1']:.3f} | {svm['map']:.3f} | {retrieval['map']:.3f} |")
