@@ -7,7 +7,8 @@ The data folder holds train/<class>/ and test/<class>/. Trained on the first 1,0
 each class by name, tested on the first 200 test files: k-NN, five and one labels a class, linear.
 Runs that are finished are not repeated, and ours resume in the middle: give the same command again
 after an interruption. Where the two code bases differ by more than a point, a second seed follows
-on both sides. Prints one table, beside the pixels and untrained backbones, and a JSON object last.
+on both sides (--seeds: that many of each, always). Prints one table, beside the pixels and
+untrained backbones, and a JSON object last.
 
 Equal are backbone, start values of it, the law of the views, head sizes, batch, precision,
 optimiser, schedule and epochs: lightly's side has lightly's views, modules, losses and moving
@@ -103,8 +104,8 @@ def parse_args(argv=None):
                         metavar=("TRAIN", "TEST"), help="of each class")
     parser.add_argument("--at-once", type=int, default=1, help="runs side by side")
     parser.add_argument("--workers", type=int, default=1, help="loader processes of each run")
-    parser.add_argument("--one-seed", action="store_true",
-                        help="no second seed, but for those that are trained already")
+    parser.add_argument("--seeds", type=int, help="so many of every method and side; by default "
+                        "a second one where the two sides differ by more than a point")
     parser.add_argument("--minutes", type=float, default=40, help="at most, for one run")
     parser.add_argument("--train-lightly", nargs=3, metavar=("NAME", "SEED", "OUTPUT"),
                         help=argparse.SUPPRESS)
@@ -328,13 +329,16 @@ def main(args):
         def results(jobs):
             return dict(zip(jobs, pool.map(lambda job: result(args, *job), jobs), strict=True))
 
-        found = results([(name, side, 0) for name in names
-                         for side in ("ours", "lightly")[: 1 + (name in paired)]])
-        apart = [name for name in paired
-                 if abs(found[name, "ours", 0]["knn"] - found[name, "lightly", 0]["knn"]) > 0.01]
-        again = [(name, side, 1) for name in apart for side in ("ours", "lightly")]
-        found |= results([job for job in again if not args.one_seed
-                          or (folder_of(args, *job) / "result.json").exists()])
+        def both(names, seed):
+            return [(name, side, seed) for name in names
+                    for side in ("ours", "lightly")[: 1 + (name in paired)]]
+
+        found = results([job for seed in range(args.seeds or 1) for job in both(names, seed)])
+        if not args.seeds:
+            found |= results(both([
+                name for name in paired
+                if abs(found[name, "ours", 0]["knn"] - found[name, "lightly", 0]["knn"]) > 0.01
+            ], 1))
         base = baselines(args)
     columns = ("knn", "five", "one", "linear")
     print("\n| | seeds | k-NN | 5 labels a class | 1 label a class | linear | s a run |")
