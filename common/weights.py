@@ -120,7 +120,11 @@ def fit_transformer(backbone: nn.Module, found: dict) -> None:
             block.ls1, block.ls2 = (backbones.LayerScale(dim, 1.0) for _ in range(2))
     if getattr(registers, "ndim", 0) == 3:
         backbone.reg_token = nn.Parameter(torch.zeros(1, registers.shape[1], dim))
-    if getattr(table, "ndim", 0) != 3 or table.shape[::2] != current.shape[::2]:
+    if "shared_rel_pos.relative_position_bias_table" in found:
+        heads = backbone.blocks[0].attn.num_heads
+        backbone.shared_rel_pos = backbones.RelativePositions(heads, backbone.grid)
+        backbone.pos_embed = current = None
+    if current is None or getattr(table, "ndim", 0) != 3 or table.shape[::2] != current.shape[::2]:
         return
     firsts = (1, 0) if "cls_token" in found else (0,)  # rows before those of the patches
     squares = [(math.isqrt(max(0, table.shape[1] - first)),) * 2 for first in firsts]
