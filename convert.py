@@ -95,6 +95,9 @@ def advice(to: str, settings: dict) -> list[str]:
                      "there is no max-pool: change the model's")
     if settings["arch"] == "vit_small_12heads":
         lines.append("it has 12 attention heads: num_heads=12")
+    if settings.get("relative_positions"):
+        lines.append("it is timm's VisionTransformerRelPos: class_token=True, shared_rel_pos=True, "
+                     "rel_pos_type='bias', global_pool='token'")
     if settings["in_chans"] != 3:
         lines.append(f"the first layer takes {settings['in_chans']} channels: change the model's")
     return lines

@@ -266,8 +266,9 @@ class Classifier(nn.Module):
             return self.head(self.backbone(images))
         patches = self.backbone.embed(images)
         x = self.backbone.with_first_tokens(patches)
+        bias = self.backbone.position_bias(self.backbone.grid_of(*images.shape[2:]))
         for block in self.backbone.blocks:
-            x = block(x)
+            x = block(x, bias)
         return self.head(self.backbone.norm(x[:, -patches.shape[1]:].mean(1)))
 
 

@@ -136,7 +136,7 @@ SCRIPTS = {
     "byol": "resnet_tiny", "moco_v3": "resnet_tiny", "vicreg": "resnet_tiny",
     "pretext": "resnet_tiny --task jigsaw --jigsaw-size 24 --jigsaw-patch-size 7",
     "lejepa": "resnet_tiny" + CROPS, "deepcluster_odc": "resnet_tiny --num-clusters 8",
-    "simmim": "vit_micro --drop-path 0.1", "ijepa": "vit_micro",
+    "simmim": "vit_micro --drop-path 0.1 --relative-positions", "ijepa": "vit_micro",
     "cae": "vit_micro --drop-path 0.1 --vocabulary-size 64",
 }
 CASES |= {f"tiny-{script}-x{size}": (script, size, TINY + own)
@@ -631,17 +631,20 @@ def child(repo: str, names: list[str]) -> None:
     # Which attention kernel to take, torch asks the card
     attend = nn.functional.scaled_dot_product_attention
 
-    def attention(q, k, v, *args, **kwargs):
-        if q.device.type != "cuda" or args not in ((), (None, 0.0, False)) or kwargs:
-            return attend(q, k, v, *args, **kwargs)
+    def attention(q, k, v, attn_mask=None, *args, **kwargs):
+        if q.device.type != "cuda" or args not in ((), (0.0, False)) or kwargs:
+            return attend(q, k, v, attn_mask, *args, **kwargs)
+        mask = attn_mask
         if torch.is_autocast_enabled("cuda"):
-            q, k, v = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, k, v))
+            q, k, v, mask = (x if x is None else x.to(torch.get_autocast_dtype("cuda"))
+                             for x in (q, k, v, mask))
         if any(x.stride(-1) != 1 for x in (q, k, v)) or q.shape[-1] > 256:
             Watch.notes[f"attention: no fused kernel at {where()}"] += 1
-        if q.dtype in (torch.bfloat16, torch.float16):
+        if mask is None and q.dtype in (torch.bfloat16, torch.float16):
             return aten._scaled_dot_product_flash_attention(q, k, v)[0]
         return aten._scaled_dot_product_efficient_attention(
-            q, k, v, None, torch.is_grad_enabled() and q.requires_grad)[0]
+            q, k, v, mask if mask is None else mask.expand(*q.shape[:3], k.shape[2]),
+            torch.is_grad_enabled() and q.requires_grad)[0]
 
     nn.functional.scaled_dot_product_attention = attention
 

@@ -32,7 +32,8 @@ VIT_SIZES = {  # width, blocks, heads
     "vit_small_12heads": (384, 12, 12),  # MoCo v3's, which its tensors do not tell
     "vit_base": (768, 12, 12), "vit_large": (1024, 24, 16), "vit_huge": (1280, 32, 16),
 }
-VIT_PARTS = ("class_token", "layer_scale", "registers")  # which not every transformer has
+# Which not every transformer has
+VIT_PARTS = ("class_token", "layer_scale", "registers", "relative_positions")
 STEMS = {  # kernel, stride and padding of a ResNet's first layer; a pool follows the large ones
     "imagenet": (7, 2, 3), "small": (3, 1, 1), "small-pad2": (3, 1, 2),
     "imagenet-sobel": (7, 2, 3), "small-sobel": (3, 1, 1),  # of edges, not of colours
@@ -203,6 +204,7 @@ class VisionTransformer(nn.Module):
         layer_scale: start value of a trained scale of every channel of every branch; 0: none.
         class_token: without it, the feature is the mean of the patches.
         registers: tokens without a position beside the class token, left out of the result.
+        relative_positions: `RelativePositions` in the place of `positions`.
 
     With `recompute` set to True, the backward computes each block anew instead of keeping what is
     in it: the same numbers for much less memory.
@@ -218,6 +220,7 @@ class VisionTransformer(nn.Module):
         self, dim: int, depth: int, num_heads: int, *, image_size, patch_size: int, in_chans: int,
         positions: str, drop_path: float, uniform_drop_path: bool = False,
         layer_scale: float = 0.0, class_token: bool = True, registers: int = 0,
+        relative_positions: bool = False,
     ):
         super().__init__()
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -226,7 +229,11 @@ class VisionTransformer(nn.Module):
         self.grid = self.grid_of(height, width)  # (rows, columns) that pos_embed is made for
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
         self.reg_token = nn.Parameter(torch.zeros(1, registers, dim)) if registers else None
-        self.pos_embed = nn.Parameter(torch.zeros(1, class_token + math.prod(self.grid), dim))
+        self.pos_embed = self.shared_rel_pos = None
+        if relative_positions:
+            self.shared_rel_pos = RelativePositions(num_heads, self.grid)
+        else:
+            self.pos_embed = nn.Parameter(torch.zeros(1, class_token + math.prod(self.grid), dim))
         proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
         self.patch_embed = nn.Sequential(OrderedDict(proj=proj))
         first = drop_path if uniform_drop_path else 0
@@ -238,10 +245,10 @@ class VisionTransformer(nn.Module):
         for token in (self.cls_token, self.reg_token):
             if token is not None:
                 nn.init.trunc_normal_(token, std=0.02)
-        if positions == "sincos":
+        if self.pos_embed is not None and positions == "sincos":
             self.pos_embed.requires_grad_(False)
             self.pos_embed[0, class_token:] = sincos_positions(dim, *self.grid)  # the token's is 0
-        else:
+        elif self.pos_embed is not None:
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -254,30 +261,35 @@ class VisionTransformer(nn.Module):
 
         Without a class token (N, L, D).
         """
-        return self.encode(self.embed(images), last)
+        return self.encode(self.embed(images), last, self.grid_of(*images.shape[2:]))
 
     def embed(self, images: Tensor, mask: Tensor | None = None,
               mask_token: Tensor | None = None) -> Tensor:
-        """Patches of images as tokens (N, L, D), row by row, with their positions added.
+        """Patches of images as tokens (N, L, D), row by row, with their positions, if not relative.
 
         Where the bool mask (N, L) is True, the mask token (1, 1, D) is in the patch's place.
         """
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)
         if mask is not None:
             patches = torch.where(mask[:, :, None], mask_token.to(patches.dtype), patches)
+        if self.pos_embed is None:
+            return patches
         positions = self.pos_embed[:, -math.prod(self.grid):]  # the class token's may come first
         wanted = self.grid_of(*images.shape[2:])
         return patches + resample_positions(positions, self.grid, wanted, self.antialias)
 
-    def encode(self, patches: Tensor, last: int = 1) -> list[Tensor]:
-        """`tokens` of patches that are embedded already: all of an image's, or some (N, L, D)."""
-        x = self.with_first_tokens(patches)
+    def encode(self, patches: Tensor, last: int = 1, grid: tuple | None = None) -> list[Tensor]:
+        """`tokens` of patches that are embedded already: all of an image's, or some (N, L, D).
+
+        Relative positions need all of them, and their `grid`, where images have another size.
+        """
+        x, bias = self.with_first_tokens(patches), self.position_bias(grid or self.grid)
         outputs = []
         for number, block in enumerate(self.blocks):
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)  # with the same stochastic depth
+                x = checkpoint(block, x, bias, use_reentrant=False)  # the same stochastic depth
             else:
-                x = block(x)
+                x = block(x, bias)
             if number >= len(self.blocks) - last:
                 outputs.append(self.without_registers(self.norm(x)))
         return outputs
@@ -290,18 +302,25 @@ class VisionTransformer(nn.Module):
             registers have, which are left out.
         """
         x = self.with_first_tokens(self.embed(images))
+        bias = self.position_bias(self.grid_of(*images.shape[2:]))
         for block in self.blocks[:-1]:
-            x = block(x)
+            x = block(x, bias)
         last = self.blocks[-1]
         q, k, _ = last.attn.heads_of(last.norm1(x))  # (N, heads, 1 + L, D / heads)
-        heads = (q[:, :, :1] @ k.transpose(2, 3) * q.shape[-1] ** -0.5).softmax(3)[:, :, 0]
-        return self.without_registers(heads, dim=2)
+        logits = q[:, :, :1] @ k.transpose(2, 3) * q.shape[-1] ** -0.5
+        logits = logits if bias is None else logits + bias[:, :, :1]
+        return self.without_registers(logits.softmax(3)[:, :, 0], dim=2)
+
+    def position_bias(self, grid: tuple[int, int]) -> Tensor | None:
+        """What blocks add to the logits of attention between the tokens of a grid of patches."""
+        return None if self.shared_rel_pos is None else self.shared_rel_pos(grid)
 
     def with_first_tokens(self, patches: Tensor) -> Tensor:
         """Class token and registers, if there are any, before patches (N, L, D)."""
         first = []
         if self.cls_token is not None:
-            has_position = self.pos_embed.shape[1] > math.prod(self.grid)
+            has_position = self.pos_embed is not None and (
+                self.pos_embed.shape[1] > math.prod(self.grid))
             first.append(self.cls_token + self.pos_embed[:, :1] if has_position else self.cls_token)
         if self.reg_token is not None:
             first.append(self.reg_token)
@@ -340,8 +359,8 @@ class Block(nn.Module):
         self.ls2 = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
         self.drop_path = drop_path
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.dropped(self.ls1(self.attn(self.norm1(x))))
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        x = x + self.dropped(self.ls1(self.attn(self.norm1(x), bias)))
         return x + self.dropped(self.ls2(self.mlp(self.norm2(x))))
 
     def dropped(self, branch: Tensor) -> Tensor:
@@ -364,7 +383,7 @@ class LayerScale(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over tokens (N, L, D)."""
+    """Multi-head self-attention over tokens (N, L, D), with a bias (1, heads, L, L) or none."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -372,14 +391,46 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = nn.functional.scaled_dot_product_attention(*self.heads_of(x))
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        out = nn.functional.scaled_dot_product_attention(*self.heads_of(x), attn_mask=bias)
         return self.proj(out.transpose(1, 2).flatten(2))
 
     def heads_of(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values (N, heads, L, D / heads) each."""
         n, length, _ = x.shape
         return self.qkv(x).view(n, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+class RelativePositions(nn.Module):
+    """A bias of attention for where a query is relative to a key: one table for all blocks.
+
+    Rows of the table: a query's distance from a key by rows and columns, (1 - rows, 1 - columns)
+    first, then row by row; the class token to a patch, a patch to it, it to itself.
+
+    Reference: Bao et al., arXiv 2106.08254; the names, and the order of the rows, are timm's.
+    """
+
+    def __init__(self, num_heads: int, grid: tuple[int, int]):
+        super().__init__()
+        self.grid = grid
+        distances = (2 * grid[0] - 1) * (2 * grid[1] - 1)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(distances + 3, num_heads))
+
+    def forward(self, grid: tuple[int, int]) -> Tensor:
+        """The bias (1, heads, 1 + L, 1 + L) of queries and keys; the class token is the first.
+
+        For another grid, the distances are interpolated as position embeddings are.
+        """
+        patches, others = self.relative_position_bias_table.tensor_split([-3])
+        spans = [(2 * rows - 1, 2 * columns - 1) for rows, columns in (self.grid, grid)]
+        table = torch.cat([resample_positions(patches[None], *spans)[0], others])
+        at = torch.arange(math.prod(grid), device=table.device)
+        row, column = at // grid[1], at % grid[1]
+        down = row[:, None] - row + grid[0] - 1  # (L, L): of queries from keys, 0 the least
+        across = column[:, None] - column + grid[1] - 1
+        index = nn.functional.pad(down * spans[1][1] + across, (1, 0, 1, 0), value=len(table) - 1)
+        index[0, 1:], index[1:, 0] = len(table) - 3, len(table) - 2
+        return table[index].permute(2, 0, 1)[None].contiguous()
 
 
 def init_linears(module: nn.Module, init_weight):
@@ -441,9 +492,10 @@ def freeze_blocks(backbone: nn.Module, count: int) -> None:
                  *(getattr(backbone, f"layer{stage}") for stage in range(1, count + 1))]
     elif count:
         parts = [backbone.patch_embed, *backbone.blocks[:count]]
-        for tokens in (backbone.cls_token, backbone.reg_token, backbone.pos_embed):
-            if tokens is not None:
-                tokens.requires_grad_(False)
+        for part in (backbone.cls_token, backbone.reg_token, backbone.pos_embed,
+                     backbone.shared_rel_pos):
+            if part is not None:
+                part.requires_grad_(False)
     for part in parts:
         part.requires_grad_(False).eval()
 

@@ -459,7 +459,8 @@ def parts_in(path: str, settings: dict) -> dict:
     weights.load_backbone(backbone, path)
     registers = 0 if backbone.reg_token is None else backbone.reg_token.shape[1]
     return {"class_token": backbone.cls_token is not None, "registers": registers,
-            "layer_scale": float(hasattr(backbone.blocks[0].ls1, "gamma"))}
+            "layer_scale": float(hasattr(backbone.blocks[0].ls1, "gamma")),
+            "relative_positions": backbone.pos_embed is None}
 
 
 def freeze(backbone: nn.Module, path: str | None, world: World) -> nn.Module:

@@ -110,8 +110,8 @@ def load_backbone(backbone: nn.Module, path: str) -> None:
 def fit_transformer(backbone: nn.Module, found: dict) -> None:
     """Give a transformer the parts and positions that the tensors of a file are for.
 
-    Layer scales; registers; no class token, or one without a position; positions of another image
-    size, which the backbone interpolates itself.
+    Layer scales; registers; relative positions; no class token, or one without a position;
+    positions of another image size, which the backbone interpolates itself.
     """
     dim, current = backbone.num_features, backbone.pos_embed
     table, registers = (found.get(name) for name in ("pos_embed", "reg_token"))
@@ -120,6 +120,14 @@ def fit_transformer(backbone: nn.Module, found: dict) -> None:
             block.ls1, block.ls2 = (backbones.LayerScale(dim, 1.0) for _ in range(2))
     if getattr(registers, "ndim", 0) == 3:
         backbone.reg_token = nn.Parameter(torch.zeros(1, registers.shape[1], dim))
+    if "shared_rel_pos.relative_position_bias_table" in found:
+        heads = backbone.blocks[0].attn.num_heads
+        backbone.shared_rel_pos = backbones.RelativePositions(heads, backbone.grid)
+        backbone.pos_embed = None
+        return
+    if current is None:
+        backbone.shared_rel_pos, current = None, nn.Parameter(torch.zeros(1, 0, dim))
+        backbone.pos_embed = current
     if getattr(table, "ndim", 0) != 3 or table.shape[::2] != current.shape[::2]:
         return
     firsts = (1, 0) if "cls_token" in found else (0,)  # rows before those of the patches

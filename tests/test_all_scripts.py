@@ -33,6 +33,7 @@ from helpers import EXTRA, ROOT, SCRIPTS, TINY, lines, parsed
 
 DRILL = {  # for a run that is stopped
     "dinov2": ["--koleo-weight", "0"],  # KoLeo's neighbours are those of a process
+    "simmim": ["--relative-positions"],
     "swav": ["--queue-length", "32", "--queue-start-epoch", "0", "--teacher-momentum", "0.9"],
 }
 QUICK = {  # what keeps an evaluation short

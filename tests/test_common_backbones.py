@@ -279,8 +279,12 @@ def test_the_last_blocks_are_given_in_order_and_normalised():
         assert torch.equal(got, net.norm(raw)) and got.shape == (2, 17, 96)
 
 
-def test_the_attention_is_what_the_last_block_mixes_with():
-    net, images = vit().double().eval(), torch.rand(2, 3, 16, 16, dtype=torch.float64)
+@pytest.mark.parametrize("relative", [False, True])
+def test_the_attention_is_what_the_last_block_mixes_with(relative):
+    net = vit(relative_positions=relative).double().eval()
+    images = torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    if relative:
+        nn.init.normal_(net.shared_rel_pos.relative_position_bias_table)
     attention = net.attention(images)
     assert attention.shape == (2, 3, 17)
     torch.testing.assert_close(attention.sum(2), torch.ones(2, 3, dtype=torch.float64))
@@ -455,6 +459,63 @@ def test_a_transformer_with_other_parts_in_timms_layout(parts):
     rates = [block.drop_path for block in made.blocks]
     rising = [0, 0.2 / 3, 0.4 / 3, 0.2]
     assert rates == pytest.approx([0.2] * 4 if "uniform_drop_path" in parts else rising)
+
+
+def relative_positions(grid, heads=3):
+    made = backbones.RelativePositions(heads, grid)
+    nn.init.normal_(made.relative_position_bias_table)
+    return made
+
+
+def test_relative_positions_are_those_of_loops():
+    made = relative_positions((2, 3))
+    table, found = made.relative_position_bias_table, made((2, 3))
+    assert table.shape == (3 * 5 + 3, 3) and found.shape == (1, 3, 7, 7)
+    for query in range(7):
+        for key in range(7):
+            if query and key:
+                down = (query - 1) // 3 - (key - 1) // 3
+                across = (query - 1) % 3 - (key - 1) % 3
+                row = (down + 1) * 5 + across + 2
+            else:
+                row = 17 if query == key else 16 if query else 15
+            assert torch.equal(found[0, :, query, key], table[row]), (query, key)
+
+
+def test_relative_positions_for_another_grid_are_interpolated():
+    made, other = relative_positions((2, 3)), relative_positions((4, 2))
+    with torch.no_grad():
+        patches, others = made.relative_position_bias_table.split([15, 3])
+        patches = patches.T.view(1, 3, 3, 5)
+        patches = nn.functional.interpolate(patches, (7, 3), mode="bicubic").flatten(2)[0].T
+        other.relative_position_bias_table.copy_(torch.cat([patches, others]))
+        torch.testing.assert_close(made((4, 2)), other((4, 2)))
+
+
+def test_a_transformer_with_relative_positions_in_timms_layout():
+    """Same features, patches and gradients as timm's, also where blocks are computed anew."""
+    timm = pytest.importorskip("timm.models.vision_transformer_relpos")
+    made = vit(image_size=(8, 12), relative_positions=True, layer_scale=0.1).double()
+    theirs = timm.VisionTransformerRelPos(
+        img_size=(8, 12), patch_size=4, embed_dim=96, depth=4, num_heads=3, num_classes=0,
+        init_values=0.1, class_token=True, rel_pos_type="bias", shared_rel_pos=True,
+        global_pool="token").double()
+    table = made.shared_rel_pos.relative_position_bias_table
+    assert made.pos_embed is None and (table == 0).all()
+    with torch.no_grad():
+        for p in made.parameters():
+            p.add_(torch.randn_like(p) / 10)
+    theirs.load_state_dict(made.state_dict())
+    images = torch.randn(3, 3, 8, 12, dtype=torch.float64)
+    tokens = theirs.forward_features(images)
+    tokens.square().sum().backward()
+    for made.recompute in (False, True):
+        made.zero_grad()
+        found = made.tokens(images)[0]
+        torch.testing.assert_close(found, tokens)
+        found.square().sum().backward()
+        torch.testing.assert_close(
+            table.grad, theirs.shared_rel_pos.relative_position_bias_table.grad)
 
 
 def test_a_mask_token_replaces_patches_before_positions():

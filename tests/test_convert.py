@@ -33,8 +33,9 @@ def run_folder(tmp_path, **settings):
     settings = {**SETTINGS, **settings}
     folder = tmp_path / "run"
     folder.mkdir()
-    sizes = {k: settings[k] for k in ("in_chans", "image_size", "patch_size") if k in settings}
-    weights = shuffled(build(settings["arch"], settings["stem"], **sizes))
+    names = ("in_chans", "image_size", "patch_size", "relative_positions")
+    given = {k: settings[k] for k in names if k in settings}
+    weights = shuffled(build(settings["arch"], settings["stem"], **given))
     torch.save(weights, folder / "backbone.pth")
     (folder / "run.json").write_text(json.dumps({"settings": settings}))
     return folder, weights
@@ -101,6 +102,14 @@ def test_a_transformer_goes_to_timm_alone(tmp_path):
     for to, name in (("torchvision", "a.pth"), ("detectron2", "a.pkl")):
         with pytest.raises(RunError, match="vit_micro goes --to timm only"):
             converted(folder, to, tmp_path / name)
+
+
+def test_timms_transformer_with_relative_positions_is_named(tmp_path, capsys):
+    folder, weights = run_folder(tmp_path, arch="vit_micro", image_size=32, patch_size=16,
+                                 relative_positions=True)
+    out = torch.load(converted(folder, "timm", tmp_path / "vit.pth"), weights_only=True)
+    assert "VisionTransformerRelPos" in capsys.readouterr().out
+    assert same(out, weights) and out._metadata["settings"]["relative_positions"] is True
 
 
 def test_what_a_model_has_to_change_is_said(tmp_path, capsys):

@@ -655,7 +655,8 @@ def test_killed_it_ends_with_the_same_numbers(processes, weights, tmp_path):
     assert printed.splitlines()[-1] == whole.splitlines()[-1]
 
 
-@pytest.mark.parametrize("parts", [dict(registers=2, layer_scale=0.1), dict(class_token=False)])
+@pytest.mark.parametrize("parts", [dict(registers=2, layer_scale=0.1), dict(class_token=False),
+                                   dict(relative_positions=True)])
 def test_a_file_that_does_not_say_it_keeps_the_parts_of_its_transformer(parts, tmp_path):
     backbone = backbones.build_backbone(
         "vit_micro", in_chans=3, image_size=16, patch_size=4, positions="learned", drop_path=0.0,
@@ -667,6 +668,8 @@ def test_a_file_that_does_not_say_it_keeps_the_parts_of_its_transformer(parts, t
     assert exported.keys() == backbone.state_dict().keys()
     frozen = "blocks.0.ls1.gamma" if "layer_scale" in parts else "blocks.0.attn.qkv.weight"
     assert torch.equal(exported[frozen], backbone.state_dict()[frozen])
+    if "relative_positions" in parts:
+        assert (exported["shared_rel_pos.relative_position_bias_table"] == 0).all()
 
 
 def test_other_labels_of_the_same_files_are_refused(image_folder, tmp_path):

@@ -1,12 +1,19 @@
+import json
 import math
+import shutil
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
+import eval_knn
+import finetune
 import simmim
-from helpers import check_joined, lines, own_gradients, own_rows, train
+import visualize
+from common import features, weights
+from common.distributed import RunError
+from helpers import TINY, check_joined, lines, own_gradients, own_rows, state_of, train
 
 # --------------------------------------------------------------------------------------- parse_args
 
@@ -16,6 +23,7 @@ def test_the_imagenet_recipe_is_the_official_configuration_of_vit_b():
     assert (args.arch, args.patch_size, args.image_size) == ("vit_base", 16, 224)
     assert (args.mask_ratio, args.cell_size, args.crop_scale) == (0.6, 32, [0.67, 1.0])
     assert (args.layer_scale, args.drop_path, args.clip) == (0.1, 0.1, 5)
+    assert args.relative_positions
     assert (args.batch_size, args.epochs, args.warmup_epochs) == (2048, 800, 10)
     assert (args.drop_epoch, args.weight_decay) == (700, 0.05)
     rates = [rate * 512 / 256 for rate in (args.start_lr, args.lr)]  # the authors' unit
@@ -52,11 +60,14 @@ def model(image_size=16, in_chans=3, **parts):
     return simmim.SimMIM(backbone, in_chans)
 
 
-def test_start_values_are_cut_at_one_deviation_and_smaller_in_later_blocks():
-    net = model(layer_scale=0.1)
+@pytest.mark.parametrize("relative", [False, True])
+def test_start_values_are_cut_at_one_deviation_and_smaller_in_later_blocks(relative):
+    net = model(layer_scale=0.1, relative_positions=relative)
     for name, value in net.backbone.named_parameters():
         if name.endswith("gamma"):
             assert (value == 0.1).all()
+        elif name.endswith("table"):
+            assert (value == 0).all()
         elif "norm" not in name and not name.endswith("bias"):
             last = name.endswith(("attn.proj.weight", "mlp.fc2.weight"))
             bound = 0.02 / math.sqrt(2 * (int(name.split(".")[1]) + 1) if last else 1)
@@ -226,7 +237,8 @@ def test_processes_change_nothing(pool, tmp_path):
             np.testing.assert_allclose(others[0][1][name], weight, atol=1e-7, err_msg=name)
 
 
-def test_weight_decay_is_for_matrices_and_the_mask_token(tmp_path):
+@pytest.mark.parametrize("relative", [False, True])
+def test_weight_decay_is_for_matrices_and_the_mask_token(relative, tmp_path):
     made, step = [], torch.optim.AdamW.step
 
     def look(self, *args):
@@ -235,13 +247,61 @@ def test_weight_decay_is_for_matrices_and_the_mask_token(tmp_path):
         return step(self, *args)
 
     with mock.patch.object(torch.optim.AdamW, "step", look):
-        train(simmim, tmp_path, "--limit", 16, "--clip", 0.01, dtype="float32")
+        positions = "--relative-positions" if relative else "--no-relative-positions"
+        train(simmim, tmp_path, "--limit", 16, "--clip", 0.01, positions, dtype="float32")
     (decayed, others), norm = made[0]
     assert norm == pytest.approx(0.01, rel=1e-4)  # of all gradients together
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.05, 0)
-    # Of each of the 4 blocks 4 matrices; patches, prediction; the mask token.
-    assert len(decayed["params"]) == 4 * 4 + 3 and all(p.ndim > 1 for p in decayed["params"])
-    assert sum(p.ndim > 1 for p in others["params"]) == 2  # class token, positions
+    # Of each of the 4 blocks 4 matrices; patches, prediction; the mask token; relative positions.
+    assert len(decayed["params"]) == 4 * 4 + 3 + relative
+    assert all(p.ndim > 1 for p in decayed["params"])
+    assert sum(p.ndim > 1 for p in others["params"]) == 2 - relative  # class token, positions
+
+
+def test_relative_positions_travel_with_the_backbone(tmp_path, capsys):
+    """Every evaluation builds the transformer from what the file says, for images of any size."""
+    train(simmim, tmp_path / "run", "--relative-positions", "--lr", 1, dtype="float32")
+    moved = str(shutil.copy(tmp_path / "run/backbone.pth", tmp_path / "moved.pth"))
+    given, images = features.resolve_checkpoint(moved), torch.rand(4, 3, 16, 16)
+    found = features.build(features.DIGITS | given.settings)
+    weights.load_backbone(found, moved)
+    trained = model(relative_positions=True, layer_scale=0.1)
+    trained.load_state_dict(state_of(tmp_path / "run")["model"])
+    with torch.no_grad():
+        wanted = trained.backbone.eval().tokens(images)[0]
+        assert torch.equal(found.eval().tokens(images)[0], wanted)
+        found.shared_rel_pos.relative_position_bias_table.zero_()
+        assert (found.tokens(images)[0] - wanted).abs().max() > 1e-4
+    printed = []
+    for source in (str(tmp_path / "run"), moved):
+        for flags in ([], ["--image-size", "32"]):
+            eval_knn.main(eval_knn.parse_args([
+                "--checkpoint", source, "--layers", "patches", "--limit", "64", *flags]))
+            printed.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    assert [line["top1"] for line in printed[:2]] == [line["top1"] for line in printed[2:]]
+    visualize.main(visualize.parse_args([
+        "attention", "--checkpoint", moved, "--image", str(tmp_path / "out.png")]))
+    finetune.main(finetune.parse_args([
+        "--checkpoint", moved, "--protocol", "mae", *TINY[2:], "--output", str(tmp_path / "fine")]))
+    tuned = torch.load(tmp_path / "fine/backbone.pth", weights_only=True)
+    assert tuned._metadata["settings"]["relative_positions"] is True
+    assert tuned.keys() == found.state_dict().keys()
+
+
+def test_a_backbone_starts_from_one_of_its_own_positions(tmp_path):
+    def start(name, flag, *more):
+        train(simmim, tmp_path / name, flag, *more, "--freeze-backbone-epochs", 0, dtype="float32")
+
+    kinds = {"relative": "--relative-positions", "learned": "--no-relative-positions"}
+    for name, flag in kinds.items():
+        train(simmim, tmp_path / name, flag, dtype="float32")
+        start("again", flag, "--init", tmp_path / name)
+        shutil.rmtree(tmp_path / "again")
+    for name, flag in zip(kinds, reversed(kinds.values()), strict=True):
+        with pytest.raises(RunError, match="does not fit: pos_embed is "):
+            start("other", flag, "--init", tmp_path / name)
+    with pytest.raises(RunError, match="table is .52, 3., not .228, 3.; .* --image-size"):
+        start("large", kinds["relative"], "--image-size", 32, "--init", tmp_path / "relative")
 
 
 def test_the_log_says_what_predicting_the_mean_scores(tmp_path):

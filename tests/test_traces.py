@@ -139,6 +139,7 @@ def run(name, folder):
     torch.set_default_dtype(torch.float64)
     script = importlib.import_module(trace["script"].removesuffix(".py"))
     state, losses, philox_of = {}, [], rng.philox
+    rates_of = getattr(script, "learning_rates", None)
     starts = iter(range(10**6))
 
     def start(_, found):
@@ -178,6 +179,12 @@ def run(name, folder):
         noise.scatter_(1, torch.tensor(trace["masks"][step]), 0.0)
         return here(noise.view(-1, side, side)[:, :: side // cells, :: side // cells])
 
+    def rates(*given):
+        ours, theirs = rates_of(*given), trace["lr"]
+        until = trace["steps_per_epoch"] * 3 + 1  # the second drop, a step late
+        assert ours[:until] == pytest.approx(theirs[:until], rel=1e-12)
+        return theirs
+
     def kmeans_start(n, **_):
         return torch.from_numpy(np.argsort(philox("kmeans", next(starts)).random(n), kind="stable"))
 
@@ -194,6 +201,7 @@ def run(name, folder):
         "masks": (script, "draw_masks", draw_masks),
         "blocks": (script, "draw_masks", blocks),
         "cells": (script, "mask_noise", cells),
+        "rates": (script, "learning_rates", rates),
         "negatives": (script, "draw_negatives", lambda index, num_images, num_negatives, step, **_:
                       negatives(step, index, num_images, num_negatives, trace["batch_size"])),
         "shuffle": (rng, "philox", shuffled),
