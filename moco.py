@@ -300,8 +300,9 @@ def main(args):
                    scaler=scaler)
         ddp_model = comm.data_parallel(model)
         pointer = run.step * args.batch_size * directions % args.queue_length
-        lr_of_step = optim.lr_by_epoch(lr, args.schedule, args.epochs, args.warmup_epochs,
-                                       run.steps_per_epoch)
+        schedule = [0.6 * args.epochs, 0.8 * args.epochs] if args.schedule == "step" else "cosine"
+        lr_of_step = optim.lr_by_epoch(lr, schedule, args.epochs, args.warmup_epochs,
+                                       run.steps_per_epoch, gamma=0.1)
         for step, batch in run.steps(export=model.backbone):  # 1. two views
             optim.set_lr(optimizer, lr_of_step[step])
             optimizer.zero_grad(set_to_none=True)

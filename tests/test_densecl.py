@@ -29,7 +29,8 @@ def test_the_imagenet_recipe_is_moco_v2s_with_half_of_the_loss_dense():
     [
         (["--queue-length", "100"], "512 keys"),
         (["--bn-groups", "3"], "--bn-groups 3"),
-        (["--sync-bn"], "--bn-groups 4 exclude"),
+        (["--batch-size", "4"], "two images"),
+        (["--sync-bn"], "pass --bn-groups 1"),
         (["--dense-weight", "1.5"], "1.5"),
         (["--dense-warmup-steps", "-1"], "-1"),
     ],
