@@ -14,8 +14,8 @@ to grow out of bounds, and accuracy dips there without a trace in the loss.
 
 Differs from the official code (facebookresearch/moco-v3): fixed positions are computed in float64.
 Blur is a true Gaussian, there Pillow's chain of box filters. The official runs use fp16; here CUDA
-has bf16 unless `--amp fp16`. Left out: the convolutional stem. As there, ViT-S has 12 heads (timm's
-has 6): `vit_small_12heads`.
+has bf16 unless `--amp fp16`. Left out: the convolutional stem. `vit_small_12heads` has the official
+ViT-S's 12 heads, `vit_small` timm's 6.
 
     python moco_v3.py
     torchrun --nproc_per_node=8 moco_v3.py --data /path/to/imagenet --output runs/moco-v3
