@@ -238,11 +238,6 @@ def dense_info_nce(q: Tensor, k: Tensor, match: Tensor, queue: Tensor,
     return info_nce(q.flatten(0, 1), positives.flatten(0, 1), queue, temperature)
 
 
-def dense_weights(weight: float, warmup_steps: int, total_steps: int) -> list[float]:
-    """The weight of the dense term in every step: 0 in the warm-up's, then at once the whole."""
-    return [weight if step >= warmup_steps else 0.0 for step in range(total_steps)]
-
-
 @torch.no_grad()
 def update_queue(queue: Tensor, pointer: int, keys: Tensor) -> int:
     """Write the keys of all processes, in rank order, over the oldest rows of the queue.
@@ -362,7 +357,6 @@ def main(args):
         pointer = run.step * args.batch_size * directions % args.queue_length
         lr_of_step = optim.lr_by_epoch(lr, "cosine", args.epochs, args.warmup_epochs,
                                        run.steps_per_epoch)
-        weight_of_step = dense_weights(args.dense_weight, args.dense_warmup_steps, run.total_steps)
         for step, batch in run.steps(export=model.backbone):  # 1. two views
             optim.set_lr(optimizer, lr_of_step[step])
             optimizer.zero_grad(set_to_none=True)
@@ -380,7 +374,7 @@ def main(args):
                 image_loss += info_nce(q_image, k_image, queue, args.temperature)  # 4. the key
                 match = match_cells(q_cells, k_cells)  # 5. every cell's key
                 dense_loss += dense_info_nce(q_dense, k_dense, match, dense_queue, args.temperature)
-            weight = weight_of_step[step]
+            weight = args.dense_weight if step >= args.dense_warmup_steps else 0.0
             loss = (1 - weight) * image_loss + weight * dense_loss
             scaler.scale(loss).backward()
             scaler.step(optimizer)
