@@ -379,8 +379,7 @@ def main(args):
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
-            run.log(loss, lr_of_step[step], indicators, q_image, k_image, queue, match,
-                    dense_loss)
+            run.log(loss, lr_of_step[step], indicators, q_image, k_image, queue, match, dense_loss)
             for _, k_image, k_dense in k:  # 6. replace the oldest
                 k_cell = F.normalize(comm.upcast(k_dense).mean(1), dim=1)
                 update_queue(dense_queue, pointer, k_cell)
