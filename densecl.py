@@ -90,13 +90,11 @@ def parse_args(argv=None):
     if keys > args.queue_length:
         parser.error(f"--queue-length {args.queue_length} does not hold the {keys} keys of a batch")
     if args.sync_bn and args.bn_groups > 1:
-        parser.error(f"--sync-bn and --bn-groups {args.bn_groups} exclude each other; "
-                     "pass --bn-groups 1 or --no-sync-bn")
+        parser.error(f"--sync-bn excludes --bn-groups {args.bn_groups}; pass --bn-groups 1")
     if not args.sync_bn and (args.bn_groups % cli.processes() or args.batch_size % args.bn_groups
                              or args.batch_size < 2 * args.bn_groups):
-        parser.error(f"--bn-groups {args.bn_groups} is not a multiple of the {cli.processes()} "
-                     f"processes that cuts --batch-size {args.batch_size} into equal groups of at "
-                     "least two images")
+        parser.error(f"--bn-groups {args.bn_groups} does not cut --batch-size {args.batch_size} into "
+                     f"equal groups of two images or more on each of {cli.processes()} processes")
     return args
 
 
