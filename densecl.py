@@ -93,8 +93,9 @@ def parse_args(argv=None):
         parser.error(f"--sync-bn excludes --bn-groups {args.bn_groups}; pass --bn-groups 1")
     if not args.sync_bn and (args.bn_groups % cli.processes() or args.batch_size % args.bn_groups
                              or args.batch_size < 2 * args.bn_groups):
-        parser.error(f"--bn-groups {args.bn_groups} does not cut --batch-size {args.batch_size} "
-                     f"into equal groups of two images or more on {cli.processes()} processes")
+        parser.error(f"--bn-groups {args.bn_groups} must be a multiple of the number of processes, "
+                     f"{cli.processes()}, and cut --batch-size {args.batch_size} into equal parts "
+                     "of two images or more")
     return args
 
 

@@ -29,7 +29,7 @@ def test_the_imagenet_recipe_is_moco_v2s_with_half_of_the_loss_dense():
     [
         (["--queue-length", "100"], "512 keys"),
         (["--bn-groups", "3"], "--bn-groups 3"),
-        (["--batch-size", "4"], "two images"),
+        (["--batch-size", "4"], "two images or more"),
         (["--sync-bn"], "pass --bn-groups 1"),
         (["--dense-weight", "1.5"], "1.5"),
         (["--dense-warmup-steps", "-1"], "-1"),
