@@ -11,13 +11,13 @@ Letters: N images per process, W processes, D embedding size, H backbone width.
 
 Collapse does not show in the loss, which then goes to 0: watch `z_std`.
 
-Differs from the official code (google-deepmind/deepmind-research, JAX): the target starts as a copy
-of the online network, there from values of its own; layers start as torchvision's and torch's do,
-there as haiku's (Linear weights normal, cut off at 2 standard deviations of H^-1/2). Brightness is
-multiplied, there added (-.4 to .4); contrast changes about the mean gray of an image, there about
-each channel's mean; saturation is a blend with gray, there a factor in HSV. Blur reaches 8 pixels
-to each side, there 11. Left out: the linear classifier trained beside it on detached features. The
-official runs are float32; here CUDA has bf16 unless `--amp none`.
+Differs from the official code (google-deepmind/deepmind-research, JAX). There the target starts
+from values of its own, not as a copy; layers start as haiku's (Linear weights normal, cut off at 2
+standard deviations of H^-1/2), not as torch's; brightness is added (-.4 to .4), not multiplied;
+contrast changes about each channel's mean, not about the mean gray of the image; saturation is a
+factor in HSV, not a blend with gray; blur reaches 11 pixels to each side, not 8; and a linear
+classifier is trained beside it on detached features, which is left out here. The official runs are
+float32; here CUDA has bf16 unless `--amp none`.
 
     python byol.py
     torchrun --nproc_per_node=8 byol.py --data /path/to/imagenet --output runs/byol
@@ -47,8 +47,8 @@ RECIPES = {
     "imagenet": IMAGENET,
     "imagenet_300": IMAGENET | dict(epochs=300, lr=0.3, weight_decay=1e-6, momentum=0.99),
     "imagenet_100": IMAGENET | dict(epochs=100, lr=0.45, weight_decay=1e-6, momentum=0.99),
-    # Sizes, batch, rate and decay of solo-learn's CIFAR-10 run, 92.6 linear. Not promised here: a
-    # step of LARS is .02 |p| there at any rate, but no longer than SGD's; here it is .001 lr |p|.
+    # Sizes, batch, rate and decay of solo-learn's CIFAR-10 run. Its 92.6 linear is not promised:
+    # its LARS takes steps of .02 |p| at any rate, but no longer than SGD's; ours are .001 lr |p|.
     "cifar10": IMAGENET | dict(
         arch="resnet18", stem="small", image_size=32,
         mean=[0.4914, 0.4822, 0.4465], std=[0.247, 0.2435, 0.2616], blur=False,
@@ -201,7 +201,7 @@ def main(args):
     model = comm.prepare(model, world, args.sync_bn)
     target = make_target(model)
     if args.compile:
-        backbones.compile(model.backbone, target.backbone)
+        backbones.compile(backbone, target.backbone)
 
     # Optimiser
     lr = args.lr * args.batch_size / 256

@@ -13,15 +13,15 @@
 Letters: N images per process, W processes, L cells of a map, C its channels, D embedding size, K
 queue length.
 
-The views, both heads' shape, queue and grouped batch norm are MoCo v2's. Before the backbone
-knows contents, cells match by their place in the map, and the loss would teach just that: it starts
-with its image term alone (`--dense-warmup-steps`; `same_place` in the log should stay below 1).
+The views, both heads' shape, queue and grouped batch norm are MoCo v2's. An untrained backbone
+matches cells by their place in the map, and the loss would teach just that: it starts with its
+image term alone (`--dense-warmup-steps`; `same_place` in the log should stay below 1).
 
-Written from the paper alone. The authors' repository (WXinlong/DenseCL) starts the linear layers of
-the image's head by Kaiming's rule, here both heads start as torch's layers do; its ImageNet config
-has no warm-up of the dense term, the paper has it. As in moco.py: the queues are (K, D), their
-length need not be a multiple of the batch, the permutation comes from (seed, step), blur is a true
-Gaussian, running statistics are means over all groups; CUDA has bf16 unless `--amp none`.
+Differs from the official code (WXinlong/DenseCL; GPL, so this is written from the paper alone):
+both heads start as torch's layers do, there the image's linear layers by Kaiming's rule; the cells'
+term has the paper's warm-up, which is not in their ImageNet config. Queues, permutation, blur,
+running statistics and precision are those of `moco.py`, which says how they differ from the
+official ones.
 
     python densecl.py
     torchrun --nproc_per_node=8 densecl.py --data /path/to/imagenet --output runs/densecl
@@ -90,10 +90,12 @@ def parse_args(argv=None):
     if keys > args.queue_length:
         parser.error(f"--queue-length {args.queue_length} does not hold the {keys} keys of a batch")
     if args.sync_bn and args.bn_groups > 1:
-        parser.error(f"--sync-bn and --bn-groups {args.bn_groups} exclude each other")
-    if not args.sync_bn and (args.bn_groups % cli.processes() or args.batch_size % args.bn_groups):
-        parser.error(f"--bn-groups {args.bn_groups} is not a multiple of the {cli.processes()} "
-                     f"processes that divides --batch-size {args.batch_size}")
+        parser.error(f"--sync-bn excludes --bn-groups {args.bn_groups}; pass --bn-groups 1")
+    if not args.sync_bn and (args.bn_groups % cli.processes() or args.batch_size % args.bn_groups
+                             or args.batch_size < 2 * args.bn_groups):
+        parser.error(f"--bn-groups {args.bn_groups} must be a multiple of the number of processes, "
+                     f"{cli.processes()}, and cut --batch-size {args.batch_size} into equal parts "
+                     "of two images or more")
     return args
 
 
@@ -170,7 +172,7 @@ def group_batchnorm(module: nn.Module, groups: int) -> nn.Module:
     return module
 
 
-# --------------------------------------------------------------------------------------------- loss
+# --------------------------------------------------------------------------------- loss and updates
 
 
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
@@ -233,11 +235,6 @@ def dense_info_nce(q: Tensor, k: Tensor, match: Tensor, queue: Tensor,
     """
     positives = k.gather(1, match[:, :, None].expand(-1, -1, k.shape[2]))  # (N, L, D)
     return info_nce(q.flatten(0, 1), positives.flatten(0, 1), queue, temperature)
-
-
-def dense_weights(weight: float, warmup_steps: int, total_steps: int) -> list[float]:
-    """The weight of the dense term in every step: 0 in the warm-up's, then at once the whole."""
-    return [weight if step >= warmup_steps else 0.0 for step in range(total_steps)]
 
 
 @torch.no_grad()
@@ -311,11 +308,11 @@ def indicators(q: Tensor, k: Tensor, queue: Tensor, match: Tensor,
 
 
 def build_views(args):
+    size, scale, blur = args.image_size, args.crop_scale, args.blur
     if args.views == "digits":
-        views = augment.digit_views([(2, args.image_size, args.crop_scale)], jitter=0.5,
-                                    blur=args.blur)
+        views = augment.digit_views([(2, size, scale)], jitter=0.5, blur=blur)
     else:
-        views = photo_views(args.image_size, args.crop_scale, args.blur)
+        views = photo_views(size, scale, blur)
     return augment.normalized(views, args.in_chans, args.mean, args.std)
 
 
@@ -359,7 +356,6 @@ def main(args):
         pointer = run.step * args.batch_size * directions % args.queue_length
         lr_of_step = optim.lr_by_epoch(lr, "cosine", args.epochs, args.warmup_epochs,
                                        run.steps_per_epoch)
-        weight_of_step = dense_weights(args.dense_weight, args.dense_warmup_steps, run.total_steps)
         for step, batch in run.steps(export=model.backbone):  # 1. two views
             optim.set_lr(optimizer, lr_of_step[step])
             optimizer.zero_grad(set_to_none=True)
@@ -372,24 +368,21 @@ def main(args):
                 shuffle = rng.philox(args.seed, rng.SHUFFLE, step)
                 order = torch.from_numpy(shuffle.permutation(args.batch_size))
                 k = encode_keys(key_encoder, keys, comm.send(order, world.device))
-            losses = []
-            for (q_cells, z, q_dense), (k_cells, key, k_dense) in zip(q, k, strict=True):
-                image = info_nce(z, key, queue, args.temperature)  # 4. identify the key
-                match = match_cells(q_cells, k_cells)  # 5. and every cell's
-                dense = dense_info_nce(q_dense, k_dense, match, dense_queue, args.temperature)
-                losses.append(torch.stack([image, dense]))
-            # of two directions the sum, as in MoCo's notebook
-            image_loss, dense_loss = torch.stack(losses).sum(0)
-            weight = weight_of_step[step]
+            image_loss = dense_loss = 0.0  # of two directions the sum, as in MoCo's notebook
+            for (q_cells, q_image, q_dense), (k_cells, k_image, k_dense) in zip(q, k, strict=True):
+                image_loss += info_nce(q_image, k_image, queue, args.temperature)  # 4. the key
+                match = match_cells(q_cells, k_cells)  # 5. every cell's key
+                dense_loss += dense_info_nce(q_dense, k_dense, match, dense_queue, args.temperature)
+            weight = args.dense_weight if step >= args.dense_warmup_steps else 0.0
             loss = (1 - weight) * image_loss + weight * dense_loss
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
-            run.log(loss, lr_of_step[step], indicators, z, key, queue, match, dense_loss)
-            for _, key, k_dense in k:  # 6. replace the oldest
-                cell = comm.upcast(k_dense).mean(1)
-                update_queue(dense_queue, pointer, F.normalize(cell, dim=1))
-                pointer = update_queue(queue, pointer, F.normalize(comm.upcast(key), dim=1))
+            run.log(loss, lr_of_step[step], indicators, q_image, k_image, queue, match, dense_loss)
+            for _, k_image, k_dense in k:  # 6. replace the oldest
+                k_cell = F.normalize(comm.upcast(k_dense).mean(1), dim=1)
+                update_queue(dense_queue, pointer, k_cell)
+                pointer = update_queue(queue, pointer, F.normalize(comm.upcast(k_image), dim=1))
 
 
 if __name__ == "__main__":

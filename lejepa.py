@@ -33,7 +33,7 @@ from common import augment, backbones, cli, distributed as comm, optim, rng
 from common.images import open_images
 from common.training import Training
 
-IMAGENET = dict(  # official README; batch, epochs of warm-up and D are ours, it names none
+IMAGENET = dict(  # official README, rate 5e-4; batch, warm-up, drop path and D are ours: not in it
     arch="vit_large", stem="imagenet", patch_size=14, drop_path=0.1, in_chans=3,
     mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225],
     views="photo", num_crops=[2, 6], crop_sizes=[224, 98], crop_scales=[0.3, 1.0, 0.05, 0.3],

@@ -11,13 +11,14 @@ Letters: N images per process, W processes, D embedding size, K queue length.
 
 Batch-norm statistics would leak which key belongs to a query, because both are normalised in the
 same batch. So both are normalised in groups (`--bn-groups`, over all processes), and the keys'
-groups are drawn anew each step (shuffle-BN). One GPU with `--bn-groups 8` computes what 8 GPUs do.
+groups are drawn anew each step (shuffle-BN). One GPU with `--bn-groups 8` trains as 8 GPUs do; the
+running statistics, which evaluations use, follow the groups of process 0.
 
 Differs from the official code (facebookresearch/moco): the queue is (K, D), and its length need not
 be a multiple of the batch; the permutation comes from (seed, step), not from process 0; with
 `--symmetric` the keys of the second view enter the queue first, in the authors' notebook last. Blur
-is a true Gaussian, there Pillow's chain of box filters. Running statistics are means over all
-groups, there those of GPU 0. The official runs are float32; here CUDA has bf16 unless `--amp none`.
+is a true Gaussian, there Pillow's chain of box filters. The official runs are float32; here CUDA
+has bf16 unless `--amp none`.
 
     python moco.py
     torchrun --nproc_per_node=8 moco.py --data /path/to/imagenet --output runs/moco
@@ -87,10 +88,12 @@ def parse_args(argv=None):
     if keys > args.queue_length:
         parser.error(f"--queue-length {args.queue_length} does not hold the {keys} keys of a batch")
     if args.sync_bn and args.bn_groups > 1:
-        parser.error(f"--sync-bn and --bn-groups {args.bn_groups} exclude each other")
-    if not args.sync_bn and (args.bn_groups % cli.processes() or args.batch_size % args.bn_groups):
-        parser.error(f"--bn-groups {args.bn_groups} is not a multiple of the {cli.processes()} "
-                     f"processes that divides --batch-size {args.batch_size}")
+        parser.error(f"--sync-bn excludes --bn-groups {args.bn_groups}; pass --bn-groups 1")
+    if not args.sync_bn and (args.bn_groups % cli.processes() or args.batch_size % args.bn_groups
+                             or args.batch_size < 2 * args.bn_groups):
+        parser.error(f"--bn-groups {args.bn_groups} must be a multiple of the number of processes, "
+                     f"{cli.processes()}, and cut --batch-size {args.batch_size} into equal parts "
+                     "of two images or more")
     return args
 
 
@@ -161,7 +164,7 @@ def group_batchnorm(module: nn.Module, groups: int) -> nn.Module:
     return module
 
 
-# --------------------------------------------------------------------------------------------- loss
+# --------------------------------------------------------------------------------- loss and updates
 
 
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
@@ -241,7 +244,7 @@ def encode_keys(encoder: nn.Module, images: list[Tensor], order: Tensor) -> list
 @torch.no_grad()
 def indicators(q: Tensor, k: Tensor, queue: Tensor) -> dict[str, Tensor]:
     """Collapse indicators, logged: on this process's queries and keys (N, D)."""
-    q = F.normalize(q.to(k.dtype), dim=1)
+    q = F.normalize(comm.upcast(q), dim=1)
     positive = (q * k).sum(1)
     return {
         "contrast_accuracy": (positive > (q @ queue.T).amax(1)).float().mean(),
@@ -254,11 +257,11 @@ def indicators(q: Tensor, k: Tensor, queue: Tensor) -> dict[str, Tensor]:
 
 
 def build_views(args):
+    size, scale, blur = args.image_size, args.crop_scale, args.blur
     if args.views == "digits":
-        views = augment.digit_views([(2, args.image_size, args.crop_scale)], jitter=0.5,
-                                    blur=args.blur)
+        views = augment.digit_views([(2, size, scale)], jitter=0.5, blur=blur)
     else:
-        views = photo_views(args.image_size, args.crop_scale, args.blur, args.views)
+        views = photo_views(size, scale, blur, args.views)
     return augment.normalized(views, args.in_chans, args.mean, args.std)
 
 
@@ -278,7 +281,7 @@ def main(args):
         model = group_batchnorm(model, args.bn_groups // world.size)
     key_encoder = backbones.without_dropping(copy.deepcopy(model).requires_grad_(False))
     if args.compile:
-        backbones.compile(model.backbone, key_encoder.backbone)
+        backbones.compile(backbone, key_encoder.backbone)
     queue = F.normalize(torch.randn(args.queue_length, args.embedding_dim).to(world.device), dim=1)
 
     # Optimiser
@@ -296,8 +299,9 @@ def main(args):
                    scaler=scaler)
         ddp_model = comm.data_parallel(model)
         pointer = run.step * args.batch_size * directions % args.queue_length
-        lr_of_step = optim.lr_by_epoch(lr, args.schedule, args.epochs, args.warmup_epochs,
-                                       run.steps_per_epoch)
+        schedule = [0.6 * args.epochs, 0.8 * args.epochs] if args.schedule == "step" else "cosine"
+        lr_of_step = optim.lr_by_epoch(lr, schedule, args.epochs, args.warmup_epochs,
+                                       run.steps_per_epoch, gamma=0.1)
         for step, batch in run.steps(export=model.backbone):  # 1. two views
             optim.set_lr(optimizer, lr_of_step[step])
             optimizer.zero_grad(set_to_none=True)

@@ -14,8 +14,8 @@ to grow out of bounds, and accuracy dips there without a trace in the loss.
 
 Differs from the official code (facebookresearch/moco-v3): fixed positions are computed in float64.
 Blur is a true Gaussian, there Pillow's chain of box filters. The official runs use fp16; here CUDA
-has bf16 unless `--amp fp16`. Left out: the convolutional stem. As there, ViT-S has 12 heads (timm's
-has 6): `vit_small_12heads`.
+has bf16 unless `--amp fp16`. Left out: the convolutional stem. `vit_small_12heads` has the official
+ViT-S's 12 heads, `vit_small` timm's 6.
 
     python moco_v3.py
     torchrun --nproc_per_node=8 moco_v3.py --data /path/to/imagenet --output runs/moco-v3
@@ -50,9 +50,9 @@ RECIPES = {
     "imagenet_100": IMAGENET | dict(epochs=100, lr=0.6, weight_decay=1e-6, momentum=0.99),
     "imagenet_vit_small": VIT | dict(arch="vit_small_12heads"),
     "imagenet_vit_base": VIT | dict(arch="vit_base"),
-    # Sizes, batch, rate and decay of solo-learn's CIFAR-10 run, 93.1 linear. Not promised here: a
-    # step of LARS is .02 |p| there at any rate, but no longer than SGD's; here it is .001 lr |p|.
-    # Crops are bicubic there.
+    # Sizes, batch, rate and decay of solo-learn's CIFAR-10 run. Its 93.1 linear is not promised:
+    # its LARS takes steps of .02 |p| at any rate, but no longer than SGD's; ours are .001 lr |p|.
+    # Its crops are bicubic.
     "cifar10": IMAGENET | dict(
         arch="resnet18", stem="small", image_size=32, patch_size=4,
         mean=[0.4914, 0.4822, 0.4465], std=[0.247, 0.2435, 0.2616],
@@ -245,7 +245,7 @@ def main(args):
     model = comm.prepare(model, world, args.sync_bn)
     key_encoder = make_key_encoder(model)
     if args.compile:
-        backbones.compile(model.backbone, key_encoder.backbone)
+        backbones.compile(backbone, key_encoder.backbone)
 
     # Optimiser
     lr = args.lr * args.batch_size / 256

@@ -419,8 +419,9 @@ def main(args):
                   floors={"z_std": 0.1 / math.sqrt(args.embedding_dim)}) as run:
         run.resume(model=model, memory=memory, constant_z=nce_z, optimizer=optimizer, scaler=scaler)
         ddp_model = comm.data_parallel(model)
-        lr_of_step = optim.lr_by_epoch(lr, args.schedule, args.epochs, args.warmup_epochs,
-                                       run.steps_per_epoch, final=0.001)
+        schedule = [0.6 * args.epochs, 0.8 * args.epochs] if args.schedule == "step" else "cosine"
+        lr_of_step = optim.lr_by_epoch(lr, schedule, args.epochs, args.warmup_epochs,
+                                       run.steps_per_epoch, final=0.001, gamma=0.1)
         for step, batch in run.steps(export=model.backbone):  # 1. an image, a jigsaw
             optim.set_lr(optimizer, lr_of_step[step])
             optimizer.zero_grad(set_to_none=True)

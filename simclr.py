@@ -8,14 +8,14 @@
 
 Letters: N images per process, W processes, D embedding size, H backbone width.
 
-Differs from the official code (google-research/simclr, TensorFlow): there the two directions of the
-loss are added, so it is twice ours, which is the paper's mean over the 2N rows (LARS does not see
-the factor); and there the learning rate is inside the momentum buffer, so a changed rate acts with
-a delay. Weight decay is on weights only, as there. The backbone starts as torchvision's does, there
-as TensorFlow's; contrast changes about the mean gray of an image, there about each channel's mean.
-Left out: the square-root rule for the learning rate, .075 sqrt(batch size), which the paper prefers
-for short runs of small batches (pass its value times 256 / batch size as --lr). Multi-crop and
-gradient caching: `simclr_multicrop.py`.
+Differs from the official code (google-research/simclr, TensorFlow): its loss adds the two
+directions and is twice ours, which is the paper's mean over the 2N rows. LARS hides the factor from
+weights, but their decay counts twice here, and biases and norms move half as fast. Its learning
+rate is inside the momentum buffer, so a changed rate acts with a delay. The backbone starts as
+torchvision's does, there as TensorFlow's; contrast changes about the mean gray of an image, there
+about each channel's mean. Left out: the square-root rule for the learning rate, .075 sqrt(batch
+size), which the paper prefers for short runs of small batches (pass its value times 256 / batch
+size as --lr). Multi-crop and gradient caching: `simclr_multicrop.py`.
 
     python simclr.py
     torchrun --nproc_per_node=8 simclr.py --data /path/to/imagenet --output runs/simclr
@@ -154,11 +154,11 @@ def indicators(z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
 
 
 def build_views(args):
-    jitter = args.jitter_strength
+    size, scale, blur = args.image_size, args.crop_scale, args.blur
     if args.views == "digits":
-        views = augment.digit_views([(2, args.image_size, args.crop_scale)], jitter, args.blur)
+        views = augment.digit_views([(2, size, scale)], args.jitter_strength, blur)
     else:
-        views = photo_views(args.image_size, args.crop_scale, jitter, args.blur)
+        views = photo_views(size, scale, args.jitter_strength, blur)
     return augment.normalized(views, args.in_chans, args.mean, args.std)
 
 

@@ -8,7 +8,7 @@
 
 Letters: N images per process, W processes, D embedding size, H backbone width.
 
-Collapse does not show in the loss, which then goes to -1: watch `z_std`.
+Collapse does not show in the loss, which then goes to -1: watch `z_std` (section 4.1).
 
 Differs from the official code (facebookresearch/simsiam): the hidden layers of the projector have
 the width of --projector-dim, there that of the backbone (2,048 both, with ResNet-50). Blur is a
@@ -39,7 +39,8 @@ IMAGENET = dict(  # paper, section 3 (with batch 256 the official README has 0.2
 )
 RECIPES = {
     "imagenet": IMAGENET,
-    # solo-learn's CIFAR-10 run, 90.5 linear; its rate changes every step, its crops are bicubic.
+    # solo-learn's CIFAR-10 run, 90.5 linear. There the rate changes every step, crops are bicubic,
+    # and the stem pads by 2 pixels.
     "cifar10": IMAGENET | dict(
         arch="resnet18", stem="small", image_size=32,
         mean=[0.4914, 0.4822, 0.4465], std=[0.247, 0.2435, 0.2616],
@@ -150,8 +151,7 @@ def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
 def indicators(z: Tensor) -> dict[str, Tensor]:
     """Collapse indicators, logged: on this process's embeddings (N, D) of one view."""
     z = F.normalize(comm.upcast(z), dim=1)
-    # 1 / sqrt(D) where they spread, 0 in collapse (paper, section 4.1)
-    return {"z_std": z.std(0, correction=0).mean()}
+    return {"z_std": z.std(0, correction=0).mean()}  # 1 / sqrt(D) where they spread, 0 in collapse
 
 
 # --------------------------------------------------------------------------------------------- main

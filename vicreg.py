@@ -1,7 +1,7 @@
 """VICReg: Variance-Invariance-Covariance Regularization, arXiv 2105.04906.
 
 1. Make two views of every image: the first always blurred, the second sometimes solarised.
-2. Embed both: backbone h, expander z, one view after the other.
+2. Embed both: backbone h, projector z (the paper's expander), one view after the other.
 3. Pull the two embeddings of an image together (invariance), and regularise each view by itself,
    over the images of all processes: every dimension keeps a standard deviation of at least 1
    (variance), so the embeddings cannot collapse, and no two dimensions carry the same information
@@ -39,9 +39,9 @@ IMAGENET = dict(  # paper, section 4.2
 RECIPES = {
     "imagenet": IMAGENET,
     "imagenet_100": IMAGENET | dict(epochs=100, lr=0.3),  # the author, when asked (issue 13)
-    # Sizes, views, weights, batch, rate and decay of solo-learn's CIFAR-10 run, 92.1 linear. Not
-    # promised here: a step of LARS is .02 |p| there at any rate, but no longer than SGD's; here it
-    # is .001 lr |p|. It does not halve the terms of variance: its weight 25 is 50 here.
+    # Sizes, views, weights, batch, rate and decay of solo-learn's CIFAR-10 run. Its 92.1 linear
+    # is not promised: its LARS takes steps of .02 |p| at any rate, but no longer than SGD's; ours
+    # are .001 lr |p|. It does not halve the terms of variance: its weight 25 is 50 here.
     "cifar10": IMAGENET | dict(
         arch="resnet18", stem="small", image_size=32,
         mean=[0.4914, 0.4822, 0.4465], std=[0.247, 0.2435, 0.2616],
@@ -65,7 +65,7 @@ def parse_args(argv=None):
     group.add_argument("--blur", action=cli.Switch, help="Gaussian blur of the views")
     group.add_argument("--solarize", type=cli.fraction, nargs=2, metavar="P",
                        help="how often the first and the second view are solarised")
-    group.add_argument("--projector-dim", type=cli.pos_int, help="hidden width of the expander")
+    group.add_argument("--projector-dim", type=cli.pos_int, help="hidden width of the projector")
     group.add_argument("--embedding-dim", type=cli.two_or_more, help="D, size of an embedding")
     group.add_argument("--sim-weight", type=cli.not_negative, help="weight of the invariance")
     group.add_argument("--std-weight", type=cli.not_negative,
@@ -98,7 +98,7 @@ def photo_view(image_size, crop_scale, blur, blur_p, solarize_p):
 
 
 class VICReg(nn.Module):
-    """Backbone and expander H -> hidden -> hidden -> D, with batch norm between its layers."""
+    """Backbone and projector H -> hidden -> hidden -> D, with batch norm between its layers."""
 
     def __init__(self, backbone: nn.Module, projector_dim: int, embedding_dim: int):
         super().__init__()

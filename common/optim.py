@@ -148,11 +148,9 @@ def lr_by_epoch(lr: float, schedule: str | list[float], epochs: int, warmup_epoc
                 ) -> list[float]:
     """A rate for every step that changes once an epoch, but for the linear warm-up from `start`.
 
-    "cosine" falls from lr towards final x lr; a list of epochs multiplies by gamma at each; "step"
-    is a tenth at 60 % and at 80 % of the epochs.
+    "cosine" falls from lr towards final x lr; a list of epochs multiplies by gamma at each.
     """
     rates, warmup = [], warmup_epochs * steps_per_epoch
-    drops = [0.6 * epochs, 0.8 * epochs] if schedule == "step" else schedule
     for step in range(epochs * steps_per_epoch):
         epoch = step // steps_per_epoch
         if step < warmup:
@@ -160,5 +158,5 @@ def lr_by_epoch(lr: float, schedule: str | list[float], epochs: int, warmup_epoc
         elif schedule == "cosine":
             rates.append(lr * (final + (1 - final) * (1 + math.cos(math.pi * epoch / epochs)) / 2))
         else:
-            rates.append(lr * gamma ** sum(epoch >= at for at in drops))
+            rates.append(lr * gamma ** sum(epoch >= at for at in schedule))
     return rates

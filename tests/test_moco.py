@@ -37,7 +37,8 @@ def test_version_one_is_the_first_paper():
     [
         (["--queue-length", "100"], "512 keys"),
         (["--bn-groups", "3"], "--bn-groups 3"),
-        (["--sync-bn"], "--bn-groups 4 exclude"),
+        (["--batch-size", "4"], "two images or more"),
+        (["--sync-bn"], "pass --bn-groups 1"),
         (["--version", "3"], "3"),
     ],
 )
