@@ -32,7 +32,6 @@ image). The official runs are float32; here CUDA has bf16 unless `--amp none`.
 
 import functools
 import math
-import os
 import sys
 
 import numpy as np
@@ -41,7 +40,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import augment, backbones, cli, distributed as comm, features, optim, rng
-from common.checkpoint import atomic_write
 from common.images import open_images
 from common.kmeans import cluster_means, first_centroids, join_parts, kmeans, own_part
 from common.training import Training
@@ -117,7 +115,7 @@ def parse_args(argv=None):
     args = cli.parse(parser, recipes, argv)
     if args.method == "odc" and cli.peek(argv, "--output", str) is None:
         args.output += "-odc"
-    for name in {*NECK}:
+    for name in NECK:
         own = "deepcluster" if name == "pca_dim" else "odc"
         if args.method != own and getattr(args, name) is not None:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} needs --method {own}")
@@ -392,14 +390,6 @@ def agreement(one: Tensor, other: Tensor) -> float:
     return float(normalized_mutual_info_score(one.cpu().numpy(), other.cpu().numpy()))
 
 
-def write_assignments(folder: str, assignment: Tensor, world: comm.World) -> None:
-    """Write the cluster of every image, (M,), to assignments.npy."""
-    with comm.same_error_on_all_ranks(writing=folder):
-        if world.is_main:
-            with atomic_write(os.path.join(folder, "assignments.npy")) as file:
-                np.save(file, assignment.cpu().numpy())
-
-
 def build_views(args):
     if args.views == "digits":
         views = augment.digit_views([(1, args.image_size, args.crop_scale)], jitter=0.5, blur=False)
@@ -478,7 +468,7 @@ def main(args):
                     update_centroids(centroids, memory, assignment)
                 nmi.fill_(agreement(before, assignment) if epoch else 0.0)
                 before.copy_(assignment)
-                write_assignments(args.output, assignment, world)
+                run.write_array("assignments.npy", assignment)
             return None if odc else balanced_order(assignment.cpu().numpy(), args.seed, epoch)
 
         for step, batch in run.steps(export=model.backbone, order=start_epoch):  # 1. and 2.
@@ -500,6 +490,8 @@ def main(args):
                 if (step + 1) % args.centroid_steps == 0:  # 5. centroids, small clusters
                     update_centroids(centroids, memory, assignment)
                 repair_clusters(memory, assignment, centroids, args.min_cluster, args.seed, step)
+                if (step + 1) % run.steps_per_epoch == 0:
+                    run.write_array("assignments.npy", assignment)
 
 
 if __name__ == "__main__":

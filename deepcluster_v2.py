@@ -25,16 +25,13 @@ is float32; here CUDA has bf16 unless `--amp none`.
 
 import itertools
 import math
-import os
 import sys
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import augment, backbones, cli, distributed as comm, optim, rng
-from common.checkpoint import atomic_write
 from common.images import open_images
 from common.training import Training
 
@@ -272,14 +269,6 @@ def indicators(z: Tensor, scores: Tensor, labels: Tensor, assignment: Tensor) ->
 # --------------------------------------------------------------------------------------------- main
 
 
-def write_assignments(folder: str, assignments: Tensor, world: comm.World) -> None:
-    """Write the cluster of every image, (H, M), to assignments.npy."""
-    with comm.same_error_on_all_ranks(writing=folder):
-        if world.is_main:
-            with atomic_write(os.path.join(folder, "assignments.npy")) as file:
-                np.save(file, assignments.cpu().numpy())
-
-
 def build_views(args):
     make = {"photo": photo_views, "digits": augment.digit_views}[args.views]
     views = make(cli.crops(args), args.jitter_strength, args.blur)
@@ -346,7 +335,7 @@ def main(args):
                     centroids[h].copy_(found[0])
                     assignments[h].copy_(found[1])
                 memory.zero_()
-                write_assignments(args.output, assignments, world)
+                run.write_array("assignments.npy", assignments)
             optim.set_lr(optimizer, lr_of_step[step])
             optimizer.zero_grad(set_to_none=True)
             index = batch.index.to(world.device, non_blocking=True)

@@ -318,7 +318,7 @@ def test_any_number_of_processes_computes_the_same_and_resumes_exactly(pool, met
     flags = METHODS[method]
     losses, state = pool.run(1, train, str(tmp_path / "1"), *flags)[0]
     assert len(losses) == 12 and set(state["assignment"]) == set(range(6))
-    assert np.array_equal(np.load(tmp_path / "1" / "assignments.npy"), state["before"])
+    assert np.array_equal(np.load(tmp_path / "1" / "assignments.npy"), state["assignment"])
     cut = tmp_path / "cut"
     whole, kept = pool.run(2, train, str(tmp_path / "2"), *flags)[0]
     pool.run(2, until, 6, str(cut), *flags)
