@@ -15,21 +15,27 @@
 Letters: N images per process, V crops of an image, G of them global, L patches of a global crop, M
 masked patches on this process, D bottleneck of a head, K outputs of a head, H backbone width.
 
-iBOT is `--recipe ibot_imagenet`, without KoLeo. Its rules, `--method ibot`: each crop draws for
-itself whether and how much of it is masked; depth is dropped the more the later the block; the
-temperatures rise once an epoch; the patches' centre follows all patches, masked or not; each
-parameter is clipped on its own; frozen last layers have no gradient. DINOv2's: exactly half of a
-batch's crops are masked, their ratios evenly spread; each block drops alike; they rise each step;
-masked patches alone; backbone and heads are clipped each as a whole; frozen layers have a rate of
-0, while Adam's moments go on. KoLeo, of each process's own images as officially, is the one part
-that depends on the number of processes.
+iBOT is `--recipe ibot_imagenet`, without KoLeo. Whose rules hold, `--method` says:
 
-Differs from the official code (facebookresearch/dinov2, bytedance/ibot): that half of the crops is
-of the batch over all processes, there of each process's; so is the mean for the patches' centre,
-there a mean of the processes' means. Rates grow with the batch, in DINOv2 with its square root: for
-64 images its rule is `--lr 0.004`. DINOv2's depth is dropped by sample, there for a random part of
-the batch; its tokens start as in timm; MLPs have GELU, there in large models SwiGLU. As in dino.py:
-positions are resized to the exact grid, last layers are in float32, blur is a true Gaussian.
+                          dinov2                                  ibot
+    masked crops          exactly half of a batch's               each crop draws whether it is
+    masked shares         evenly spread over a range              each crop draws its own
+    stochastic depth      alike in all blocks                     rises from block to block
+    temperatures rise     every step                              once an epoch
+    patches' centre       follows the masked patches              follows all patches
+    gradients clipped     backbone and heads, each as a whole     each parameter by itself
+    frozen last layers    have rate 0, Adam's moments go on       have no gradient
+
+KoLeo looks at each process's own images, as officially: the one part that depends on the number of
+processes.
+
+Differs from the official code (facebookresearch/dinov2, bytedance/ibot): half of the crops is half
+of the batch over all processes, there of each process's; likewise the patches' centre follows the
+mean over all processes, there a mean of their means. Rates grow with the batch, in DINOv2 with its
+square root: for 64 images its rule is `--lr 0.004`. DINOv2's depth is dropped by sample, there for
+a random part of the batch; its tokens start as in timm; MLPs have GELU, there in large models
+SwiGLU. As in dino.py: positions are resized to the exact grid, last layers are in float32, blur is
+a true Gaussian.
 
     python dinov2.py
     torchrun --nproc_per_node=8 dinov2.py --data /path/to/imagenet --grad-checkpoint
@@ -352,12 +358,12 @@ class DINOv2(nn.Module):
         sizes = itertools.groupby(local_views, key=lambda view: view.shape[-2:])
         h = torch.cat([tokens[:, 0], *(self.backbone(torch.cat(list(same))) for _, same in sizes)])
         h = h.unflatten(0, (-1, len(global_views[0])))
-        z, last_layer = self.head.embed(h), self.patch_head or self.head
-        embed = (last_layer if last_layer.projector else self.head).embed
+        z, patch_head = self.head.embed(h), self.patch_head or self.head
+        embed = (patch_head if patch_head.projector else self.head).embed
         patches = tokens[:, 1:].flatten(0, 1)
-        logits = last_layer(embed(patches.index_select(0, masked)))
+        logits = patch_head(embed(patches.index_select(0, masked)))
         # The last layer is linear: the mean of logits is that of the mean embedding.
-        rows = last_layer(embed(patches).mean(0, keepdim=True)) if mean_of_all else logits
+        rows = patch_head(embed(patches).mean(0, keepdim=True)) if mean_of_all else logits
         return h, z, self.head(z), logits, rows
 
 
