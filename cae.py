@@ -39,11 +39,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import augment, backbones, cli, distributed as comm, features, optim, rng, weights
+from common import augment, backbones, cli, distributed as comm, features, optim, rng
 from common.discrete_vae import load_encoder
 from common.images import open_images
 from common.kmeans import first_centroids, kmeans, nearest_centroids, own_part
 from common.training import Training
+from common.weights import fingerprint
 
 IMAGENET = dict(  # the official script of 800 epochs; of 300 and 1600: --warmup-epochs 10, 40
     arch="vit_base", patch_size=16, image_size=224, in_chans=3,
@@ -359,7 +360,7 @@ def main(args):
         with comm.same_error_on_all_ranks():
             vae = load_encoder(args.tokenizer, "--tokenizer").to(world.device)
         num_words, kept = vae.num_words, {}
-        settings = cli.settings(args) | {"tokenizer": weights.fingerprint(vae)}
+        settings = cli.settings(args) | {"tokenizer": fingerprint(vae)}
         name_words = functools.partial(vae_words, vae=vae, mean=args.mean, std=args.std, grid=grid)
 
     # Model
@@ -372,11 +373,11 @@ def main(args):
         backbones.compile(model)
 
     # Optimiser
-    scale = args.batch_size / 256
-    matrices, others = optim.split_by_dimension(model)  # both tokens decay, as officially
-    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr * scale, betas=(0.9, 0.999),
-                                  weight_decay=args.weight_decay, fused=True)
+    lr, final_lr = args.lr * args.batch_size / 256, args.final_lr * args.batch_size / 256
+    weights, others = optim.split_by_dimension(model)  # both tokens decay, as officially
+    groups = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), weight_decay=args.weight_decay,
+                                  fused=True)
     autocast, scaler = optim.precision(args.amp, world.device)
 
     # Train
@@ -386,7 +387,7 @@ def main(args):
         run.resume(model=model, **kept, optimizer=optimizer, scaler=scaler)
         ddp_model = comm.data_parallel(model)
         lr_of_step = optim.warmup_cosine(
-            start=0.0, base=args.lr * scale, final=args.final_lr * scale,
+            start=0.0, base=lr, final=final_lr,
             warmup_steps=args.warmup_epochs * run.steps_per_epoch,
             total_steps=run.total_steps, warmup_endpoint=True)
         if kept and run.step == 0:

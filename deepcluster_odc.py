@@ -1,4 +1,4 @@
-"""DeepCluster, arXiv 1807.05520, and ODC, arXiv 2006.10645: a classifier of the own clusters.
+"""DeepCluster, arXiv 1807.05520, and ODC, arXiv 2006.10645: a network learns its own clusters.
 
 1. Cluster the features of all images, each seen whole, by k-means. DeepCluster does so before every
    epoch, on whitened features of the backbone; ODC once, on embeddings of the untrained network.
@@ -20,10 +20,11 @@ waits for the GPU once a step, to read which clusters are small.
 Differs from the official codes (facebookresearch/deepcluster; OpenMMLab's MMSelfSup, whose settings
 of a ResNet-50 these are, since there is no AlexNet here): k-means runs on all processes, and an
 empty cluster takes half of one of the largest, there of a random one. Rotation comes before the
-crop. ODC goes through a permutation of the images each epoch, there it draws with replacement;
-its first clusters are those of unit rows; clusters are split by the same k-means, there by
-scikit-learn's; loss weights are normalised over all processes; dropout is drawn for (seed, step,
-image). The official runs are float32; here CUDA has bf16 unless `--amp none`.
+crop. An image that an epoch of DeepCluster takes several times has the same view each time, there
+another one. ODC goes through a permutation of the images each epoch, there it draws with
+replacement; its first clusters are those of unit rows; clusters are split by the same k-means,
+there by scikit-learn's; loss weights are normalised over all processes; dropout is drawn for (seed,
+step, image). The official runs are float32; here CUDA has bf16 unless `--amp none`.
 
     python deepcluster_odc.py
     python deepcluster_odc.py --method odc --output runs/odc-digits
@@ -96,14 +97,14 @@ def parse_args(argv=None):
                        help="the backbone sees edges in place of colours")
     group.add_argument("--views", choices=("photo", "digits"), help="kind of augmentation")
     group.add_argument("--num-clusters", type=cli.two_or_more, help="K")
-    group.add_argument("--kmeans-iterations", type=cli.pos_int, help="of step 1")
+    group.add_argument("--kmeans-iterations", type=cli.pos_int, help="of step 1, at most")
     group.add_argument("--pca-dim", type=cli.pos_int,
                        help="deepcluster: whitened dimensions that are clustered")
     group.add_argument("--hidden-dim", type=cli.pos_int, help="odc: width of the neck")
     group.add_argument("--embedding-dim", type=cli.pos_int, help="odc: D, size of an embedding")
     group.add_argument("--dropout", type=cli.fraction, help="odc: share of the neck that is cut")
     group.add_argument("--memory-momentum", type=cli.fraction, help="odc: EMA momentum of a row")
-    group.add_argument("--centroid-steps", type=cli.pos_int, help="odc: between new centroids")
+    group.add_argument("--centroid-steps", type=cli.pos_int, help="odc: from centroids to new ones")
     group.add_argument("--min-cluster", type=cli.pos_int, metavar="IMAGES",
                        help="odc: smaller clusters are dissolved")
     group.add_argument("--schedule", choices=("cosine", "step"),
@@ -312,7 +313,7 @@ def update_memory(memory: Tensor, assignment: Tensor, centroids: Tensor, index: 
         memory: unit rows (M, D), written in place: normalise(momentum old + (1 - momentum) new).
         assignment: int64 (M,), written in place: the largest dot products with the rows.
         centroids: (K, D), not of unit norm.
-        index: (N,) the images, no one twice, on the memory's device.
+        index: (N,) the images, none of them twice, on the memory's device.
         z: their embeddings (N, D).
         momentum: share that a row keeps of itself.
 

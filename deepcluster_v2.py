@@ -16,8 +16,8 @@ of the data set, equal on every process; k-means starts from images of all proce
 first; its sums are float64; batch norm is synchronised over all processes, there in groups of
 eight. Images that were not in the last epoch (incomplete batches are dropped) have no label, as
 there. The first bank is filled as there, one crop a pass, with the images of the first epoch in
-separate crops. Blur is a true Gaussian, there Pillow's chain of box filters. The official run
-is float32; here CUDA has bf16 unless `--amp none`.
+separate crops. Blur is a true Gaussian, as in the released runs; the code has Pillow's chain of box
+filters by now. The official run is float32; here CUDA has bf16 unless `--amp none`.
 
     python deepcluster_v2.py
     torchrun --nproc_per_node=8 deepcluster_v2.py --data /path/to/imagenet --output runs/deepcluster
@@ -75,7 +75,7 @@ def parse_args(argv=None):
     group.add_argument("--embedding-dim", type=cli.pos_int, help="D, size of an embedding")
     group.add_argument("--num-clusters", type=cli.pos_int, nargs="+",
                        help="K of each head; head h labels by global crop h mod A")
-    group.add_argument("--temperature", type=cli.positive, help="divides the cosines")
+    group.add_argument("--temperature", type=cli.positive, help="temperature of the predictions")
     group.add_argument("--kmeans-iterations", type=cli.pos_int, help="before each epoch")
     group.add_argument("--start-lr", type=cli.not_negative, help="per 256, where warm-up starts")
     group.add_argument("--final-lr", type=cli.not_negative, help="per 256, where the cosine ends")
@@ -117,7 +117,11 @@ class DeepCluster(nn.Module):
         )
 
     def forward(self, views: list[Tensor]) -> Tensor:
-        """Embed V views (N, C, H, W), sorted by size, one backbone pass a size; unit (V, N, D)."""
+        """Embed V views (N, C, H, W), sorted by size, in one backbone pass per size.
+
+        Returns:
+            Unit embeddings (V, N, D).
+        """
         sizes = itertools.groupby(views, key=lambda view: view.shape[-2:])
         h = torch.cat([self.backbone(torch.cat(list(same))) for _, same in sizes])
         z = self.projector(h)

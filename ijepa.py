@@ -321,10 +321,11 @@ def main(args):
         backbones.compile(model, dynamic=True)
 
     # Optimiser
-    scale = args.batch_size / 256
+    lr, start_lr, final_lr = (rate * args.batch_size / 256
+                              for rate in (args.lr, args.start_lr, args.final_lr))
     weights, others = optim.split_by_dimension(model)  # the mask token decays, as officially
     groups = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr * scale, betas=(0.9, 0.999), fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
     autocast, scaler = optim.precision(args.amp, world.device)
 
     # Train
@@ -336,9 +337,9 @@ def main(args):
         total = int(args.stretch * run.total_steps)
         # Step 0 takes the second value of each schedule, but the first of the EMA's.
         lr_of_step = [*optim.warmup_cosine(
-            start=args.start_lr * scale, base=args.lr * scale, final=args.final_lr * scale,
-            warmup_steps=args.warmup_epochs * run.steps_per_epoch, total_steps=total,
-            warmup_endpoint=False), args.final_lr * scale][1:]
+            start=start_lr, base=lr, final=final_lr,
+            warmup_steps=args.warmup_epochs * run.steps_per_epoch,
+            total_steps=total, warmup_endpoint=False), final_lr][1:]
         decay_of_step = [*optim.cosine(args.weight_decay, args.final_weight_decay, total),
                          args.final_weight_decay][1:]
         momentum_of_step = [args.momentum + (1 - args.momentum) * t / total for t in range(total)]

@@ -20,7 +20,7 @@ in their cells, in VISSL at 21 of the 22 places along each side. Whole images ar
 normalised, as in VISSL; the jigsaw paper normalises each patch. Batch norm sees the middle patch
 once an image, in MMSelfSup eight times, whose cells overlap by a pixel. VISSL decays the biases of
 linear layers too, changes the rate of its warm-up once an epoch, and fetches its 2,000 orders.
-Dropout hangs on the number of processes.
+Dropout depends on the number of processes.
 
     python pretext.py
     python pretext.py --task jigsaw
@@ -64,8 +64,8 @@ RECIPES = {  # of rotation
         weight_decay=5e-4, decay_norms=True,
     ),
     # Ours, for the built-in digits. Rotation learns from them although some look alike when turned:
-    # k-NN with one label a class .59, untrained .49. Jigsaw and location do not (.49 and .48; five
-    # labels .68, untrained .58): where a stroke lies says little about the digit.
+    # k-NN with one label a class .59, untrained .49. Jigsaw and location gain nothing there (.49,
+    # .48), but with five labels (.68, untrained .58): a stroke's place says little about a digit.
     "digits": IMAGENET | dict(
         arch="resnet_tiny", stem="small", image_size=16, mean=[0.5], std=[0.5],
         views="digits", crop_scale=[0.6, 1.0], flip=False, angles="all",
@@ -339,7 +339,7 @@ def answer_loss(logits: Tensor, answers: Tensor) -> Tensor:
 
 @torch.no_grad()
 def indicators(h: Tensor, logits: Tensor, answers: Tensor) -> dict[str, Tensor]:
-    """How often the answer is right, and would be by chance; logged. Of h, the rank is."""
+    """Logged: how often the answer is right, and would be by chance; beside it the rank of h."""
     right = (logits.argmax(1) == answers).float().mean()
     return {
         "pretext_accuracy": right,
@@ -390,7 +390,7 @@ def main(args):
     # Train
     side = args.jigsaw_patch_size
     draw = functools.partial(
-        draw_puzzles, steps_per_epoch=max(1, len(images) // args.batch_size), seed=args.seed,
+        draw_puzzles, steps_per_epoch=len(images) // args.batch_size, seed=args.seed,
         answers=answers, places=args.jigsaw_size // 3 - side + 1 if side else 1)
     with Training(args, world, images, build_views(args), draw=draw,
                   chance_loss=math.log(answers)) as run:

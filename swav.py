@@ -16,8 +16,8 @@ Differs from the official code (facebookresearch/swav): Sinkhorn works on logari
 stays right at any epsilon; scores are computed in float32 regardless of autocast; batch norm is
 synchronised over all processes, there in groups of eight; the queue is one tensor, equal on every
 process, of which each process scores its shard. Prototypes are frozen for epochs, there for 313 or
-5,005 steps, one epoch of batch 4,096 or 256. Blur is a true Gaussian, there Pillow's chain of box
-filters.
+5,005 steps, one epoch of batch 4,096 or 256. Blur is a true Gaussian, as in the released runs; the
+code has Pillow's chain of box filters by now.
 
 `--teacher-momentum`, from VISSL, is not in the paper and has no published number: the scores of
 step 3 and the queue's embeddings are then those of a teacher, an EMA of the whole network.
