@@ -51,7 +51,7 @@ IMAGENET = dict(  # DeepCluster on a ResNet-50: MMSelfSup; k-means and whitening
     mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225],
     views="photo", crop_scale=[0.08, 1.0],
     num_clusters=10_000, kmeans_iterations=20, pca_dim=256,
-    schedule="step", drop_at=[], top_lr_scale=1.0,
+    schedule="step", lr_drops=[], top_lr_scale=1.0,
     epochs=200, batch_size=512, lr=0.05, weight_decay=1e-5, warmup_epochs=0, sync_bn=False,
 )
 RECIPES = {
@@ -75,7 +75,7 @@ NECK = dict(pca_dim=None, hidden_dim=512, embedding_dim=256, dropout=0.5, memory
             centroid_steps=10, min_cluster=20)
 ODC = {  # what `--method odc` changes
     "imagenet": NECK | dict(  # MMSelfSup
-        sobel=False, epochs=440, lr=0.03, drop_at=[400 / 440], sync_bn=True,
+        sobel=False, epochs=440, lr=0.03, lr_drops=[400 / 440], sync_bn=True,
     ),
     # Ours, on DeepCluster's settings. Rows that move faster lose what k-means found (digits).
     "cifar10": NECK | dict(memory_momentum=0.9),
@@ -108,9 +108,9 @@ def parse_args(argv=None):
     group.add_argument("--min-cluster", type=cli.pos_int, metavar="IMAGES",
                        help="odc: smaller clusters are dissolved")
     group.add_argument("--schedule", choices=("cosine", "step"),
-                       help="once an epoch: a cosine to 0, or times 0.4 at --drop-at")
-    group.add_argument("--drop-at", type=cli.fraction, nargs="*",
-                       help="shares of the run, rounded to whole epochs")
+                       help="once an epoch: a cosine to 0, or times 0.4 at --lr-drops")
+    group.add_argument("--lr-drops", type=cli.fraction, nargs="*",
+                       help="when the rate falls: shares of the run, rounded to whole epochs")
     group.add_argument("--top-lr-scale", type=cli.positive,
                        help="rate of the top layer, which has no momentum, as a multiple of --lr")
     args = cli.parse(parser, recipes, argv)
@@ -122,8 +122,8 @@ def parse_args(argv=None):
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} needs --method {own}")
     if args.dropout == 1:
         parser.error("--dropout 1 leaves nothing; pass less")
-    if args.schedule == "cosine" and cli.peek(argv, "--drop-at", str) is not None:
-        parser.error("--drop-at needs --schedule step")
+    if args.schedule == "cosine" and cli.peek(argv, "--lr-drops", str) is not None:
+        parser.error("--lr-drops needs --schedule step")
     if args.sobel:
         args.stem += "-sobel"  # of the backbone wherever it goes
     return args
@@ -445,7 +445,7 @@ def main(args):
         run.resume(model=model, assignment=assignment, before=before, nmi=nmi, memory=memory,
                    centroids=centroids, optimizer=optimizer, scaler=scaler)
         ddp_model = comm.data_parallel(model)
-        drops = [round(share * args.epochs) for share in args.drop_at]
+        drops = [max(1, round(share * args.epochs)) for share in args.lr_drops]
         lr_of_step = optim.lr_by_epoch(lr, drops if args.schedule == "step" else "cosine",
                                        args.epochs, args.warmup_epochs, run.steps_per_epoch,
                                        gamma=0.4)
