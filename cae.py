@@ -1,11 +1,11 @@
 """CAE: Context Autoencoder for Self-Supervised Representation Learning, arXiv 2202.03026.
 
 1. Make one view of every image, a crop, and cut it into patches; mask blocks of about half of them.
-2. Encode the visible patches alone.
-3. The regressor predicts the latents of the masked patches: mask tokens at their places look at the
+2. A tokenizer names the word of each masked patch: patches have a vocabulary as texts have.
+3. Encode the visible patches alone.
+4. The regressor predicts the latents of the masked patches: mask tokens at their places look at the
    visible latents by cross-attention, and do not change them.
-4. The decoder, a light transformer on these predictions alone, names the word of each masked patch.
-5. The words are a tokenizer's: patches have a vocabulary as texts have.
+5. The decoder, a light transformer on these predictions alone, predicts the words.
 6. Align the predictions with the encoder's own latents of the masked patches, from a second pass
    without gradient. So encoding is left to the encoder, and what is special to the words to the
    decoder.
@@ -399,10 +399,10 @@ def main(args):
         for step, batch in run.steps(export=model.backbone):  # 1. one view
             optim.set_lr(optimizer, lr_of_step[step])
             view, (visible, masked) = batch.views[0], batch.drawn
-            tokens = name_words(view).gather(1, masked)  # 5. words
+            tokens = name_words(view).gather(1, masked)  # 2. words
             optimizer.zero_grad(set_to_none=True)
             with autocast():
-                logits, latents, targets = ddp_model(view, visible, masked)  # 2., 3., 4.
+                logits, latents, targets = ddp_model(view, visible, masked)  # 3., 4., 5.
             losses = {"token_loss": token_loss(logits, tokens),
                       "align_loss": alignment_loss(latents, targets)}  # 6. align
             loss = losses["token_loss"] + args.align_weight * losses["align_loss"]

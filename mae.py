@@ -279,7 +279,6 @@ def main(args):
         run.resume(model=model, optimizer=optimizer, scaler=scaler)
         ddp_model = comm.data_parallel(model)
         num_patches = backbone.grid[0] * backbone.grid[1]
-        comm.print_main(f"{num_kept(num_patches, args.mask_ratio)} of {num_patches} patches kept")
         lr_of_step = optim.warmup_cosine(
             start=0.0, base=lr, final=0.0,
             warmup_steps=args.warmup_epochs * run.steps_per_epoch,
