@@ -18,7 +18,8 @@ dict (MMSelfSup's dalle_encoder.pth is one). It could not be tried here with the
 `--tokenizer kmeans` needs no file: words are k-means centroids of normalised patches of whole
 training images, made before the first step. No published number belongs to it.
 
-Evaluate `--layers patches`: nothing trains the class token but attention.
+Evaluate `--layers patches`: nothing trains the class token but attention, though it is what the
+authors' linear probe reads.
 
 Differs from the official code (Atten4Vis/CAE): which patches are masked depends on seed, epoch and
 image alone, and where blocks fail to fill up the number, single patches do; the discrete VAE, in
