@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from common import augment, backbones, cli, distributed as comm, optim, rng
 from common.images import open_images
+from common.kmeans import join_parts, own_part
 from common.training import Training
 
 IMAGENET = dict(  # SwAV's paper, appendix: batch 4,096, rates .3 to 4.8 to .0048, per 256 images
@@ -104,7 +105,7 @@ def photo_views(crops, jitter, blur):
 
 
 class DeepCluster(nn.Module):
-    """Backbone and projector H -> hidden -> D with batch norm inside."""
+    """Backbone, and projector -> hidden -> D with batch norm inside."""
 
     def __init__(self, backbone: nn.Module, projector_dim: int, embedding_dim: int):
         super().__init__()
@@ -232,11 +233,11 @@ def cluster_memory(memory: Tensor, num_clusters: int, iterations: int, generator
         Centroids (K, D) and the assignment int64 (M,), -100 for the images not seen.
     """
     seen = memory.any(1).nonzero()[:, 0]
-    local = seen.tensor_split(comm.size())[comm.rank()]
-    centroids, nearest = spherical_kmeans(memory[local], num_clusters, iterations, generator)
-    assignment = torch.zeros(len(memory), dtype=torch.int64, device=memory.device)
-    assignment[local] = nearest + 1
-    return centroids, comm.sum_over_processes(assignment).sub_(1).masked_fill_(~memory.any(1), -100)
+    centroids, nearest = spherical_kmeans(memory[own_part(seen)], num_clusters, iterations,
+                                          generator)
+    assignment = torch.full((len(memory),), -100, device=memory.device)
+    assignment[seen] = join_parts(nearest, len(seen))
+    return centroids, assignment
 
 
 @torch.no_grad()
