@@ -491,7 +491,7 @@ def main(args):
                 if (step + 1) % args.centroid_steps == 0:  # 5. centroids, small clusters
                     update_centroids(centroids, memory, assignment)
                 repair_clusters(memory, assignment, centroids, args.min_cluster, args.seed, step)
-                if (step + 1) % run.steps_per_epoch == 0:
+                if step + 1 == run.total_steps:  # those of the last step
                     run.write_array("assignments.npy", assignment)
 
 
