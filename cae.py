@@ -85,7 +85,7 @@ def parse_args(argv=None):
                        help="area that a block has at least, while so many are left to mask")
     group.add_argument("--tokenizer", metavar="WHAT",
                        help="kmeans, or a file with the discrete VAE's encoder, see above")
-    group.add_argument("--vocabulary-size", type=cli.two_or_more, help="kmeans: K")
+    group.add_argument("--vocabulary-size", type=cli.two_or_more, help="kmeans: K, words")
     group.add_argument("--vocabulary-images", type=cli.pos_int,
                        help="kmeans: at most so many images give all their patches")
     group.add_argument("--kmeans-iterations", type=cli.pos_int, help="kmeans: at most")

@@ -97,14 +97,15 @@ def parse_args(argv=None):
                        help="the backbone sees edges in place of colours")
     group.add_argument("--views", choices=("photo", "digits"), help="kind of augmentation")
     group.add_argument("--num-clusters", type=cli.two_or_more, help="K")
-    group.add_argument("--kmeans-iterations", type=cli.pos_int, help="of step 1, at most")
+    group.add_argument("--kmeans-iterations", type=cli.pos_int, help="at most, in step 1")
     group.add_argument("--pca-dim", type=cli.pos_int,
                        help="deepcluster: whitened dimensions that are clustered")
     group.add_argument("--hidden-dim", type=cli.pos_int, help="odc: width of the neck")
     group.add_argument("--embedding-dim", type=cli.pos_int, help="odc: D, size of an embedding")
-    group.add_argument("--dropout", type=cli.fraction, help="odc: share of the neck that is cut")
+    group.add_argument("--dropout", type=cli.fraction, help="odc: of the neck's hidden layer")
     group.add_argument("--memory-momentum", type=cli.fraction, help="odc: EMA momentum of a row")
-    group.add_argument("--centroid-steps", type=cli.pos_int, help="odc: from centroids to new ones")
+    group.add_argument("--centroid-steps", type=cli.pos_int,
+                       help="odc: steps between two updates of the centroids")
     group.add_argument("--min-cluster", type=cli.pos_int, metavar="IMAGES",
                        help="odc: smaller clusters are dissolved")
     group.add_argument("--schedule", choices=("cosine", "step"),

@@ -120,7 +120,7 @@ def parse_args(argv=None):
     group.add_argument("--method", choices=("dinov2", "ibot"), help="whose rules hold, see above")
     group.add_argument("--patch-size", type=cli.pos_int, help="side of a patch in pixels")
     group.add_argument("--drop-path", type=cli.fraction, help="stochastic depth of the student")
-    group.add_argument("--layer-scale", type=cli.not_negative, help="its start; 0: none")
+    group.add_argument("--layer-scale", type=cli.not_negative, help="start of the scales; 0: none")
     group.add_argument("--registers", type=cli.nonneg_int, help="tokens beside the class token")
     group.add_argument("--grad-checkpoint", action=cli.Switch, default=False,
                        help="recompute the blocks in the backward; less memory, the same gradient")
@@ -128,7 +128,8 @@ def parse_args(argv=None):
     group.add_argument("--jitter-strength", type=cli.not_negative, help="strength of colour jitter")
     group.add_argument("--blur", action=cli.Switch, help="Gaussian blur, of each crop its own rate")
     group.add_argument("--mask-probability", type=cli.fraction, help="share of masked global crops")
-    group.add_argument("--mask-ratio", type=cli.fraction, nargs=2, help="range of a crop's share")
+    group.add_argument("--mask-ratio", type=cli.fraction, nargs=2,
+                       help="smallest, largest share of a masked crop's patches")
     group.add_argument("--hidden-dim", type=cli.pos_int, help="width of the head's hidden layers")
     group.add_argument("--bottleneck-dim", type=cli.pos_int, help="D, before the last layer")
     group.add_argument("--num-outputs", type=cli.pos_int,
@@ -138,7 +139,8 @@ def parse_args(argv=None):
     group.add_argument("--patch-head", type=cli.pos_int, nargs="*", metavar="SIZE",
                        help="what patches have of their own: nothing; K outputs: a last layer; "
                        "hidden width, D and K: a head")
-    group.add_argument("--norm-last-layer", action=cli.Switch, help="rows at norm 1: steadier")
+    group.add_argument("--norm-last-layer", action=cli.Switch,
+                       help="keep the last layers' rows at norm 1: steadier")
     group.add_argument("--freeze-last-layer-epochs", type=cli.nonneg_int,
                        help="last layers frozen so long; more, if the loss does not fall")
     group.add_argument("--student-temperature", type=cli.positive,
@@ -155,13 +157,15 @@ def parse_args(argv=None):
     group.add_argument("--center-momentum", type=cli.fraction,
                        help="EMA momentum of the centres; lower it if one output wins all")
     group.add_argument("--patch-weight", type=cli.not_negative, help="weight of the patches' loss")
-    group.add_argument("--koleo-weight", type=cli.not_negative, help="KoLeo's, of each global crop")
+    group.add_argument("--koleo-weight", type=cli.not_negative, help="KoLeo's, for a global crop")
     group.add_argument("--momentum", type=cli.fraction,
                        help="EMA momentum of the teacher in the first step, a cosine takes it to "
                        "1; higher for small batches")
     group.add_argument("--final-lr", type=cli.not_negative, help="per 256, where the cosine ends")
-    group.add_argument("--layer-decay", type=cli.positive, help="a block's rate by the next one's")
-    group.add_argument("--patch-embed-lr", type=cli.positive, help="patch projection's factor more")
+    group.add_argument("--layer-decay", type=cli.positive,
+                       help="a block's rate as a share of the next one's")
+    group.add_argument("--patch-embed-lr", type=cli.positive,
+                       help="further factor of the patch projection's rate")
     group.add_argument("--final-weight-decay", type=cli.not_negative,
                        help="where a cosine takes it; a low start lets the loss fall early")
     group.add_argument("--clip-norm", type=cli.not_negative,

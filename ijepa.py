@@ -85,14 +85,14 @@ def parse_args(argv=None):
     group.add_argument("--views", choices=("photo", "digits"), help="kind of augmentation")
     group.add_argument("--num-targets", type=cli.pos_int, help="T, target blocks of an image")
     group.add_argument("--min-keep", type=cli.nonneg_int, metavar="PATCHES",
-                       help="a context has more; fewer for coarse grids")
+                       help="a context has more than these; fewer for coarse grids")
     group.add_argument("--predictor-dim", type=cli.pos_int, help="E, width of the predictor")
     group.add_argument("--predictor-depth", type=cli.pos_int, help="blocks of the predictor")
     group.add_argument("--momentum", type=cli.fraction, help="EMA momentum of the target in the "
                        "first step, a line takes it to 1; lower for short runs")
     group.add_argument("--start-lr", type=cli.not_negative, help="per 256 images, first step")
     group.add_argument("--final-lr", type=cli.not_negative, help="per 256 images, at the end")
-    group.add_argument("--final-weight-decay", type=cli.not_negative, help="at the end")
+    group.add_argument("--final-weight-decay", type=cli.not_negative, help="where a cosine takes it")
     group.add_argument("--stretch", type=cli.positive, help="schedules are those of a run so many "
                        "times as long, which ends early; at least 1")
     args = cli.parse(parser, RECIPES, argv)

@@ -123,7 +123,7 @@ def parse_args(argv=None):
     group.add_argument("--flip", action=cli.Switch, help="mirror half of the images")
     group.add_argument("--grayscale", type=cli.fraction, metavar="P",
                        help="chance of a gray image: hides the shifts between a lens's colours")
-    group.add_argument("--angles", choices=("one", "all"), help="rotation: of each image")
+    group.add_argument("--angles", choices=("one", "all"), help="rotation: angles of an image")
     group.add_argument("--jigsaw-size", type=cli.pos_int, metavar="PX", help="jigsaw, location: "
                        "side of the crop that is cut into 3 x 3 cells; --image-size is then that "
                        "of the evaluations")
@@ -133,10 +133,10 @@ def parse_args(argv=None):
                        help="jigsaw: how many of the 362,880 orders")
     group.add_argument("--head-dim", type=cli.pos_int,
                        help="jigsaw: numbers that the head has of a patch; location: hidden width")
-    group.add_argument("--dropout", type=cli.fraction, help="location: share of the hidden layer")
+    group.add_argument("--dropout", type=cli.fraction, help="location: of the hidden layer")
     group.add_argument("--lr-drops", type=cli.fraction, nargs="+",
                        help="when the rate falls: shares of the run, rounded to whole epochs")
-    group.add_argument("--lr-factor", type=cli.fraction, help="what it is then multiplied by")
+    group.add_argument("--lr-factor", type=cli.fraction, help="what it is multiplied by then")
     group.add_argument("--warmup-start", type=cli.fraction, help="share of --lr at the very start")
     group.add_argument("--nesterov", action=cli.Switch, help="Nesterov's momentum")
     group.add_argument("--head-decay", type=cli.not_negative,

@@ -89,12 +89,13 @@ def parse_args(argv=None):
                        help="K; several numbers: several sets, their losses averaged")
     group.add_argument("--temperature", type=cli.positive, help="temperature of the predictions")
     group.add_argument("--epsilon", type=cli.positive, help="weight of the codes' entropy: lower "
-                       "is harder; if the loss stays at ln K, try .03")
-    group.add_argument("--sinkhorn-iterations", type=cli.pos_int, help="more: more equal use")
+                       "makes harder codes; if the loss stays at ln K, try .03")
+    group.add_argument("--sinkhorn-iterations", type=cli.pos_int,
+                       help="more make the use of the prototypes more equal")
     group.add_argument("--queue-length", type=cli.nonneg_int,
                        help="earlier embeddings that join in the codes, for batches below a few "
                        "times K; a multiple of the batch size; 0: none")
-    group.add_argument("--queue-start-epoch", type=cli.nonneg_int, help="when it starts to fill")
+    group.add_argument("--queue-start-epoch", type=cli.nonneg_int, help="when the queue starts to fill")
     group.add_argument("--freeze-prototypes-epochs", type=cli.nonneg_int,
                        help="prototypes frozen so long; more, if the loss stays at ln K")
     group.add_argument("--teacher-momentum", type=cli.fraction,
