@@ -98,9 +98,7 @@ def parse_args(argv=None):
     group.add_argument("--final-lr", type=cli.not_negative, help="per 256 images, at the end")
     group.add_argument("--clip", type=cli.positive, help="largest norm of all gradients together")
     args = cli.parse(parser, RECIPES, argv)
-    if args.image_size % args.patch_size:
-        parser.error(f"--image-size {args.image_size} is not a multiple of --patch-size "
-                     f"{args.patch_size}")
+    cli.check_patches(parser, args)
     num_patches = (args.image_size // args.patch_size) ** 2
     if not 1 <= int(num_patches * args.mask_ratio) < num_patches:
         parser.error(f"--mask-ratio {args.mask_ratio} masks {int(num_patches * args.mask_ratio)} "

@@ -15,7 +15,7 @@
 Letters: N images per process, V crops of an image, G of them global, L patches of a global crop, M
 masked patches on this process, D bottleneck of a head, K outputs of a head, H backbone width.
 
-iBOT is `--recipe ibot_imagenet`, without KoLeo. Whose rules hold, `--method` says:
+iBOT is `--recipe ibot_imagenet`. Whose rules hold, `--method` says:
 
                           dinov2                                  ibot
     masked crops          exactly half of a batch's               each crop draws whether it is
@@ -26,8 +26,8 @@ iBOT is `--recipe ibot_imagenet`, without KoLeo. Whose rules hold, `--method` sa
     gradients clipped     backbone and heads, each as a whole     each parameter by itself
     frozen last layers    have rate 0, Adam's moments go on       have no gradient
 
-KoLeo looks at each process's own images, as officially: the one part that depends on the number of
-processes.
+KoLeo, which iBOT has not, is of each process's own images, as officially: the one part that depends
+on the number of processes.
 
 Differs from the official code (facebookresearch/dinov2, bytedance/ibot): half of the crops is half
 of the batch over all processes, there of each process's; likewise the patches' centre follows the
@@ -171,10 +171,7 @@ def parse_args(argv=None):
     group.add_argument("--clip-norm", type=cli.not_negative,
                        help="largest gradient norm; 0: none; lower it if the loss jumps")
     args = cli.parse(parser, RECIPES, argv)
-    if any(size % args.patch_size for size in args.crop_sizes):
-        sizes = " ".join(map(str, args.crop_sizes))
-        parser.error(f"--crop-sizes {sizes} are not all multiples of --patch-size "
-                     f"{args.patch_size}")
+    cli.check_patches(parser, args)
     if args.mask_ratio[0] > args.mask_ratio[1]:
         parser.error("--mask-ratio {:g} {:g} is not a range".format(*args.mask_ratio))
     side = args.crop_sizes[0] // args.patch_size

@@ -92,13 +92,11 @@ def parse_args(argv=None):
                        "first step, a line takes it to 1; lower for short runs")
     group.add_argument("--start-lr", type=cli.not_negative, help="per 256 images, first step")
     group.add_argument("--final-lr", type=cli.not_negative, help="per 256 images, at the end")
-    group.add_argument("--final-weight-decay", type=cli.not_negative, help="where a cosine takes it")
+    group.add_argument("--final-weight-decay", type=cli.not_negative, help="to which a cosine goes")
     group.add_argument("--stretch", type=cli.positive, help="schedules are those of a run so many "
                        "times as long, which ends early; at least 1")
     args = cli.parse(parser, RECIPES, argv)
-    if args.image_size % args.patch_size:
-        parser.error(f"--image-size {args.image_size} is not a multiple of --patch-size "
-                     f"{args.patch_size}")
+    cli.check_patches(parser, args)
     side = args.image_size // args.patch_size
     least = math.prod(block_sizes(0.0, 0.0, side, side)[1])
     if least <= args.min_keep:

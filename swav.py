@@ -95,7 +95,7 @@ def parse_args(argv=None):
     group.add_argument("--queue-length", type=cli.nonneg_int,
                        help="earlier embeddings that join in the codes, for batches below a few "
                        "times K; a multiple of the batch size; 0: none")
-    group.add_argument("--queue-start-epoch", type=cli.nonneg_int, help="when the queue starts to fill")
+    group.add_argument("--queue-start-epoch", type=cli.nonneg_int, help="when it starts to fill")
     group.add_argument("--freeze-prototypes-epochs", type=cli.nonneg_int,
                        help="prototypes frozen so long; more, if the loss stays at ln K")
     group.add_argument("--teacher-momentum", type=cli.fraction,
