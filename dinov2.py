@@ -642,21 +642,22 @@ def main(args):
             mask, weights = spread_masks(batch.drawn, num_crops, num_patches)
             with autocast():
                 with torch.no_grad():
-                    *_, logits, patch_logits, patch_rows = teacher(
+                    *_, teacher_logits, teacher_patch_logits, patch_rows = teacher(
                         global_views, [], batch.drawn, mean_of_all=ibot)
-                h, z, predicted, patch_predicted, _ = ddp_model(
+                h, z, logits, patch_logits, _ = ddp_model(
                     global_views, local_views, batch.drawn, mask)
             temperature, patch_temperature = (t[step // period] for t in temperatures)
             if centers:  # 2. targets
-                targets = centered_targets(logits, centers["center"], temperature)
-                patch_targets = centered_targets(patch_logits, centers["patch_center"],
+                targets = centered_targets(teacher_logits, centers["center"], temperature)
+                patch_targets = centered_targets(teacher_patch_logits, centers["patch_center"],
                                                  patch_temperature)
             else:
-                targets = sinkhorn_targets(logits.flatten(0, 1), temperature, 3).view_as(logits)
-                patch_targets = sinkhorn_targets(patch_logits, patch_temperature, 3)
+                targets = sinkhorn_targets(teacher_logits.flatten(0, 1), temperature, 3)
+                targets = targets.view_as(teacher_logits)
+                patch_targets = sinkhorn_targets(teacher_patch_logits, patch_temperature, 3)
             losses = {  # 3. predict
-                "class_loss": dino_loss(predicted, targets, args.student_temperature),
-                "patch_loss": patch_loss(patch_predicted, patch_targets, weights, num_crops,
+                "class_loss": dino_loss(logits, targets, args.student_temperature),
+                "patch_loss": patch_loss(patch_logits, patch_targets, weights, num_crops,
                                          args.student_temperature)}
             loss = losses["class_loss"] + args.patch_weight * losses["patch_loss"]
             if args.koleo_weight:
@@ -673,7 +674,7 @@ def main(args):
             update_ema(teacher, model, momentum_of_step[step])  # 5. teacher
             run.log(loss, lr_of_step[step], indicators, z[0], targets, patch_targets, losses)
             if centers:  # 6. centres
-                update_center(centers["center"], logits.flatten(0, 1), args.center_momentum)
+                update_center(centers["center"], teacher_logits.flatten(0, 1), args.center_momentum)
                 update_center(centers["patch_center"], patch_rows, args.center_momentum)
 
 
