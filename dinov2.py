@@ -15,7 +15,7 @@
 Letters: N images per process, V crops of an image, G of them global, L patches of a global crop, M
 masked patches on this process, D bottleneck of a head, K outputs of a head, H backbone width.
 
-iBOT is `--recipe ibot_imagenet`. Whose rules hold, `--method` says:
+iBOT is `--recipe ibot_imagenet`, without KoLeo. Whose other rules hold, `--method` says:
 
                           dinov2                                  ibot
     masked crops          exactly half of a batch's               each crop draws whether it is
@@ -25,15 +25,14 @@ iBOT is `--recipe ibot_imagenet`. Whose rules hold, `--method` says:
     patches' centre       follows the masked patches              follows all patches
     gradients clipped     backbone and heads, each as a whole     each parameter by itself
     frozen last layers    have rate 0, Adam's moments go on       have no gradient
-    KoLeo                 of each process's own images            none
 
 Differs from the official code (facebookresearch/dinov2, bytedance/ibot): half of the crops is half
 of the batch over all processes, there of each process's; likewise the patches' centre follows the
-mean over all processes, there a mean of their means (KoLeo is of a process there, too). Rates grow
-with the batch, in DINOv2 with its square root: for 64 images its rule is `--lr 0.004`. DINOv2's
-depth is dropped by sample, there for a random part of the batch; its tokens start as in timm; MLPs
-have GELU, there in large models SwiGLU. As in dino.py: positions are resized to the exact grid,
-last layers are in float32, blur is a true Gaussian.
+mean over all processes, there a mean of their means; KoLeo's neighbours are of one process in both.
+Rates grow with the batch, in DINOv2 with its square root: for 64 images its rule is `--lr 0.004`.
+DINOv2's depth is dropped by sample, there for a random part of the batch; its tokens start as in
+timm; MLPs have GELU, there in large models SwiGLU. As in dino.py: positions are resized to the
+exact grid, last layers are in float32, blur is a true Gaussian.
 
     python dinov2.py
     torchrun --nproc_per_node=8 dinov2.py --data /path/to/imagenet --grad-checkpoint
