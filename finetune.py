@@ -142,7 +142,7 @@ def parse_args(argv=None):
     group.add_argument("--sync-bn", action=cli.Switch, help="synchronised batch norm")
     group.add_argument("--drop-path", type=cli.fraction, help="stochastic depth of a transformer")
     cli.length_flags(group)
-    group.add_argument("--head-lr", type=cli.positive, help="that of the linear layer, if another")
+    group.add_argument("--head-lr", type=cli.positive, help="of the linear layer, if another")
     group.add_argument("--layer-decay", type=cli.fraction,
                        help="a block's rate as a share of the next one's")
     labelled.sweep_flags(group)
