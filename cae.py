@@ -1,11 +1,11 @@
 """CAE: Context Autoencoder for Self-Supervised Representation Learning, arXiv 2202.03026.
 
 1. Make one view of every image, a crop, and cut it into patches; mask blocks of about half of them.
-2. Encode the visible patches alone.
-3. The regressor predicts the latents of the masked patches: mask tokens at their places look at the
+2. A tokenizer names the word of each masked patch: patches have a vocabulary as texts have.
+3. Encode the visible patches alone.
+4. The regressor predicts the latents of the masked patches: mask tokens at their places look at the
    visible latents by cross-attention, and do not change them.
-4. The decoder, a light transformer on these predictions alone, names the word of each masked patch.
-5. The words are a tokenizer's: patches have a vocabulary as texts have.
+5. The decoder, a light transformer on these predictions alone, predicts the words.
 6. Align the predictions with the encoder's own latents of the masked patches, from a second pass
    without gradient. So encoding is left to the encoder, and what is special to the words to the
    decoder.
@@ -18,7 +18,8 @@ dict (MMSelfSup's dalle_encoder.pth is one). It could not be tried here with the
 `--tokenizer kmeans` needs no file: words are k-means centroids of normalised patches of whole
 training images, made before the first step. No published number belongs to it.
 
-Evaluate `--layers patches`: nothing trains the class token but attention.
+Evaluate `--layers patches`: nothing trains the class token but attention, though it is what the
+authors' linear probe reads.
 
 Differs from the official code (Atten4Vis/CAE): which patches are masked depends on seed, epoch and
 image alone, and where blocks fail to fill up the number, single patches do; the discrete VAE, in
@@ -39,11 +40,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import augment, backbones, cli, distributed as comm, features, optim, rng, weights
+from common import augment, backbones, cli, distributed as comm, features, optim, rng
 from common.discrete_vae import load_encoder
 from common.images import open_images
 from common.kmeans import first_centroids, kmeans, nearest_centroids, own_part
 from common.training import Training
+from common.weights import fingerprint
 
 IMAGENET = dict(  # the official script of 800 epochs; of 300 and 1600: --warmup-epochs 10, 40
     arch="vit_base", patch_size=16, image_size=224, in_chans=3,
@@ -83,7 +85,7 @@ def parse_args(argv=None):
                        help="area that a block has at least, while so many are left to mask")
     group.add_argument("--tokenizer", metavar="WHAT",
                        help="kmeans, or a file with the discrete VAE's encoder, see above")
-    group.add_argument("--vocabulary-size", type=cli.two_or_more, help="kmeans: K")
+    group.add_argument("--vocabulary-size", type=cli.two_or_more, help="kmeans: K, words")
     group.add_argument("--vocabulary-images", type=cli.pos_int,
                        help="kmeans: at most so many images give all their patches")
     group.add_argument("--kmeans-iterations", type=cli.pos_int, help="kmeans: at most")
@@ -96,9 +98,7 @@ def parse_args(argv=None):
     group.add_argument("--final-lr", type=cli.not_negative, help="per 256 images, at the end")
     group.add_argument("--clip", type=cli.positive, help="largest norm of all gradients together")
     args = cli.parse(parser, RECIPES, argv)
-    if args.image_size % args.patch_size:
-        parser.error(f"--image-size {args.image_size} is not a multiple of --patch-size "
-                     f"{args.patch_size}")
+    cli.check_patches(parser, args)
     num_patches = (args.image_size // args.patch_size) ** 2
     if not 1 <= int(num_patches * args.mask_ratio) < num_patches:
         parser.error(f"--mask-ratio {args.mask_ratio} masks {int(num_patches * args.mask_ratio)} "
@@ -359,7 +359,7 @@ def main(args):
         with comm.same_error_on_all_ranks():
             vae = load_encoder(args.tokenizer, "--tokenizer").to(world.device)
         num_words, kept = vae.num_words, {}
-        settings = cli.settings(args) | {"tokenizer": weights.fingerprint(vae)}
+        settings = cli.settings(args) | {"tokenizer": fingerprint(vae)}
         name_words = functools.partial(vae_words, vae=vae, mean=args.mean, std=args.std, grid=grid)
 
     # Model
@@ -372,11 +372,11 @@ def main(args):
         backbones.compile(model)
 
     # Optimiser
-    scale = args.batch_size / 256
-    matrices, others = optim.split_by_dimension(model)  # both tokens decay, as officially
-    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr * scale, betas=(0.9, 0.999),
-                                  weight_decay=args.weight_decay, fused=True)
+    lr, final_lr = args.lr * args.batch_size / 256, args.final_lr * args.batch_size / 256
+    weights, others = optim.split_by_dimension(model)  # both tokens decay, as officially
+    groups = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), weight_decay=args.weight_decay,
+                                  fused=True)
     autocast, scaler = optim.precision(args.amp, world.device)
 
     # Train
@@ -386,7 +386,7 @@ def main(args):
         run.resume(model=model, **kept, optimizer=optimizer, scaler=scaler)
         ddp_model = comm.data_parallel(model)
         lr_of_step = optim.warmup_cosine(
-            start=0.0, base=args.lr * scale, final=args.final_lr * scale,
+            start=0.0, base=lr, final=final_lr,
             warmup_steps=args.warmup_epochs * run.steps_per_epoch,
             total_steps=run.total_steps, warmup_endpoint=True)
         if kept and run.step == 0:
@@ -398,10 +398,10 @@ def main(args):
         for step, batch in run.steps(export=model.backbone):  # 1. one view
             optim.set_lr(optimizer, lr_of_step[step])
             view, (visible, masked) = batch.views[0], batch.drawn
-            tokens = name_words(view).gather(1, masked)  # 5. words
+            tokens = name_words(view).gather(1, masked)  # 2. words
             optimizer.zero_grad(set_to_none=True)
             with autocast():
-                logits, latents, targets = ddp_model(view, visible, masked)  # 2., 3., 4.
+                logits, latents, targets = ddp_model(view, visible, masked)  # 3., 4., 5.
             losses = {"token_loss": token_loss(logits, tokens),
                       "align_loss": alignment_loss(latents, targets)}  # 6. align
             loss = losses["token_loss"] + args.align_weight * losses["align_loss"]

@@ -1,4 +1,4 @@
-"""ClusterFit's labels: the clusters of a trained network's features, for another one to learn.
+"""ClusterFit, arXiv 1912.03330: the clusters of a network's features, labels for another to learn.
 
 1. Take features of all images of pre-training, one central view each, and divide them by their
    length; with `--pca-dim` turn them to so many principal axes of unit variance.
@@ -8,16 +8,15 @@
    `--data`, and if images are files `labels.txt`, `path label` a line; the same of the test split
    under the same centroids, if there is one (`assignments-test.npy`, `labels-test.txt`).
 
-A new network then learns them (`finetune.py --checkpoint random --labels`), often a better one than
-the first, for it does not fit the pretext any more. Labels of the images are not needed; where
-there are some, their normalised mutual information (NMI) with the clusters is told.
-
-Differs from VISSL: every image counts in k-means, there at most 256 a cluster; which large cluster
-is split is drawn at random there. 16,000 clusters of ImageNet want a GPU.
+A new network then learns them (`finetune.py --checkpoint random --labels`). It is often better than
+the first, for it was never fitted to the pretext task. Labels of the images are not needed; where
+there are some, their normalised mutual information (NMI) with the clusters is printed.
 
 Letters: N images, D feature size, K clusters.
 
-Reference: Yan et al., ClusterFit, arXiv 1912.03330; numbers as in VISSL.
+Differs from VISSL, whose numbers these are: every image counts in k-means, there at most 256 a
+cluster; which large cluster is split is drawn at random there. 16,000 clusters of ImageNet want a
+GPU.
 
     python clusterfit.py --checkpoint runs/simclr --num-clusters 16000 --output runs/clusterfit
     python clusterfit.py --checkpoint runs/simclr-digits --num-clusters 30 --output runs/clusters
@@ -46,9 +45,6 @@ def parse_args(argv=None):
     group.add_argument("--pca-dim", type=cli.pos_int, metavar="D", help="principal axes, whitened")
     group.add_argument("--output", metavar="FOLDER", required=True, help="where the files go")
     args = features.parse(parser, argv)
-    for flag in ("checkpoint", "features", "layers"):
-        if len(getattr(args, flag) or ()) > 1:
-            parser.error(f"--{flag} {' '.join(getattr(args, flag))}: give one")
     if args.limit_per_class:
         parser.error(f"--limit-per-class {args.limit_per_class} needs labels; --limit does not")
     return args

@@ -1,4 +1,4 @@
-"""DeepCluster, arXiv 1807.05520, and ODC, arXiv 2006.10645: a classifier of the own clusters.
+"""DeepCluster, arXiv 1807.05520, and ODC, arXiv 2006.10645: a network learns its own clusters.
 
 1. Cluster the features of all images, each seen whole, by k-means. DeepCluster does so before every
    epoch, on whitened features of the backbone; ODC once, on embeddings of the untrained network.
@@ -20,10 +20,11 @@ waits for the GPU once a step, to read which clusters are small.
 Differs from the official codes (facebookresearch/deepcluster; OpenMMLab's MMSelfSup, whose settings
 of a ResNet-50 these are, since there is no AlexNet here): k-means runs on all processes, and an
 empty cluster takes half of one of the largest, there of a random one. Rotation comes before the
-crop. ODC goes through a permutation of the images each epoch, there it draws with replacement;
-its first clusters are those of unit rows; clusters are split by the same k-means, there by
-scikit-learn's; loss weights are normalised over all processes; dropout is drawn for (seed, step,
-image). The official runs are float32; here CUDA has bf16 unless `--amp none`.
+crop. An image that an epoch of DeepCluster takes several times has the same view each time, there
+another one. ODC goes through a permutation of the images each epoch, there it draws with
+replacement; its first clusters are those of unit rows; clusters are split by the same k-means,
+there by scikit-learn's; loss weights are normalised over all processes; dropout is drawn for (seed,
+step, image). The official runs are float32; here CUDA has bf16 unless `--amp none`.
 
     python deepcluster_odc.py
     python deepcluster_odc.py --method odc --output runs/odc-digits
@@ -32,7 +33,6 @@ image). The official runs are float32; here CUDA has bf16 unless `--amp none`.
 
 import functools
 import math
-import os
 import sys
 
 import numpy as np
@@ -41,7 +41,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import augment, backbones, cli, distributed as comm, features, optim, rng
-from common.checkpoint import atomic_write
 from common.images import open_images
 from common.kmeans import cluster_means, first_centroids, join_parts, kmeans, own_part
 from common.training import Training
@@ -52,7 +51,7 @@ IMAGENET = dict(  # DeepCluster on a ResNet-50: MMSelfSup; k-means and whitening
     mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225],
     views="photo", crop_scale=[0.08, 1.0],
     num_clusters=10_000, kmeans_iterations=20, pca_dim=256,
-    schedule="step", drop_at=[], top_lr_scale=1.0,
+    schedule="step", lr_drops=[], top_lr_scale=1.0,
     epochs=200, batch_size=512, lr=0.05, weight_decay=1e-5, warmup_epochs=0, sync_bn=False,
 )
 RECIPES = {
@@ -76,7 +75,7 @@ NECK = dict(pca_dim=None, hidden_dim=512, embedding_dim=256, dropout=0.5, memory
             centroid_steps=10, min_cluster=20)
 ODC = {  # what `--method odc` changes
     "imagenet": NECK | dict(  # MMSelfSup
-        sobel=False, epochs=440, lr=0.03, drop_at=[400 / 440], sync_bn=True,
+        sobel=False, epochs=440, lr=0.03, lr_drops=[400 / 440], sync_bn=True,
     ),
     # Ours, on DeepCluster's settings. Rows that move faster lose what k-means found (digits).
     "cifar10": NECK | dict(memory_momentum=0.9),
@@ -98,33 +97,34 @@ def parse_args(argv=None):
                        help="the backbone sees edges in place of colours")
     group.add_argument("--views", choices=("photo", "digits"), help="kind of augmentation")
     group.add_argument("--num-clusters", type=cli.two_or_more, help="K")
-    group.add_argument("--kmeans-iterations", type=cli.pos_int, help="of step 1")
+    group.add_argument("--kmeans-iterations", type=cli.pos_int, help="at most, in step 1")
     group.add_argument("--pca-dim", type=cli.pos_int,
                        help="deepcluster: whitened dimensions that are clustered")
     group.add_argument("--hidden-dim", type=cli.pos_int, help="odc: width of the neck")
     group.add_argument("--embedding-dim", type=cli.pos_int, help="odc: D, size of an embedding")
-    group.add_argument("--dropout", type=cli.fraction, help="odc: share of the neck that is cut")
+    group.add_argument("--dropout", type=cli.fraction, help="odc: of the neck's hidden layer")
     group.add_argument("--memory-momentum", type=cli.fraction, help="odc: EMA momentum of a row")
-    group.add_argument("--centroid-steps", type=cli.pos_int, help="odc: between new centroids")
+    group.add_argument("--centroid-steps", type=cli.pos_int,
+                       help="odc: steps between two updates of the centroids")
     group.add_argument("--min-cluster", type=cli.pos_int, metavar="IMAGES",
                        help="odc: smaller clusters are dissolved")
     group.add_argument("--schedule", choices=("cosine", "step"),
-                       help="once an epoch: a cosine to 0, or times 0.4 at --drop-at")
-    group.add_argument("--drop-at", type=cli.fraction, nargs="*",
-                       help="shares of the run, rounded to whole epochs")
+                       help="once an epoch: a cosine to 0, or times 0.4 at --lr-drops")
+    group.add_argument("--lr-drops", type=cli.fraction, nargs="*",
+                       help="when the rate falls: shares of the run, rounded to whole epochs")
     group.add_argument("--top-lr-scale", type=cli.positive,
                        help="rate of the top layer, which has no momentum, as a multiple of --lr")
     args = cli.parse(parser, recipes, argv)
     if args.method == "odc" and cli.peek(argv, "--output", str) is None:
         args.output += "-odc"
-    for name in {*NECK}:
+    for name in NECK:
         own = "deepcluster" if name == "pca_dim" else "odc"
         if args.method != own and getattr(args, name) is not None:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} needs --method {own}")
     if args.dropout == 1:
         parser.error("--dropout 1 leaves nothing; pass less")
-    if args.schedule == "cosine" and cli.peek(argv, "--drop-at", str) is not None:
-        parser.error("--drop-at needs --schedule step")
+    if args.schedule == "cosine" and cli.peek(argv, "--lr-drops", str) is not None:
+        parser.error("--lr-drops needs --schedule step")
     if args.sobel:
         args.stem += "-sobel"  # of the backbone wherever it goes
     return args
@@ -314,7 +314,7 @@ def update_memory(memory: Tensor, assignment: Tensor, centroids: Tensor, index: 
         memory: unit rows (M, D), written in place: normalise(momentum old + (1 - momentum) new).
         assignment: int64 (M,), written in place: the largest dot products with the rows.
         centroids: (K, D), not of unit norm.
-        index: (N,) the images, no one twice, on the memory's device.
+        index: (N,) the images, none of them twice, on the memory's device.
         z: their embeddings (N, D).
         momentum: share that a row keeps of itself.
 
@@ -392,14 +392,6 @@ def agreement(one: Tensor, other: Tensor) -> float:
     return float(normalized_mutual_info_score(one.cpu().numpy(), other.cpu().numpy()))
 
 
-def write_assignments(folder: str, assignment: Tensor, world: comm.World) -> None:
-    """Write the cluster of every image, (M,), to assignments.npy."""
-    with comm.same_error_on_all_ranks(writing=folder):
-        if world.is_main:
-            with atomic_write(os.path.join(folder, "assignments.npy")) as file:
-                np.save(file, assignment.cpu().numpy())
-
-
 def build_views(args):
     if args.views == "digits":
         views = augment.digit_views([(1, args.image_size, args.crop_scale)], jitter=0.5, blur=False)
@@ -454,7 +446,7 @@ def main(args):
         run.resume(model=model, assignment=assignment, before=before, nmi=nmi, memory=memory,
                    centroids=centroids, optimizer=optimizer, scaler=scaler)
         ddp_model = comm.data_parallel(model)
-        drops = [round(share * args.epochs) for share in args.drop_at]
+        drops = [max(1, round(share * args.epochs)) for share in args.lr_drops]
         lr_of_step = optim.lr_by_epoch(lr, drops if args.schedule == "step" else "cosine",
                                        args.epochs, args.warmup_epochs, run.steps_per_epoch,
                                        gamma=0.4)
@@ -478,7 +470,7 @@ def main(args):
                     update_centroids(centroids, memory, assignment)
                 nmi.fill_(agreement(before, assignment) if epoch else 0.0)
                 before.copy_(assignment)
-                write_assignments(args.output, assignment, world)
+                run.write_array("assignments.npy", assignment)
             return None if odc else balanced_order(assignment.cpu().numpy(), args.seed, epoch)
 
         for step, batch in run.steps(export=model.backbone, order=start_epoch):  # 1. and 2.
@@ -500,6 +492,8 @@ def main(args):
                 if (step + 1) % args.centroid_steps == 0:  # 5. centroids, small clusters
                     update_centroids(centroids, memory, assignment)
                 repair_clusters(memory, assignment, centroids, args.min_cluster, args.seed, step)
+                if step + 1 == run.total_steps:  # those of the last step
+                    run.write_array("assignments.npy", assignment)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ of the data set, equal on every process; k-means starts from images of all proce
 first; its sums are float64; batch norm is synchronised over all processes, there in groups of
 eight. Images that were not in the last epoch (incomplete batches are dropped) have no label, as
 there. The first bank is filled as there, one crop a pass, with the images of the first epoch in
-separate crops. Blur is a true Gaussian, there Pillow's chain of box filters. The official run
-is float32; here CUDA has bf16 unless `--amp none`.
+separate crops. Blur is a true Gaussian, as in the released runs; the code has Pillow's chain of box
+filters by now. The official run is float32; here CUDA has bf16 unless `--amp none`.
 
     python deepcluster_v2.py
     torchrun --nproc_per_node=8 deepcluster_v2.py --data /path/to/imagenet --output runs/deepcluster
@@ -25,17 +25,15 @@ is float32; here CUDA has bf16 unless `--amp none`.
 
 import itertools
 import math
-import os
 import sys
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import augment, backbones, cli, distributed as comm, optim, rng
-from common.checkpoint import atomic_write
 from common.images import open_images
+from common.kmeans import join_parts, own_part
 from common.training import Training
 
 IMAGENET = dict(  # SwAV's paper, appendix: batch 4,096, rates .3 to 4.8 to .0048, per 256 images
@@ -78,7 +76,7 @@ def parse_args(argv=None):
     group.add_argument("--embedding-dim", type=cli.pos_int, help="D, size of an embedding")
     group.add_argument("--num-clusters", type=cli.pos_int, nargs="+",
                        help="K of each head; head h labels by global crop h mod A")
-    group.add_argument("--temperature", type=cli.positive, help="divides the cosines")
+    group.add_argument("--temperature", type=cli.positive, help="temperature of the predictions")
     group.add_argument("--kmeans-iterations", type=cli.pos_int, help="before each epoch")
     group.add_argument("--start-lr", type=cli.not_negative, help="per 256, where warm-up starts")
     group.add_argument("--final-lr", type=cli.not_negative, help="per 256, where the cosine ends")
@@ -107,7 +105,7 @@ def photo_views(crops, jitter, blur):
 
 
 class DeepCluster(nn.Module):
-    """Backbone and projector H -> hidden -> D with batch norm inside."""
+    """Backbone, and projector -> hidden -> D with batch norm inside."""
 
     def __init__(self, backbone: nn.Module, projector_dim: int, embedding_dim: int):
         super().__init__()
@@ -120,7 +118,11 @@ class DeepCluster(nn.Module):
         )
 
     def forward(self, views: list[Tensor]) -> Tensor:
-        """Embed V views (N, C, H, W), sorted by size, one backbone pass a size; unit (V, N, D)."""
+        """Embed V views (N, C, H, W), sorted by size, in one backbone pass per size.
+
+        Returns:
+            Unit embeddings (V, N, D).
+        """
         sizes = itertools.groupby(views, key=lambda view: view.shape[-2:])
         h = torch.cat([self.backbone(torch.cat(list(same))) for _, same in sizes])
         z = self.projector(h)
@@ -231,11 +233,11 @@ def cluster_memory(memory: Tensor, num_clusters: int, iterations: int, generator
         Centroids (K, D) and the assignment int64 (M,), -100 for the images not seen.
     """
     seen = memory.any(1).nonzero()[:, 0]
-    local = seen.tensor_split(comm.size())[comm.rank()]
-    centroids, nearest = spherical_kmeans(memory[local], num_clusters, iterations, generator)
-    assignment = torch.zeros(len(memory), dtype=torch.int64, device=memory.device)
-    assignment[local] = nearest + 1
-    return centroids, comm.sum_over_processes(assignment).sub_(1).masked_fill_(~memory.any(1), -100)
+    centroids, nearest = spherical_kmeans(memory[own_part(seen)], num_clusters, iterations,
+                                          generator)
+    assignment = torch.full((len(memory),), -100, device=memory.device)
+    assignment[seen] = join_parts(nearest, len(seen))
+    return centroids, assignment
 
 
 @torch.no_grad()
@@ -270,14 +272,6 @@ def indicators(z: Tensor, scores: Tensor, labels: Tensor, assignment: Tensor) ->
 
 
 # --------------------------------------------------------------------------------------------- main
-
-
-def write_assignments(folder: str, assignments: Tensor, world: comm.World) -> None:
-    """Write the cluster of every image, (H, M), to assignments.npy."""
-    with comm.same_error_on_all_ranks(writing=folder):
-        if world.is_main:
-            with atomic_write(os.path.join(folder, "assignments.npy")) as file:
-                np.save(file, assignments.cpu().numpy())
 
 
 def build_views(args):
@@ -346,7 +340,7 @@ def main(args):
                     centroids[h].copy_(found[0])
                     assignments[h].copy_(found[1])
                 memory.zero_()
-                write_assignments(args.output, assignments, world)
+                run.write_array("assignments.npy", assignments)
             optim.set_lr(optimizer, lr_of_step[step])
             optimizer.zero_grad(set_to_none=True)
             index = batch.index.to(world.device, non_blocking=True)

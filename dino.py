@@ -132,10 +132,7 @@ def parse_args(argv=None):
     args = cli.parse(parser, RECIPES, argv)
     if args.arch not in backbones.VITS and cli.peek(argv, "--drop-path", float):
         parser.error(f"--drop-path is for transformers, and --arch is {args.arch}")
-    if args.arch in backbones.VITS and any(size % args.patch_size for size in args.crop_sizes):
-        sizes = " ".join(map(str, args.crop_sizes))
-        parser.error(f"--crop-sizes {sizes} are not all multiples of --patch-size "
-                     f"{args.patch_size}")
+    cli.check_patches(parser, args)
     if args.arch not in backbones.VITS and args.grad_checkpoint:
         parser.error(f"--grad-checkpoint would count the batches of --arch {args.arch} twice in "
                      "its batch norm; it is for transformers")
@@ -364,9 +361,9 @@ def main(args):
             optimizer.zero_grad(set_to_none=True)
             with autocast():
                 with torch.no_grad():
-                    _, targets = teacher(batch.views[:num_global])  # 2. targets
+                    _, teacher_logits = teacher(batch.views[:num_global])  # 2. targets
                 z, logits = ddp_model(batch.views)
-            loss = dino_loss(logits, targets, center, args.student_temperature,
+            loss = dino_loss(logits, teacher_logits, center, args.student_temperature,
                              temperature_of_epoch[epoch])  # 3. predict
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
@@ -377,9 +374,9 @@ def main(args):
             scaler.step(optimizer)  # 4. step
             scaler.update()
             update_ema(teacher, model, momentum_of_step[step])  # 5. teacher
-            run.log(loss, lr_of_step[step], indicators, z[0], targets, center,
+            run.log(loss, lr_of_step[step], indicators, z[0], teacher_logits, center,
                     temperature_of_epoch[epoch], loss)
-            update_center(center, targets, args.center_momentum)  # 6. centre
+            update_center(center, teacher_logits, args.center_momentum)  # 6. centre
 
 
 if __name__ == "__main__":

@@ -15,21 +15,24 @@
 Letters: N images per process, V crops of an image, G of them global, L patches of a global crop, M
 masked patches on this process, D bottleneck of a head, K outputs of a head, H backbone width.
 
-iBOT is `--recipe ibot_imagenet`, without KoLeo. Its rules, `--method ibot`: each crop draws for
-itself whether and how much of it is masked; depth is dropped the more the later the block; the
-temperatures rise once an epoch; the patches' centre follows all patches, masked or not; each
-parameter is clipped on its own; frozen last layers have no gradient. DINOv2's: exactly half of a
-batch's crops are masked, their ratios evenly spread; each block drops alike; they rise each step;
-masked patches alone; backbone and heads are clipped each as a whole; frozen layers have a rate of
-0, while Adam's moments go on. KoLeo, of each process's own images as officially, is the one part
-that depends on the number of processes.
+iBOT is `--recipe ibot_imagenet`, without KoLeo. Whose other rules hold, `--method` says:
 
-Differs from the official code (facebookresearch/dinov2, bytedance/ibot): that half of the crops is
-of the batch over all processes, there of each process's; so is the mean for the patches' centre,
-there a mean of the processes' means. Rates grow with the batch, in DINOv2 with its square root: for
-64 images its rule is `--lr 0.004`. DINOv2's depth is dropped by sample, there for a random part of
-the batch; its tokens start as in timm; MLPs have GELU, there in large models SwiGLU. As in dino.py:
-positions are resized to the exact grid, last layers are in float32, blur is a true Gaussian.
+                          dinov2                                  ibot
+    masked crops          exactly half of a batch's               each crop draws whether it is
+    masked shares         evenly spread over a range              each crop draws its own
+    stochastic depth      alike in all blocks                     rises from block to block
+    temperatures rise     every step                              once an epoch
+    patches' centre       follows the masked patches              follows all patches
+    gradients clipped     backbone and heads, each as a whole     each parameter by itself
+    frozen last layers    have rate 0, Adam's moments go on       have no gradient
+
+Differs from the official code (facebookresearch/dinov2, bytedance/ibot): half of the crops is half
+of the batch over all processes, there of each process's; likewise the patches' centre follows the
+mean over all processes, there a mean of their means; KoLeo's neighbours are of one process in both.
+Rates grow with the batch, in DINOv2 with its square root: for 64 images its rule is `--lr 0.004`.
+DINOv2's depth is dropped by sample, there for a random part of the batch; its tokens start as in
+timm; MLPs have GELU, there in large models SwiGLU. As in dino.py: positions are resized to the
+exact grid, last layers are in float32, blur is a true Gaussian.
 
     python dinov2.py
     torchrun --nproc_per_node=8 dinov2.py --data /path/to/imagenet --grad-checkpoint
@@ -114,7 +117,7 @@ def parse_args(argv=None):
     group.add_argument("--method", choices=("dinov2", "ibot"), help="whose rules hold, see above")
     group.add_argument("--patch-size", type=cli.pos_int, help="side of a patch in pixels")
     group.add_argument("--drop-path", type=cli.fraction, help="stochastic depth of the student")
-    group.add_argument("--layer-scale", type=cli.not_negative, help="its start; 0: none")
+    group.add_argument("--layer-scale", type=cli.not_negative, help="start of the scales; 0: none")
     group.add_argument("--registers", type=cli.nonneg_int, help="tokens beside the class token")
     group.add_argument("--grad-checkpoint", action=cli.Switch, default=False,
                        help="recompute the blocks in the backward; less memory, the same gradient")
@@ -122,7 +125,8 @@ def parse_args(argv=None):
     group.add_argument("--jitter-strength", type=cli.not_negative, help="strength of colour jitter")
     group.add_argument("--blur", action=cli.Switch, help="Gaussian blur, of each crop its own rate")
     group.add_argument("--mask-probability", type=cli.fraction, help="share of masked global crops")
-    group.add_argument("--mask-ratio", type=cli.fraction, nargs=2, help="range of a crop's share")
+    group.add_argument("--mask-ratio", type=cli.fraction, nargs=2,
+                       help="smallest, largest share of a masked crop's patches")
     group.add_argument("--hidden-dim", type=cli.pos_int, help="width of the head's hidden layers")
     group.add_argument("--bottleneck-dim", type=cli.pos_int, help="D, before the last layer")
     group.add_argument("--num-outputs", type=cli.pos_int,
@@ -132,7 +136,8 @@ def parse_args(argv=None):
     group.add_argument("--patch-head", type=cli.pos_int, nargs="*", metavar="SIZE",
                        help="what patches have of their own: nothing; K outputs: a last layer; "
                        "hidden width, D and K: a head")
-    group.add_argument("--norm-last-layer", action=cli.Switch, help="rows at norm 1: steadier")
+    group.add_argument("--norm-last-layer", action=cli.Switch,
+                       help="keep the last layers' rows at norm 1: steadier")
     group.add_argument("--freeze-last-layer-epochs", type=cli.nonneg_int,
                        help="last layers frozen so long; more, if the loss does not fall")
     group.add_argument("--student-temperature", type=cli.positive,
@@ -149,22 +154,21 @@ def parse_args(argv=None):
     group.add_argument("--center-momentum", type=cli.fraction,
                        help="EMA momentum of the centres; lower it if one output wins all")
     group.add_argument("--patch-weight", type=cli.not_negative, help="weight of the patches' loss")
-    group.add_argument("--koleo-weight", type=cli.not_negative, help="KoLeo's, of each global crop")
+    group.add_argument("--koleo-weight", type=cli.not_negative, help="KoLeo's, for a global crop")
     group.add_argument("--momentum", type=cli.fraction,
                        help="EMA momentum of the teacher in the first step, a cosine takes it to "
                        "1; higher for small batches")
     group.add_argument("--final-lr", type=cli.not_negative, help="per 256, where the cosine ends")
-    group.add_argument("--layer-decay", type=cli.positive, help="a block's rate by the next one's")
-    group.add_argument("--patch-embed-lr", type=cli.positive, help="patch projection's factor more")
+    group.add_argument("--layer-decay", type=cli.positive,
+                       help="a block's rate as a share of the next one's")
+    group.add_argument("--patch-embed-lr", type=cli.positive,
+                       help="further factor of the patch projection's rate")
     group.add_argument("--final-weight-decay", type=cli.not_negative,
                        help="where a cosine takes it; a low start lets the loss fall early")
     group.add_argument("--clip-norm", type=cli.not_negative,
                        help="largest gradient norm; 0: none; lower it if the loss jumps")
     args = cli.parse(parser, RECIPES, argv)
-    if any(size % args.patch_size for size in args.crop_sizes):
-        sizes = " ".join(map(str, args.crop_sizes))
-        parser.error(f"--crop-sizes {sizes} are not all multiples of --patch-size "
-                     f"{args.patch_size}")
+    cli.check_patches(parser, args)
     if args.mask_ratio[0] > args.mask_ratio[1]:
         parser.error("--mask-ratio {:g} {:g} is not a range".format(*args.mask_ratio))
     side = args.crop_sizes[0] // args.patch_size
@@ -352,12 +356,12 @@ class DINOv2(nn.Module):
         sizes = itertools.groupby(local_views, key=lambda view: view.shape[-2:])
         h = torch.cat([tokens[:, 0], *(self.backbone(torch.cat(list(same))) for _, same in sizes)])
         h = h.unflatten(0, (-1, len(global_views[0])))
-        z, last_layer = self.head.embed(h), self.patch_head or self.head
-        embed = (last_layer if last_layer.projector else self.head).embed
+        z, patch_head = self.head.embed(h), self.patch_head or self.head
+        embed = (patch_head if patch_head.projector else self.head).embed
         patches = tokens[:, 1:].flatten(0, 1)
-        logits = last_layer(embed(patches.index_select(0, masked)))
+        logits = patch_head(embed(patches.index_select(0, masked)))
         # The last layer is linear: the mean of logits is that of the mean embedding.
-        rows = last_layer(embed(patches).mean(0, keepdim=True)) if mean_of_all else logits
+        rows = patch_head(embed(patches).mean(0, keepdim=True)) if mean_of_all else logits
         return h, z, self.head(z), logits, rows
 
 
@@ -635,21 +639,22 @@ def main(args):
             mask, weights = spread_masks(batch.drawn, num_crops, num_patches)
             with autocast():
                 with torch.no_grad():
-                    *_, logits, patch_logits, patch_rows = teacher(
+                    *_, teacher_logits, teacher_patch_logits, patch_rows = teacher(
                         global_views, [], batch.drawn, mean_of_all=ibot)
-                h, z, predicted, patch_predicted, _ = ddp_model(
+                h, z, logits, patch_logits, _ = ddp_model(
                     global_views, local_views, batch.drawn, mask)
             temperature, patch_temperature = (t[step // period] for t in temperatures)
             if centers:  # 2. targets
-                targets = centered_targets(logits, centers["center"], temperature)
-                patch_targets = centered_targets(patch_logits, centers["patch_center"],
+                targets = centered_targets(teacher_logits, centers["center"], temperature)
+                patch_targets = centered_targets(teacher_patch_logits, centers["patch_center"],
                                                  patch_temperature)
             else:
-                targets = sinkhorn_targets(logits.flatten(0, 1), temperature, 3).view_as(logits)
-                patch_targets = sinkhorn_targets(patch_logits, patch_temperature, 3)
+                targets = sinkhorn_targets(teacher_logits.flatten(0, 1), temperature, 3)
+                targets = targets.view_as(teacher_logits)
+                patch_targets = sinkhorn_targets(teacher_patch_logits, patch_temperature, 3)
             losses = {  # 3. predict
-                "class_loss": dino_loss(predicted, targets, args.student_temperature),
-                "patch_loss": patch_loss(patch_predicted, patch_targets, weights, num_crops,
+                "class_loss": dino_loss(logits, targets, args.student_temperature),
+                "patch_loss": patch_loss(patch_logits, patch_targets, weights, num_crops,
                                          args.student_temperature)}
             loss = losses["class_loss"] + args.patch_weight * losses["patch_loss"]
             if args.koleo_weight:
@@ -666,7 +671,7 @@ def main(args):
             update_ema(teacher, model, momentum_of_step[step])  # 5. teacher
             run.log(loss, lr_of_step[step], indicators, z[0], targets, patch_targets, losses)
             if centers:  # 6. centres
-                update_center(centers["center"], logits.flatten(0, 1), args.center_momentum)
+                update_center(centers["center"], teacher_logits.flatten(0, 1), args.center_momentum)
                 update_center(centers["patch_center"], patch_rows, args.center_momentum)
 
 

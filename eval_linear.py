@@ -396,7 +396,7 @@ def paper_probe(source: features.Source, backbone, mark: str, args, world) -> di
     views = train_views(protocol["crop"], flip, **shown)
 
     # Train
-    comm.print_main(f"{args.protocol}: {args.probe} heads on {' '.join(names)}, {epochs} epochs, "
+    comm.print_main(f"{args.protocol}: {args.probe} heads on {' '.join(names)}, --epochs {epochs}, "
                     f"{'mirrored' if flip else 'unmirrored'} crops")
     changing = dict(
         protocol, protocol=args.protocol, checkpoint=mark, layers=names, epochs=epochs, lr=base_lr,

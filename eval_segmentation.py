@@ -342,7 +342,7 @@ def train_head(task: "Task", mark: str, args) -> Head | None:
                                   weight_decay=PROTOCOL["weight_decay"])
 
     # Train
-    comm.print_main(f"linear: {epochs} epochs of {steps_per_epoch} steps, "
+    comm.print_main(f"linear: --epochs {epochs} of {steps_per_epoch} steps, "
                     f"{'mirrored' if flip else 'unmirrored'} crops of {size} px")
     changing = dict(
         PROTOCOL, checkpoint=mark, layer=task.layer, epochs=epochs, lr=base_lr, flip=flip,

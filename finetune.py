@@ -68,7 +68,7 @@ MAE = VISSL | dict(  # He et al., arXiv 2111.06377, appendix A.2; facebookresear
     head_std=2e-5, interpolation="bicubic", rand_augment=True, erasing=0.25, mixup=0.8, cutmix=1.0,
     smoothing=0.1,
 )
-SEMI = VISSL | dict(batch_size=256, epochs=20, schedule="epochs")
+SEMI = VISSL | dict(optimizer="sgd", epochs=20, schedule="epochs")
 PROTOCOLS = {
     "vissl": VISSL,
     "mae": MAE,
@@ -88,7 +88,7 @@ PROTOCOLS = {
     # `--lr 0.01 --head-lr 0.1`
     "semi_vicreg": SEMI | dict(lr=0.03, head_lr=0.08, head_std=0.01),
     # VISSL, semi-supervised ImageNet; PIRL's has rate .01
-    "semi_vissl": SEMI | dict(lr=0.05, epochs=70, schedule=[30]),
+    "semi_vissl": VISSL | dict(lr=0.05, epochs=70, schedule=[30]),
     # VISSL, low_shot_transfer: 1,000 images of each data set (`--train-images 1000`)
     "low_shot": VISSL | dict(weight_decay=5e-4, epochs=90, schedule=[30, 60], views="whole"),
     # Yan et al., arXiv 1912.03330, second step; VISSL, clusterfit. The warm-up starts at a quarter:

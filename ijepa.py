@@ -85,20 +85,18 @@ def parse_args(argv=None):
     group.add_argument("--views", choices=("photo", "digits"), help="kind of augmentation")
     group.add_argument("--num-targets", type=cli.pos_int, help="T, target blocks of an image")
     group.add_argument("--min-keep", type=cli.nonneg_int, metavar="PATCHES",
-                       help="a context has more; fewer for coarse grids")
+                       help="a context has more than these; fewer for coarse grids")
     group.add_argument("--predictor-dim", type=cli.pos_int, help="E, width of the predictor")
     group.add_argument("--predictor-depth", type=cli.pos_int, help="blocks of the predictor")
     group.add_argument("--momentum", type=cli.fraction, help="EMA momentum of the target in the "
                        "first step, a line takes it to 1; lower for short runs")
     group.add_argument("--start-lr", type=cli.not_negative, help="per 256 images, first step")
     group.add_argument("--final-lr", type=cli.not_negative, help="per 256 images, at the end")
-    group.add_argument("--final-weight-decay", type=cli.not_negative, help="at the end")
+    group.add_argument("--final-weight-decay", type=cli.not_negative, help="to which a cosine goes")
     group.add_argument("--stretch", type=cli.positive, help="schedules are those of a run so many "
                        "times as long, which ends early; at least 1")
     args = cli.parse(parser, RECIPES, argv)
-    if args.image_size % args.patch_size:
-        parser.error(f"--image-size {args.image_size} is not a multiple of --patch-size "
-                     f"{args.patch_size}")
+    cli.check_patches(parser, args)
     side = args.image_size // args.patch_size
     least = math.prod(block_sizes(0.0, 0.0, side, side)[1])
     if least <= args.min_keep:
@@ -321,10 +319,11 @@ def main(args):
         backbones.compile(model, dynamic=True)
 
     # Optimiser
-    scale = args.batch_size / 256
+    lr, start_lr, final_lr = (rate * args.batch_size / 256
+                              for rate in (args.lr, args.start_lr, args.final_lr))
     weights, others = optim.split_by_dimension(model)  # the mask token decays, as officially
     groups = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr * scale, betas=(0.9, 0.999), fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=True)
     autocast, scaler = optim.precision(args.amp, world.device)
 
     # Train
@@ -336,9 +335,9 @@ def main(args):
         total = int(args.stretch * run.total_steps)
         # Step 0 takes the second value of each schedule, but the first of the EMA's.
         lr_of_step = [*optim.warmup_cosine(
-            start=args.start_lr * scale, base=args.lr * scale, final=args.final_lr * scale,
-            warmup_steps=args.warmup_epochs * run.steps_per_epoch, total_steps=total,
-            warmup_endpoint=False), args.final_lr * scale][1:]
+            start=start_lr, base=lr, final=final_lr,
+            warmup_steps=args.warmup_epochs * run.steps_per_epoch,
+            total_steps=total, warmup_endpoint=False), final_lr][1:]
         decay_of_step = [*optim.cosine(args.weight_decay, args.final_weight_decay, total),
                          args.final_weight_decay][1:]
         momentum_of_step = [args.momentum + (1 - args.momentum) * t / total for t in range(total)]

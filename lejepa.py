@@ -97,10 +97,7 @@ def parse_args(argv=None):
                      f"pass --jitter {x:g} {x:g} 0 0 --solarize 0")
     if args.arch not in backbones.VITS and cli.peek(argv, "--drop-path", float):
         parser.error(f"--drop-path is for transformers, and --arch is {args.arch}")
-    if args.arch in backbones.VITS and any(size % args.patch_size for size in args.crop_sizes):
-        sizes = " ".join(map(str, args.crop_sizes))
-        parser.error(f"--crop-sizes {sizes} are not all multiples of --patch-size "
-                     f"{args.patch_size}")
+    cli.check_patches(parser, args)
     return args
 
 

@@ -64,9 +64,7 @@ def parse_args(argv=None):
     group.add_argument("--accum-steps", type=cli.pos_int, default=1, help="parts in which a batch "
                        "goes through the model one by one: less memory, the same gradient")
     args = cli.parse(parser, RECIPES, argv)
-    if args.image_size % args.patch_size:
-        parser.error(f"--image-size {args.image_size} is not a multiple of --patch-size "
-                     f"{args.patch_size}")
+    cli.check_patches(parser, args)
     num_patches = (args.image_size // args.patch_size) ** 2
     kept = num_kept(num_patches, args.mask_ratio)
     if not 1 <= kept < num_patches:
@@ -279,7 +277,6 @@ def main(args):
         run.resume(model=model, optimizer=optimizer, scaler=scaler)
         ddp_model = comm.data_parallel(model)
         num_patches = backbone.grid[0] * backbone.grid[1]
-        comm.print_main(f"{num_kept(num_patches, args.mask_ratio)} of {num_patches} patches kept")
         lr_of_step = optim.warmup_cosine(
             start=0.0, base=lr, final=0.0,
             warmup_steps=args.warmup_epochs * run.steps_per_epoch,

@@ -87,9 +87,7 @@ def parse_args(argv=None):
     group.add_argument("--optimizer", choices=("lars", "adamw"),
                        help="lars for ResNets; adamw for transformers: decays biases and norms too")
     args = cli.parse(parser, RECIPES, argv)
-    if args.arch in backbones.VITS and args.image_size % args.patch_size:
-        parser.error(f"--image-size {args.image_size} is not a multiple of --patch-size "
-                     f"{args.patch_size}")
+    cli.check_patches(parser, args)
     return args
 
 

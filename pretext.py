@@ -20,7 +20,7 @@ in their cells, in VISSL at 21 of the 22 places along each side. Whole images ar
 normalised, as in VISSL; the jigsaw paper normalises each patch. Batch norm sees the middle patch
 once an image, in MMSelfSup eight times, whose cells overlap by a pixel. VISSL decays the biases of
 linear layers too, changes the rate of its warm-up once an epoch, and fetches its 2,000 orders.
-Dropout hangs on the number of processes.
+Dropout depends on the number of processes.
 
     python pretext.py
     python pretext.py --task jigsaw
@@ -64,8 +64,8 @@ RECIPES = {  # of rotation
         weight_decay=5e-4, decay_norms=True,
     ),
     # Ours, for the built-in digits. Rotation learns from them although some look alike when turned:
-    # k-NN with one label a class .59, untrained .49. Jigsaw and location do not (.49 and .48; five
-    # labels .68, untrained .58): where a stroke lies says little about the digit.
+    # k-NN with one label a class .59, untrained .49. Jigsaw and location gain nothing there (.49,
+    # .48), but with five labels (.68, untrained .58): a stroke's place says little about a digit.
     "digits": IMAGENET | dict(
         arch="resnet_tiny", stem="small", image_size=16, mean=[0.5], std=[0.5],
         views="digits", crop_scale=[0.6, 1.0], flip=False, angles="all",
@@ -123,7 +123,7 @@ def parse_args(argv=None):
     group.add_argument("--flip", action=cli.Switch, help="mirror half of the images")
     group.add_argument("--grayscale", type=cli.fraction, metavar="P",
                        help="chance of a gray image: hides the shifts between a lens's colours")
-    group.add_argument("--angles", choices=("one", "all"), help="rotation: of each image")
+    group.add_argument("--angles", choices=("one", "all"), help="rotation: angles of an image")
     group.add_argument("--jigsaw-size", type=cli.pos_int, metavar="PX", help="jigsaw, location: "
                        "side of the crop that is cut into 3 x 3 cells; --image-size is then that "
                        "of the evaluations")
@@ -133,10 +133,10 @@ def parse_args(argv=None):
                        help="jigsaw: how many of the 362,880 orders")
     group.add_argument("--head-dim", type=cli.pos_int,
                        help="jigsaw: numbers that the head has of a patch; location: hidden width")
-    group.add_argument("--dropout", type=cli.fraction, help="location: share of the hidden layer")
+    group.add_argument("--dropout", type=cli.fraction, help="location: of the hidden layer")
     group.add_argument("--lr-drops", type=cli.fraction, nargs="+",
                        help="when the rate falls: shares of the run, rounded to whole epochs")
-    group.add_argument("--lr-factor", type=cli.fraction, help="what it is then multiplied by")
+    group.add_argument("--lr-factor", type=cli.fraction, help="what it is multiplied by then")
     group.add_argument("--warmup-start", type=cli.fraction, help="share of --lr at the very start")
     group.add_argument("--nesterov", action=cli.Switch, help="Nesterov's momentum")
     group.add_argument("--head-decay", type=cli.not_negative,
@@ -339,7 +339,7 @@ def answer_loss(logits: Tensor, answers: Tensor) -> Tensor:
 
 @torch.no_grad()
 def indicators(h: Tensor, logits: Tensor, answers: Tensor) -> dict[str, Tensor]:
-    """How often the answer is right, and would be by chance; logged. Of h, the rank is."""
+    """Logged: how often the answer is right, and would be by chance; beside it the rank of h."""
     right = (logits.argmax(1) == answers).float().mean()
     return {
         "pretext_accuracy": right,
@@ -390,7 +390,7 @@ def main(args):
     # Train
     side = args.jigsaw_patch_size
     draw = functools.partial(
-        draw_puzzles, steps_per_epoch=max(1, len(images) // args.batch_size), seed=args.seed,
+        draw_puzzles, steps_per_epoch=len(images) // args.batch_size, seed=args.seed,
         answers=answers, places=args.jigsaw_size // 3 - side + 1 if side else 1)
     with Training(args, world, images, build_views(args), draw=draw,
                   chance_loss=math.log(answers)) as run:

@@ -16,8 +16,8 @@ Differs from the official code (facebookresearch/swav): Sinkhorn works on logari
 stays right at any epsilon; scores are computed in float32 regardless of autocast; batch norm is
 synchronised over all processes, there in groups of eight; the queue is one tensor, equal on every
 process, of which each process scores its shard. Prototypes are frozen for epochs, there for 313 or
-5,005 steps, one epoch of batch 4,096 or 256. Blur is a true Gaussian, there Pillow's chain of box
-filters.
+5,005 steps, one epoch of batch 4,096 or 256. Blur is a true Gaussian, as in the released runs; the
+code has Pillow's chain of box filters by now.
 
 `--teacher-momentum`, from VISSL, is not in the paper and has no published number: the scores of
 step 3 and the queue's embeddings are then those of a teacher, an EMA of the whole network.
@@ -89,8 +89,9 @@ def parse_args(argv=None):
                        help="K; several numbers: several sets, their losses averaged")
     group.add_argument("--temperature", type=cli.positive, help="temperature of the predictions")
     group.add_argument("--epsilon", type=cli.positive, help="weight of the codes' entropy: lower "
-                       "is harder; if the loss stays at ln K, try .03")
-    group.add_argument("--sinkhorn-iterations", type=cli.pos_int, help="more: more equal use")
+                       "makes harder codes; if the loss stays at ln K, try .03")
+    group.add_argument("--sinkhorn-iterations", type=cli.pos_int,
+                       help="more make the use of the prototypes more equal")
     group.add_argument("--queue-length", type=cli.nonneg_int,
                        help="earlier embeddings that join in the codes, for batches below a few "
                        "times K; a multiple of the batch size; 0: none")

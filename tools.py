@@ -72,9 +72,7 @@ def parse_args(argv=None):
         for flag, own in (("--stem", backbones.RESNETS), ("--patch-size", backbones.VITS)):
             if args.arch not in own and (value := cli.peek(argv, flag, str)):
                 parser.error(f"{flag} {value} does not belong to {args.arch}; leave it out")
-        if args.arch in backbones.VITS and args.image_size % args.patch_size:
-            parser.error(f"--image-size {args.image_size} is not a multiple of --patch-size "
-                         f"{args.patch_size}")
+        cli.check_patches(parser, args)
     return args
 
 

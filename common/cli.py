@@ -374,6 +374,16 @@ def check_crops(made: Parser, args: argparse.Namespace) -> None:
                    f"{args.crop_sizes[0]}; give --crop-sizes alone")
 
 
+def check_patches(made: Parser, args: argparse.Namespace) -> None:
+    """Refuse images that do not divide into the patches of a transformer."""
+    sizes = getattr(args, "crop_sizes", None) or [args.image_size]
+    if args.arch in backbones.VITS and any(size % args.patch_size for size in sizes):
+        told = f"--image-size {args.image_size} is not a multiple"
+        if "crop_sizes" in args:
+            told = f"--crop-sizes {' '.join(map(str, sizes))} are not all multiples"
+        made.error(f"{told} of --patch-size {args.patch_size}")
+
+
 def settings(args: argparse.Namespace) -> dict:
     """The settings that change the learned weights, by name: what a resumed run must repeat."""
     return {name: value for name, value in sorted(vars(args).items()) if name not in RUN_FLAGS}

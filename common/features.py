@@ -39,21 +39,21 @@ def parser(
     Args:
         resnet_layer: the default of `--layers` for a ResNet.
         resize: the default of this flag, in words.
-        several: whether one call takes several checkpoints and layers, for the help.
+        several: whether one call takes several checkpoints and layers.
     """
     made = cli.Parser(os.path.basename(script), description=description,
                       formatter_class=cli.HelpFormatter, allow_abbrev=False)
     group = made.add_argument_group("features")
     which = group.add_mutually_exclusive_group(required=True)
-    which.add_argument("--checkpoint", nargs="+", metavar="WHAT",
+    which.add_argument("--checkpoint", nargs="+" if several else 1, metavar="WHAT",
                        help="run folders, weights files, random, pixels" if several else
                        "one run folder or weights file, random or pixels")
-    which.add_argument("--features", nargs="+", metavar="FILE",
+    which.add_argument("--features", nargs="+" if several else 1, metavar="FILE",
                        help="files made by --save-features, instead of checkpoints and images"
                        if several else "one file made by --save-features, instead of these")
     group.add_argument("--save-features", metavar="FILE",
                        help="write the features of the one checkpoint to a .npz")
-    group.add_argument("--layers", nargs="+", metavar="LAYER",
+    group.add_argument("--layers", nargs="+" if several else 1, metavar="LAYER",
                        help="ResNet: conv1 res2 res3 res4 res5 avgpool, averaged over each map "
                        "or, as in res4-grid, to about 9,000 numbers; transformer: cls patches "
                        f"cls4 patches4 (of the last 4 blocks); default: {resnet_layer}, cls, or "

@@ -15,11 +15,12 @@ import math
 import os
 import time
 
+import numpy as np
 import torch
 from torch import nn
 
 from common import backbones, cli, distributed as comm, features, rng, trunks, weights
-from common.checkpoint import Run
+from common.checkpoint import Run, atomic_write
 from common.distributed import RunError
 from common.loader import Loader, check_batch_size
 from common.log import Log
@@ -262,6 +263,13 @@ class Training:
         for part, mode in modes.items():
             part.training = mode
         return found["trained"]
+
+    def write_array(self, name: str, x: torch.Tensor) -> None:
+        """Write a tensor that is equal on every process to a .npy in the run's folder."""
+        with comm.same_error_on_all_ranks(writing=self.args.output):
+            if self.world.is_main:
+                with atomic_write(self.folder.path(name)) as file:
+                    np.save(file, x.cpu().numpy())
 
     def load(self, views, **which):
         args = self.args

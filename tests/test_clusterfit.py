@@ -168,8 +168,8 @@ def test_what_cannot_be_is_one_line(flags, said, tmp_path):
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--checkpoint", "pixels", "random"], "--checkpoint pixels random: give one"),
-    (["--layers", "res4", "res5"], "--layers res4 res5: give one"),
+    (["--checkpoint", "pixels", "random"], "unrecognized arguments: random"),
+    (["--layers", "res4", "res5"], "unrecognized arguments: res5"),
     (["--limit-per-class", 3], "--limit-per-class 3 needs labels"),
 ])
 def test_one_network_and_no_labels(flags, said, capsys):

@@ -35,12 +35,12 @@ def test_the_imagenet_recipes_are_those_of_papers_and_code():
     assert of("centroid_steps", "min_cluster", "num_clusters") == (10, 20, 10_000)
     assert of("epochs", "batch_size", "sobel", "sync_bn") == (440, 512, False, True)
     assert of("lr")[0] * 512 / 256 == pytest.approx(0.06)
-    assert [share * 440 for share in of("drop_at")[0]] == pytest.approx([400])
+    assert [share * 440 for share in of("lr_drops")[0]] == pytest.approx([400])
 
 
 def test_the_rate_falls_at_whole_epochs(tmp_path):
     """7 / 25 of 25 epochs are a little more than 7 in floating point."""
-    flags = ["--epochs", "25", "--schedule", "step", "--drop-at", "0.28"]
+    flags = ["--epochs", "25", "--schedule", "step", "--lr-drops", "0.28"]
     helpers.train(deepcluster_odc, tmp_path, *flags, "--limit", "16", "--num-clusters", "4",
                   "--lr", "0.016")
     assert [line["lr"] for line in lines(tmp_path)] == pytest.approx([0.001] * 7 + [0.0004] * 18)
@@ -53,7 +53,7 @@ def test_the_rate_falls_at_whole_epochs(tmp_path):
         (["--method", "odc", "--pca-dim", "8"], "--pca-dim 8 needs --method deepcluster"),
         (["--method", "odc", "--dropout", "1"], "--dropout 1"),
         (["--num-clusters", "1"], "'1'"),
-        (["--drop-at", "0.5"], "--drop-at needs --schedule step"),
+        (["--lr-drops", "0.5"], "--lr-drops needs --schedule step"),
     ],
 )
 def test_combinations_that_cannot_be_are_refused(flags, named, capsys):
@@ -318,7 +318,7 @@ def test_any_number_of_processes_computes_the_same_and_resumes_exactly(pool, met
     flags = METHODS[method]
     losses, state = pool.run(1, train, str(tmp_path / "1"), *flags)[0]
     assert len(losses) == 12 and set(state["assignment"]) == set(range(6))
-    assert np.array_equal(np.load(tmp_path / "1" / "assignments.npy"), state["before"])
+    assert np.array_equal(np.load(tmp_path / "1" / "assignments.npy"), state["assignment"])
     cut = tmp_path / "cut"
     whole, kept = pool.run(2, train, str(tmp_path / "2"), *flags)[0]
     pool.run(2, until, 6, str(cut), *flags)
