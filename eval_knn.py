@@ -78,7 +78,7 @@ def evaluate(given: features.Features, args, world) -> dict:
     if train.labels.ndim != 1:
         raise comm.RunError(f"{given.checkpoint}: k-NN needs images of one class each")
     n, m = len(train.labels), len(test.labels)
-    shard = slice(m * world.rank // world.size, m * (world.rank + 1) // world.size)
+    shard = world.part(m)
     labels = torch.from_numpy(train.labels).to(world.device)
     truth = torch.from_numpy(test.labels[shard]).to(world.device)
     num_classes = int(max(train.labels.max(), test.labels.max())) + 1

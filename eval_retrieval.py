@@ -378,9 +378,8 @@ def measure(queries: Tensor, database: Tensor, relevance, names: list[str], args
         relevance: of a query's number, positive and junk, bool (N,), of those names it belongs to.
     """
     chunks = range(0, len(queries), args.chunk)
-    parts = [len(chunks) * rank // world.size for rank in (world.rank, world.rank + 1)]
     found = torch.zeros(len(names), len(queries), 1 + 2 * len(args.k), dtype=torch.float64)
-    for start in chunks[parts[0] : parts[1]]:
+    for start in chunks[world.part(len(chunks))]:
         some_queries = queries[start : start + args.chunk].to(world.device)
         for query, scores in enumerate(similarities(some_queries, database), start):
             found[:, query] = math.nan

@@ -159,8 +159,7 @@ class Fits:
 
     def run(self, features: np.ndarray, fingerprint: str, tasks: list) -> list:
         """The precisions of every task, equal on every process."""
-        seed, rank, size = self.args.seed, self.world.rank, self.world.size
-        local = tasks[len(tasks) * rank // size : len(tasks) * (rank + 1) // size]
+        seed, local = self.args.seed, tasks[self.world.part(len(tasks))]
         jobs = self.args.jobs or joblib.cpu_count() // comm.env_int("LOCAL_WORLD_SIZE", 1)
         work = sum(len(rows) for rows, *_ in local) * features.shape[1]
         jobs = max(1, min(jobs, len(local))) if work >= PARALLEL_FROM else 1

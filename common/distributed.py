@@ -36,6 +36,10 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def part(self, count: int) -> slice:
+        """This process's contiguous part of so many things."""
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
 
 def setup(device: str = "auto", deterministic: bool = False) -> World:
     """Join the process group that torchrun describes, if any, and choose the device.
@@ -59,7 +63,6 @@ def setup(device: str = "auto", deterministic: bool = False) -> World:
     target = torch.device(kind)
     if kind == "cuda":
         target = torch.device(kind, 0 if one_each else local_rank)
-    if kind == "cuda":
         if not torch.cuda.is_available():
             raise RunError("--device cuda: torch sees no CUDA device; use --device cpu or auto")
         if local_size > torch.cuda.device_count() and not one_each:

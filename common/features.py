@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from common import augment, backbones, cli, distributed as comm, labelled, optim, trunks, weights
 from common.checkpoint import atomic_write
 from common.distributed import RunError, World
-from common.workers import end_if_unsent, read_ahead, workers_for
+from common.images import UnreadableImage
+from common.workers import end_if_unsent, made_ahead
 
 # ------------------------------------------------------------------------------------- command line
 
@@ -596,32 +597,23 @@ def pool_to_grid(name: str, x: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------- one pass
 
 
-class Chunks(torch.utils.data.Dataset):
-    """Item `range` is these images through a view without random numbers, or an error's message.
+def crops_of(view: augment.View, blanks: bool, images, rows: range) -> tuple[Tensor, Tensor, list]:
+    """Some images through a view without random numbers, what it draws, and a note of the images'.
 
-    With `blanks`, an image that cannot be read is black instead.
+    With `blanks`, an image that cannot be decoded is black.
     """
-
-    def __init__(self, images, view, blanks: bool = False):
-        self.images, self.view, self.blanks = images, view, blanks
-
-    def __getitem__(self, rows: range):
-        crops = []
-        for index in rows:
-            try:
-                planes = self.images.read(index)
-            except RunError as error:
-                return str(error)
-            except Exception as error:  # Pillow's decoders raise what they like
-                if not self.blanks:
-                    return f"{self.images.name(index)} cannot be read: {error}"
-                blank = Image.new("F" if self.images.bits == 16 else "L", self.view.size[::-1])
-                planes = [blank] * self.view.channels
-            sizes = np.array([planes[0].size[::-1]])
-            geometry, colour = self.view.draw(np.empty((1, 0)), sizes)
-            crops.append(torch.from_numpy(self.view.crop(planes, [g[0] for g in geometry]).copy()))
-        colours = torch.from_numpy(colour).expand(len(crops), -1)
-        return torch.stack(crops), colours, self.images.notes[:1]
+    crops = []
+    for index in rows:
+        try:
+            planes = images.read_or_name(index)
+        except UnreadableImage:
+            if not blanks:
+                raise
+            blank = Image.new("F" if images.bits == 16 else "L", view.size[::-1])
+            planes = [blank] * view.channels
+        geometry, colour = view.draw(np.empty((1, 0)), np.array([planes[0].size[::-1]]))
+        crops.append(torch.from_numpy(view.crop(planes, [g[0] for g in geometry]).copy()))
+    return torch.stack(crops), torch.from_numpy(colour).expand(len(crops), -1), images.notes[:1]
 
 
 @torch.no_grad()
@@ -650,16 +642,12 @@ def extract(
     """
     n = len(images)
     chunks = [range(start, min(start + batch_size, n)) for start in range(0, n, batch_size)]
-    parts = [len(chunks) * rank // world.size for rank in range(world.size + 1)]
-    local = chunks[parts[world.rank] : parts[world.rank + 1]]
-    loader = read_ahead(Chunks(images, view, blanks), local, workers_for(images, workers),
-                        pin_memory=world.device.type == "cuda", worker_init_fn=start_worker)
+    local = chunks[world.part(len(chunks))]
+    made = made_ahead(functools.partial(crops_of, view, blanks), images, local, workers,
+                      world.device, start_worker)
     found, notes = {}, []
     with comm.same_error_on_all_ranks():
-        for chunk, loaded in zip(local, loader, strict=True):
-            if isinstance(loaded, str):
-                raise RunError(loaded)
-            *loaded, new = loaded
+        for chunk, (*loaded, new) in zip(local, made, strict=True):
             notes = notes or new
             given, part = [view.finish(*loaded, world.device)], slice(chunk.start, chunk.stop)
             if labels is not None:
@@ -674,7 +662,8 @@ def extract(
     widths = next(w for w, _ in told if w)  # some process may have no image
     for note in [note for _, notes in told for note in notes][:1]:
         comm.print_main(note)
-    bounds = [min(part * batch_size, n) for part in parts]
+    bounds = [min(len(chunks) * rank // world.size * batch_size, n)
+              for rank in range(world.size + 1)]
     for name, width in widths.items():
         comm.broadcast_rows(found.setdefault(name, torch.empty(n, width)), bounds)
     return {name: found[name] for name in widths}

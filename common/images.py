@@ -40,6 +40,10 @@ class RefusedImage(RunError):
     """An image that must not be replaced by another one, but stop the run."""
 
 
+class UnreadableImage(RunError):
+    """An image that cannot be decoded."""
+
+
 class Images:
     """What all sources have: labels, and a subset of images that know their place in the whole.
 
@@ -72,6 +76,15 @@ class Images:
         if self.bits == 8 or planes[0].mode == "F":
             return planes
         return [as_float(np.asarray(band, np.float32) * 257) for p in planes for band in p.split()]
+
+    def read_or_name(self, index: int) -> list[Image.Image]:
+        """`read`, whose every error is a RunError that names the image."""
+        try:
+            return self.read(index)
+        except RunError:
+            raise
+        except Exception as error:  # Pillow's decoders raise what they like
+            raise UnreadableImage(f"{self.name(index)} cannot be read: {error}") from error
 
     def renumbered(self, indices: np.ndarray) -> "Images":
         """Some of the images as a data set of their own."""

@@ -4,7 +4,6 @@
 which Pillow resizes without mixing values. Pixels that do not count are `IGNORED` in it.
 """
 
-import functools
 import math
 import os
 import zlib
@@ -19,7 +18,7 @@ from torch import Tensor
 from common import augment, cli, distributed as comm, images, rng
 from common.distributed import RunError, World
 from common.images import ArrayImages, FileImages, RefusedImage, evenly
-from common.workers import end_if_unsent, read_ahead, workers_for
+from common.workers import end_if_unsent, made_ahead
 
 IGNORED = 255
 BUILT_IN = ("digits", "voc2012")
@@ -186,8 +185,9 @@ def fitted(size: tuple[int, int], shorter: float) -> tuple[int, int]:
     return tuple(max(1, round(side * scale)) for side in size)
 
 
-def resized(planes: list[Image.Image], shorter: int) -> tuple[Tensor, Tensor, Tensor]:
+def resized(source, index: int, shorter: int) -> tuple[Tensor, Tensor, Tensor]:
     """An image (C, h, w) and its map (h, w), of the `fitted` size, and the map as it was; uint8."""
+    planes = source.read_or_name(index)
     size = fitted(planes[0].size, shorter)
     small = [np.asarray(plane.resize(size, Image.Resampling.BILINEAR)) for plane in planes]
     *pixels, classes = small
@@ -250,25 +250,8 @@ class ScaledCrop(augment.Step):
 # --------------------------------------------------------------------------------------- one by one
 
 
-class Read(torch.utils.data.Dataset):
-    """Item i is what a function makes of the planes of image i, or an error's message."""
-
-    def __init__(self, source, function):
-        self.source, self.function = source, function
-
-    def __getitem__(self, index: int):
-        try:
-            return self.function(self.source.read(index))
-        except RefusedImage as error:
-            return str(error)
-        except RunError as error:
-            return f"{self.source.name(index)}: {error}"
-        except Exception as error:  # Pillow's decoders raise what they like
-            return f"{self.source.name(index)} cannot be read: {error}"
-
-
 def each(source, function, world: World, workers: int | None):
-    """Yield (index, function(planes)) of this process's contiguous part of the images.
+    """Yield (index, function(source, index)) of this process's contiguous part of the images.
 
     Args:
         workers: loader processes; None: this process's share of the cores if there are files.
@@ -276,23 +259,15 @@ def each(source, function, world: World, workers: int | None):
     Raises:
         RunError: an image or a map cannot be read; on this process alone.
     """
-    n = len(source)
-    part = range(n * world.rank // world.size, n * (world.rank + 1) // world.size)
-    loader = read_ahead(Read(source, function), part, workers_for(source, workers),
-                        worker_init_fn=end_if_unsent, pin_memory=world.device.type == "cuda")
-    for index, item in zip(part, loader, strict=True):
-        if isinstance(item, str):
-            raise RunError(item)
-        yield index, item
+    part = range(len(source))[world.part(len(source))]
+    made = made_ahead(function, source, part, workers, world.device, end_if_unsent)
+    return zip(part, made, strict=True)
 
 
-def size_and_counts(num_classes: int | None, planes: list[Image.Image]) -> tuple[Tensor, Tensor]:
-    """Width and height, and how many pixels there are of each number."""
+def size_and_counts(source, index: int) -> tuple[Tensor, Tensor]:
+    """Width and height, and how many pixels there are of each number (256,)."""
+    planes = source.read_or_name(index)
     counts = np.bincount(np.asarray(planes[-1]).ravel(), minlength=IGNORED + 1)
-    highest = np.flatnonzero(counts[:IGNORED]).max(initial=-1)
-    if num_classes is not None and highest >= num_classes:
-        raise RunError(f"class {highest} in its label map, and classes are 0 to {num_classes - 1} "
-                       "(raise --num-classes, or give the number to --ignore)")
     return torch.tensor(planes[0].size), torch.from_numpy(counts)
 
 
@@ -308,8 +283,12 @@ def survey(source, num_classes: int | None, world: World, workers) -> tuple[Tens
     """
     sizes, counts = torch.zeros(len(source), 2, dtype=torch.int64), torch.zeros(256).long()
     with comm.same_error_on_all_ranks():
-        function = functools.partial(size_and_counts, num_classes)
-        for index, (size, found) in each(source, function, world, workers):
+        for index, (size, found) in each(source, size_and_counts, world, workers):
+            beyond = found[num_classes or IGNORED : IGNORED].nonzero()
+            if len(beyond):
+                raise RunError(f"{source.name(index)}: class {num_classes + beyond[-1].item()} in "
+                               f"its label map, and classes are 0 to {num_classes - 1} (raise "
+                               "--num-classes, or give the number to --ignore)")
             sizes[index] = size
             counts += found
     return comm.sum_over_processes(sizes), comm.sum_over_processes(counts)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from common import distributed as comm, rng
 from common.distributed import RunError, World
-from common.workers import default_workers, fork_workers, start_worker
+from common.workers import default_workers, read_ahead, start_worker
 
 FATAL, NOTE = -1, -2  # in a worker's report: stop the run; tell this once
 
@@ -157,22 +157,12 @@ class Loader:
 
     def start(self, steps: range) -> None:
         """Start loader processes for so many steps."""
-        shares, workers = self.shares, min(self.workers, len(steps))
+        shares = self.shares
         # Large batches, as of many crops, are held to one waiting for each worker.
         large = shares.share * sum(v.channels * math.prod(v.size) for v in shares.views) > 2**26
-        with fork_workers(workers) as context:
-            self.batches = iter(
-                torch.utils.data.DataLoader(
-                    shares,
-                    batch_size=None,  # an item is a whole batch already
-                    sampler=steps,
-                    num_workers=workers,
-                    worker_init_fn=start_worker,
-                    prefetch_factor=(1 if large else 2) if workers else None,
-                    pin_memory=self.world.device.type == "cuda",
-                    multiprocessing_context=self.context or context,
-                )
-            )
+        self.batches = read_ahead(shares, steps, self.workers, self.world.device,
+                                  start_worker=start_worker, ahead=1 if large else 2,
+                                  context=self.context)
 
     def epoch(self, epoch: int):
         """The batches of an epoch that are still to come."""
