@@ -35,8 +35,7 @@ DETECTRON2_NAMES = (  # what stands in torchvision's names, and in detectron2's
 
 
 def parse_args(argv=None):
-    parser = cli.Parser(prog="convert.py", description=__doc__, formatter_class=cli.HelpFormatter,
-                        allow_abbrev=False)
+    parser = cli.Parser("convert.py", __doc__)
     parser.add_argument("source", help="run folder or weights file")
     parser.add_argument("--to", choices=("torchvision", "timm", "detectron2"), required=True,
                         help="whose names to write")

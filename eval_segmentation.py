@@ -62,8 +62,7 @@ LINEAR_ONLY = ("epochs", "train_batch_size", "lr", "flip")
 
 
 def parse_args(argv=None):
-    parser = cli.Parser(os.path.basename(__file__), description=__doc__, allow_abbrev=False,
-                        formatter_class=cli.HelpFormatter)
+    parser = cli.Parser(__file__, __doc__)
     group = parser.add_argument_group("features")
     group.add_argument("--checkpoint", nargs="+", metavar="WHAT", required=True,
                        help="run folders, weights files, random, pixels")

@@ -16,7 +16,6 @@ name in front.
 import ast
 import builtins
 import collections
-import functools
 import hashlib
 import importlib.metadata
 import io
@@ -38,11 +37,9 @@ from common import backbones, checkpoint, cli, distributed as comm, features, we
 
 
 def parse_args(argv=None):
-    parser = cli.Parser(prog="tools.py", description=__doc__, formatter_class=cli.HelpFormatter,
-                        allow_abbrev=False)
+    parser = cli.Parser("tools.py", __doc__)
     tools = parser.add_subparsers(dest="tool", required=True, metavar="TOOL")
-    add = functools.partial(tools.add_parser, allow_abbrev=False,
-                            formatter_class=cli.HelpFormatter)
+    add = tools.add_parser
     count = add("count", help="parameters, multiplications and activations of a backbone")
     count.add_argument("arch", help=f"backbone: {' '.join(backbones.NAMES)}")
     count.add_argument("--image-size", type=cli.pos_int, default=224, help="side in pixels")

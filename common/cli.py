@@ -25,7 +25,14 @@ MANY = 6  # choices that are listed once, in the help text
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, printed by one process."""
+    """An argument parser whose errors are one line, printed by one process.
+
+    Its name, of a script, may be given as the path of the file.
+    """
+
+    def __init__(self, prog=None, description=None, **options):
+        options = dict(formatter_class=HelpFormatter, allow_abbrev=False) | options
+        super().__init__(prog and os.path.basename(prog), description=description, **options)
 
     def parse_known_args(self, args=None, namespace=None):
         comm.print_any_character()
@@ -79,8 +86,7 @@ class HelpFormatter(argparse.HelpFormatter):
 
 def parser(script: str, description: str) -> Parser:
     """Make a script's parser from its file name and docstring, with the shared flags."""
-    prog = os.path.basename(script)
-    made = Parser(prog, description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+    made = Parser(script, description)
     data = made.add_argument_group("data")
     data.add_argument("--data", default="digits", metavar="SOURCE", nargs="+", action=OneOrMore,
                       help="digits (built in), cifar10 and other names of torchvision's sets, "
@@ -270,7 +276,7 @@ def parse(made: Parser, recipes: dict, argv=None) -> argparse.Namespace:
     made.add_argument_group("recipe").add_argument(
         "--recipe", choices=sorted(recipes), help="named defaults; default: the one named like "
         "--data, else imagenet")
-    first = Parser(made.prog, add_help=False, allow_abbrev=False)
+    first = Parser(made.prog, add_help=False)
     first.add_argument("--recipe")
     first.add_argument("--data", default="digits", nargs="+", action=OneOrMore)
     chosen, _ = first.parse_known_args(argv)
@@ -348,7 +354,7 @@ def processes() -> int:
 
 def peek(argv, flag: str, kind=int):
     """The value of a flag, before other defaults that depend on it are known."""
-    first = Parser(add_help=False, allow_abbrev=False)
+    first = Parser(add_help=False)
     first.add_argument(flag, type=kind, dest="value")
     return first.parse_known_args(argv)[0].value
 

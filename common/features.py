@@ -42,8 +42,7 @@ def parser(
         resize: the default of this flag, in words.
         several: whether one call takes several checkpoints and layers, for the help.
     """
-    made = cli.Parser(os.path.basename(script), description=description,
-                      formatter_class=cli.HelpFormatter, allow_abbrev=False)
+    made = cli.Parser(script, description)
     group = made.add_argument_group("features")
     which = group.add_mutually_exclusive_group(required=True)
     which.add_argument("--checkpoint", nargs="+", metavar="WHAT",
