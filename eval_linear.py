@@ -103,7 +103,7 @@ def parse_args(argv=None):
     group.add_argument("--protocol", choices=("auto", *PROTOCOLS, *ATTENTIVE),
                        help="how the head is trained: auto (described above), a paper's way, or "
                        "for --probe attentive aim; default: auto, or aim. One of")
-    group.add_argument("--train-fraction", type=cli.fraction, default=1.0, metavar="SHARE",
+    group.add_argument("--train-fraction", type=cli.share, default=1.0, metavar="SHARE",
                        help="class-balanced fraction of the training images")
     group.add_argument("--also-test", nargs="+", metavar="FOLDER",
                        help="further test images, of some of the classes: class folders named as "
@@ -111,7 +111,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("auto")
     group.add_argument("--weight-decays", type=cli.positive, nargs="+",
                        help="weight decays to choose from [1e-6 to 1]")
-    group.add_argument("--folds", type=cli.pos_int, help="folds of the cross-validation [5]")
+    group.add_argument("--folds", type=cli.two_or_more, help="folds of the cross-validation [5]")
     group = parser.add_argument_group("protocols of the papers (default: as published)")
     group.add_argument("--epochs", type=cli.pos_int, help="passes; milestones and warm-up scale")
     group.add_argument("--train-batch-size", type=cli.pos_int, metavar="N",
@@ -138,10 +138,6 @@ def parse_args(argv=None):
         if getattr(args, name) is not None:
             parser.error(f"--{name.replace('_', '-')} does not go with --protocol {args.protocol}")
     args.folds, args.weight_decays = args.folds or 5, args.weight_decays or DECAYS
-    if args.train_fraction == 0:
-        parser.error("--train-fraction 0 leaves no image to train on")
-    if args.folds < 2:
-        parser.error(f"--folds {args.folds}: at least 2")
     if (args.train_batch_size or 0) % cli.processes():
         parser.error(f"--train-batch-size {args.train_batch_size} does not divide among "
                      f"{cli.processes()} processes")
@@ -421,8 +417,7 @@ def paper_probe(source: features.Source, backbone, mark: str, args, world) -> di
             loss = sum(F.cross_entropy(head(rows[name]), truth) for name, head in heads.items())
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            for parameter in heads.parameters():
-                parameter.grad = comm.mean_over_processes(parameter.grad)
+            comm.average_gradients(heads)
             optimizer.step()
             run.log(loss, lr_of_step[step], dict)
         if run.folder.stopping:

@@ -370,8 +370,7 @@ def train_head(task: "Task", mark: str, args) -> Head | None:
             loss = pixel_loss(head(maps, batch.drawn), classes)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            for parameter in head.parameters():
-                parameter.grad = comm.mean_over_processes(parameter.grad)
+            comm.average_gradients(head)
             optimizer.step()
             run.log(loss, lr_of_step[step], dict)
         return None if run.folder.stopping else head.eval()

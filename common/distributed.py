@@ -365,6 +365,12 @@ def mean_over_processes(x: Tensor) -> Tensor:
     return x.detach() if size() == 1 else sum_over_processes(x) / size()
 
 
+def average_gradients(module: nn.Module) -> None:
+    """Average a module's gradients over processes, as DDP does."""
+    for parameter in module.parameters():
+        parameter.grad = mean_over_processes(parameter.grad)
+
+
 def all_gather_objects(value) -> list:
     """Collect one picklable value from every process, in rank order."""
     if size() == 1:

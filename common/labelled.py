@@ -152,7 +152,7 @@ def described(data: str, args, train, test) -> str:
 def image_flags(group) -> None:
     """What `labelled_images` opens, beside where the images come from."""
     part = group.add_mutually_exclusive_group()
-    part.add_argument("--train-fraction", type=cli.fraction, metavar="SHARE",
+    part.add_argument("--train-fraction", type=cli.share, metavar="SHARE",
                       help="class-balanced fraction of the training images")
     part.add_argument("--train-images", type=cli.pos_int, metavar="N",
                       help="so many, class-balanced")
@@ -175,8 +175,6 @@ def check_flags(parser: cli.Parser, args: argparse.Namespace, argv) -> None:
         parser.error(f"--limit {args.limit} and --limit-per-class {args.limit_per_class}: give one")
     if args.labels and (args.test_data or args.limit_per_class):
         parser.error(f"--labels {args.labels} goes with no --test-data and no --limit-per-class")
-    if args.train_fraction == 0:
-        parser.error("--train-fraction 0 leaves no image to train on")
     if args.sweep_head and not args.sweep:
         parser.error("--sweep-head goes with --sweep")
     for flag, other in (("--lr", "--sweep"), ("--head-lr", "--sweep-head")):

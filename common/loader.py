@@ -51,15 +51,13 @@ class RankBatches(torch.utils.data.Dataset):
 
     def __getitem__(self, item: int):
         epoch, step = divmod(item, self.steps_per_epoch)
-        ordered_as = epoch if self.order_epoch is None else self.order_epoch
         order = self.order
         if order is None:
+            ordered_as = epoch if self.order_epoch is None else self.order_epoch
             order = rng.epoch_order(self.seed, ordered_as, len(self.images))
         problems = {}
-        decoded = [
-            self.read_or_replace(order, step, slot, problems)
-            for slot in range(self.first, self.first + self.share)
-        ]
+        decoded = [self.read_or_replace(order, step, slot, problems)
+                   for slot in range(self.first, self.first + self.share)]
         index = [i for i, _ in decoded]
         sizes = np.array([planes[0].size[::-1] for _, planes in decoded])
         parts = []
@@ -97,10 +95,9 @@ class RankBatches(torch.utils.data.Dataset):
             except Exception as error:  # Pillow's decoders raise what they like
                 reason = str(error).replace("\n", " ") or type(error).__name__
                 problems[index] = reason
-        problems[FATAL] = (
-            f"none of the {self.steps_per_epoch} images that could stand in slot {slot} of a batch "
-            f"can be read, such as {self.images.name(index)}: {problems[index]}"
-        )
+        problems[FATAL] = (f"none of the {self.steps_per_epoch} images that could stand in slot "
+                           f"{slot} of a batch can be read, such as {self.images.name(index)}: "
+                           f"{problems[index]}")
         return index, self.blank()
 
     def blank(self) -> list[Image.Image]:
@@ -202,10 +199,9 @@ class Loader:
         allowed = max(1, len(self.images) // 100)
         if len(self.bad_files) > allowed:
             first = min(self.bad_files)
-            raise RunError(
-                f"{len(self.bad_files)} of {len(self.images)} files cannot be read (at most "
-                f"{allowed} may), such as {self.images.name(first)}: {self.bad_files[first]}"
-            )
+            raise RunError(f"{len(self.bad_files)} of {len(self.images)} files cannot be read (at "
+                           f"most {allowed} may), such as {self.images.name(first)}: "
+                           f"{self.bad_files[first]}")
         if fatal:
             raise RunError(fatal)
         for i in sorted(joined):
