@@ -69,9 +69,8 @@ class WholeImage(augment.CenterCrop):
     """Resize the shorter side to `resize` pixels, then squeeze the image to the view's size."""
 
     def apply(self, plane, _, size):
-        resample = augment.INTERPOLATION[self.interpolation]
-        plane = plane.resize(augment.shorter_side_to(self.resize, plane.size), resample)
-        return plane.resize(size[::-1], resample)
+        plane = augment.shorter_side_to(self.resize, plane, self.interpolation)
+        return plane.resize(size[::-1], augment.INTERPOLATION[self.interpolation])
 
 
 # ---------------------------------------------------------------------------------- precision, fits

@@ -19,7 +19,6 @@ import collections
 import hashlib
 import importlib.metadata
 import io
-import itertools
 import math
 import os
 import platform
@@ -131,9 +130,7 @@ def count(args) -> None:
 
 def publish(args) -> None:
     """Write a backbone on the CPU; its name ends in the first 8 digits of the file's SHA-256."""
-    source = features.resolve_checkpoint(args.run, "RUN")
-    if source.weights is None:
-        raise comm.RunError(f"{args.run} has no weights to publish; give a run folder")
+    source = features.resolve_checkpoint(args.run, "RUN", baselines=())
     loaded = weights.load_tensors(source.weights)
     for name, value in loaded.items():
         if not isinstance(value, torch.Tensor):
@@ -154,10 +151,8 @@ def publish(args) -> None:
     path = os.path.join(args.output, f"{name}-{digest[:8]}.pth")
     if os.path.exists(args.output) and not os.path.isdir(args.output):
         raise comm.RunError(f"--output {args.output} is a file; give a folder")
-    with comm.same_error_on_all_ranks(writing=args.output):
-        os.makedirs(args.output, exist_ok=True)
-        with checkpoint.atomic_write(path) as file:
-            file.write(content.getvalue())
+    with comm.same_error_on_all_ranks(writing=path), checkpoint.atomic_write(path) as file:
+        file.write(content.getvalue())
     comm.print_main(f"{path}: {len(content.getvalue()):,} bytes, {len(state)} tensors"
                     f"{' in float16' if args.half else ''}, SHA-256 {digest}")
 
@@ -409,19 +404,13 @@ class Flat:
         return names
 
     def import_lines(self) -> str:
-        """The imports of other packages, each once: the standard library, then the rest."""
-        found = sorted({(source or "", name, alias or "") for bound in self.imports.values()
-                        for source, name, alias in bound})
+        """The imports of other packages, one a line: the standard library, then the rest."""
         blocks = {True: [], False: []}  # by whether it is of the standard library
-        for source, members in itertools.groupby(found, key=lambda item: item[0]):
-            members = [f"{name} as {alias}" if alias else name for _, name, alias in members]
-            for line in members if not source else [", ".join(members)]:
-                standard = (source or line).partition(".")[0].split()[0] in sys.stdlib_module_names
-                line = f"from {source} import {line}" if source else f"import {line}"
-                if len(line) > 100:
-                    line = "(\n    ".join(line.split("import ", 1)).replace("(", "import (", 1)
-                    line = line.replace(", ", ",\n    ") + ",\n)"
-                blocks[standard].append(line)
+        for source, name, alias in sorted({(source or "", name, alias or "") for bound in
+                                           self.imports.values() for source, name, alias in bound}):
+            line = f"from {source} import {name}" if source else f"import {name}"
+            standard = (source or name).partition(".")[0] in sys.stdlib_module_names
+            blocks[standard].append(f"{line} as {alias}" if alias else line)
         return "\n\n".join("\n".join(block) for block in blocks.values() if block)
 
     def text(self) -> str:
@@ -504,11 +493,9 @@ def flatten(args) -> None:
     flat = Flat(args.script if args.script.endswith(".py") else f"{args.script}.py")
     text = flat.text()
     compile(text, args.out, "exec")
-    folder = os.path.dirname(args.out) or "."
-    with comm.same_error_on_all_ranks(writing=folder):
-        os.makedirs(folder, exist_ok=True)
-        with checkpoint.atomic_write(args.out) as file:
-            file.write(text.encode())
+    out = args.out
+    with comm.same_error_on_all_ranks(writing=out), checkpoint.atomic_write(out) as file:
+        file.write(text.encode())
     used = [name for name in flat.modules if any(name == piece.module for piece in flat.kept)]
     comm.print_main(f"{args.out}: {len(text.splitlines())} lines; of common/ "
                     f"{', '.join(filter(None, used))}")

@@ -54,7 +54,7 @@ class View:
             steps = [s for s in (step.without_rgb() for step in steps) if s is not None]
         self.geometry = [s for s in steps if s.geometric]
         self.colour = [s for s in steps if not s.geometric]
-        if [s.geometric for s in steps] != sorted([s.geometric for s in steps], reverse=True):
+        if self.geometry + self.colour != steps:
             raise ValueError("a view's geometric steps come before its colour steps")
         # What `finish` depends on: parameters tell how often a step is taken.
         self.kind = (self.size, channels, [dataclasses.replace(s, p=None) if hasattr(s, "p") else s
@@ -251,8 +251,7 @@ class CenterCrop(Step):
     geometric = resizes = True
 
     def apply(self, plane, _, size):
-        plane = plane.resize(shorter_side_to(self.resize, plane.size),
-                             INTERPOLATION[self.interpolation])
+        plane = shorter_side_to(self.resize, plane, self.interpolation)
         extra = [there - wanted for there, wanted in zip(plane.size, size[::-1], strict=True)]
         left, top = (round(x / 2) if x > 0 else -(-x // 2) for x in extra)
         return plane.crop((left, top, left + size[1], top + size[0]))
@@ -275,8 +274,7 @@ class RandomCrop(Step):
         return u
 
     def apply(self, plane, u, size):
-        plane = plane.resize(shorter_side_to(self.resize, plane.size),
-                             INTERPOLATION[self.interpolation])
+        plane = shorter_side_to(self.resize, plane, self.interpolation)
         left, top = (math.floor(share * (there + 2 * self.padding - wanted + 1)) - self.padding
                      for share, there, wanted in zip(u, plane.size, size[::-1], strict=True))
         return plane.crop((left, top, left + size[1], top + size[0]))
@@ -309,9 +307,10 @@ class LongerSide(Step):
                             INTERPOLATION[self.interpolation])
 
 
-def shorter_side_to(resize: int, size: tuple[int, int]) -> tuple[int, int]:
-    """The size to which torchvision resizes one; of the longer side it drops the fraction."""
-    return tuple(int(resize * side / min(size)) for side in size)
+def shorter_side_to(resize: int, plane: Image.Image, interpolation: str) -> Image.Image:
+    """Resize as torchvision does, which drops the fraction of the longer side."""
+    size = [int(resize * side / min(plane.size)) for side in plane.size]
+    return plane.resize(size, INTERPOLATION[interpolation])
 
 
 @dataclass

@@ -418,16 +418,19 @@ def resample_positions(positions: Tensor, grid: tuple, wanted: tuple,
     """
     if wanted == grid:
         return positions
-    down, across = (
-        nn.functional.interpolate(
-            torch.eye(old, dtype=positions.dtype, device=positions.device)[None, :, None],
-            size=(1, new), mode="bicubic", antialias=antialias,
-        )[0, :, 0].T  # (new, old); with antialiasing, torch is wrong for a size of (new, 1)
-        for old, new in zip(grid, wanted, strict=True)
-    )
+    down, across = (resizing_matrix(old, new, positions, mode="bicubic", antialias=antialias)
+                    for old, new in zip(grid, wanted, strict=True))
     with torch.autocast(positions.device.type, enabled=False):
         table = positions.unflatten(1, grid)  # (1, rows, columns, D)
         return torch.einsum("ri,nijd,cj->nrcd", down, table, across).flatten(1, 2)
+
+
+@torch.no_grad()
+def resizing_matrix(old: int, new: int, like: Tensor, **options) -> Tensor:
+    """Matrix (new, old) that interpolates a row as `torch.nn.functional.interpolate` does."""
+    eye = torch.eye(old, dtype=like.dtype, device=like.device)[None, :, None]
+    # With antialiasing, torch is wrong for a size of (new, 1).
+    return nn.functional.interpolate(eye, size=(1, new), **options)[0, :, 0].T
 
 
 def freeze_blocks(backbone: nn.Module, count: int) -> None:

@@ -350,9 +350,10 @@ def unless_missing(what: str | None = None, path: str = ""):
 def atomic_write(path: str, previous: str | None = None):
     """Open a file that takes the place of `path` once it is whole and on the disk.
 
-    What stood at `path` before is kept at `previous`, if that is given.
+    What stood at `path` before is kept at `previous`, if that is given; its folder is made.
     """
     temporary = path + ".tmp"
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     try:
         with open(temporary, "wb") as file:
             yield file

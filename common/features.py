@@ -136,10 +136,9 @@ DIGITS = dict(
     data="digits", arch="resnet_tiny", stem="small", patch_size=4, image_size=16, in_chans=3,
     mean=[0.5], std=[0.5], bits=8, exif_orientation=False,
 )
-FOLDER = dict(
-    arch="resnet50", stem="imagenet", patch_size=16, image_size=224, in_chans=3,
+FOLDER = DIGITS | dict(
+    arch="resnet50", stem="imagenet", patch_size=16, image_size=224,
     mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225],
-    bits=8, exif_orientation=False,
 )
 SAID = (*DIGITS, *backbones.VIT_PARTS)  # what a run says of images and backbone
 
@@ -153,22 +152,21 @@ class Checkpoint:
     settings: dict  # what the file and the run that made it say; empty if nothing does
 
 
-def resolve_checkpoint(name: str, flag: str = "--checkpoint", baselines: str = "") -> Checkpoint:
-    """Look up `random`, `pixels`, a run folder, or a file, maybe with a run.json beside it.
+def resolve_checkpoint(name: str, flag: str = "--checkpoint",
+                       baselines: tuple = ("random", "pixels")) -> Checkpoint:
+    """Look up one of some baselines, a run folder, or a file, maybe with a run.json beside it.
 
     What a file says of itself (`checkpoint.described`) counts more than the run.json.
 
     Raises:
         RunError: nothing of that name, or a run folder without a backbone.
     """
-    if name in ("random", "pixels"):
+    if name in baselines:
         return Checkpoint(name, None, {})
     path = os.path.join(name, "backbone.pth") if os.path.isdir(name) else name
     if not os.path.isfile(path):
-        raise RunError(
-            f"{flag} {name}: no file {path}; give a run folder or a weights file"
-            + (baselines and f", or {baselines}")
-        )
+        raise RunError(f"{flag} {name}: no file {path}; give "
+                       f"{', '.join(('a run folder', 'a weights file', *baselines))}")
     described = os.path.join(os.path.dirname(path), "run.json")
     settings = {}
     if os.path.isfile(described):
@@ -346,8 +344,7 @@ def checkpoints_of(args):
     Raises:
         RunError: something named is not there or does not fit.
     """
-    checkpoints = [resolve_checkpoint(name, baselines="random or pixels")
-                   for name in args.checkpoint or ()]
+    checkpoints = [resolve_checkpoint(name) for name in args.checkpoint or ()]
     shared = evaluation_settings(args, checkpoints) if checkpoints else {}
     for checkpoint in checkpoints:
         settings = dict(shared)
@@ -745,10 +742,8 @@ def write(features: Features, path: str, world: World) -> None:
     for name, split in (("train", features.train), ("test", features.test)):
         arrays |= {f"{name}/{layer}": rows.numpy() for layer, rows in split.layers.items()}
         arrays |= {f"{name}/labels": split.labels, f"{name}/index": split.index}
-    folder = os.path.dirname(path) or "."
-    with comm.same_error_on_all_ranks(writing=folder):
+    with comm.same_error_on_all_ranks(writing=path):
         if world.is_main:
-            os.makedirs(folder, exist_ok=True)
             with atomic_write(path) as file:
                 np.savez(file, **arrays)
     comm.print_main(f"features written to {path}")

@@ -166,8 +166,7 @@ class EncodedImages(Images):
     reads_files = True
 
     def __init__(self, items: np.ndarray, labels: np.ndarray | None, channels: int):
-        if channels not in MODES:
-            raise RunError(f"--in-chans {channels}: files give 1 (L), 3 (RGB) or 4 (RGBA) channels")
+        check_channels(channels)
         super().__init__(items, labels, channels)
 
     def decode(self, file, name: str) -> list[Image.Image]:
@@ -186,10 +185,7 @@ class EncodedImages(Images):
                 self.notes.append(f"{name} has {image.n_frames} pages; of such files the first "
                                   "one is read")
             if not is_deep(image):
-                if image.mode == "P" and self.channels != 4:  # of which Pillow would warn
-                    image.info.pop("transparency", None)
-                pixels = image.convert(MODES[self.channels])
-                planes = list(pixels.split()) if self.channels == 4 else [pixels]
+                planes = planes_of(image, self.channels)
             elif self.bits == 16:
                 planes = deep_planes(image, lambda: Image.open(file), name, self.channels)
             else:
@@ -283,18 +279,12 @@ def identity_of_files(names: list[bytes]) -> str:
 
 
 class DecodedImages(Images):
-    """Images that a torchvision data set reads itself, as pairs (image, label).
-
-    Args:
-        loaded: the data set. name: of it.
-        channels: 1 (L), 3 (RGB) or 4 (RGBA).
-    """
+    """Images that a torchvision data set, of some name, reads itself: pairs (image, label)."""
 
     reads_files = True
 
     def __init__(self, loaded, labels: np.ndarray, channels: int, name: str):
-        if channels not in MODES:
-            raise RunError(f"--in-chans {channels}: {name} gives 1 (L), 3 (RGB) or 4 (RGBA)")
+        check_channels(channels)
         super().__init__(np.arange(len(labels)), labels, channels)
         self.loaded, self.set = loaded, name
 
@@ -305,8 +295,7 @@ class DecodedImages(Images):
         return f"{len(self)} images of {self.set}, crc32 of the rows {zlib.crc32(self.items):08x}"
 
     def load(self, index: int) -> list[Image.Image]:
-        pixels = self.loaded[self.items[index]][0].convert(MODES[self.channels])
-        return list(pixels.split()) if self.channels == 4 else [pixels]
+        return planes_of(self.loaded[self.items[index]][0], self.channels)
 
 
 class JoinedImages(Images):
@@ -345,6 +334,20 @@ class JoinedImages(Images):
     def load(self, index: int) -> list[Image.Image]:
         part, row = self.place(index)
         return part.load(row)
+
+
+def check_channels(channels: int) -> None:
+    """Refuse a number of channels that files cannot give."""
+    if channels not in MODES:
+        raise RunError(f"--in-chans {channels}: files give 1 (L), 3 (RGB) or 4 (RGBA) channels")
+
+
+def planes_of(image: Image.Image, channels: int) -> list[Image.Image]:
+    """An image of 8 bits, converted; with alpha one plane a channel."""
+    if image.mode == "P" and channels != 4:  # of which Pillow would warn
+        image.info.pop("transparency", None)
+    pixels = image.convert(MODES[channels])
+    return list(pixels.split()) if channels == 4 else [pixels]
 
 
 def is_deep(image: Image.Image) -> bool:

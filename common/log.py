@@ -1,5 +1,6 @@
 """The log of a run: a JSON line every few steps, a progress line, and the watch for bad losses."""
 
+import datetime
 import json
 import math
 import os
@@ -141,10 +142,11 @@ class Log:
         if step == 1:
             chance = "" if self.chance_loss is None else f" (chance: {self.chance_loss:.4f})"
             comm.print_main(f"first loss {line['loss']:.4f}{chance}")
-        left = (self.total_steps - step) * self.batch_size / max(line["images_per_second"], 1e-9)
+        left = (self.total_steps - step) * self.batch_size / max(line["images_per_second"], 0.1)
+        left = datetime.timedelta(seconds=math.ceil(left))
         comm.print_main(
             f"epoch {line['epoch'] + 1}  step {step}/{self.total_steps}  loss {line['loss']:.4f}  "
-            f"lr {line['lr']:.4g}  {line['images_per_second']:.0f} img/s  eta {clock(left)}",
+            f"lr {line['lr']:.4g}  {line['images_per_second']:.0f} img/s  eta {left}",
             transient=step < self.total_steps,
         )
 
@@ -155,8 +157,3 @@ def memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-def clock(seconds: float) -> str:
-    minutes, seconds = divmod(math.ceil(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

@@ -296,9 +296,7 @@ def starting_weights(args, flag: str) -> tuple[dict, str]:
             unknown, of another shape or not finite.
     """
     named = f"--{flag} {getattr(args, flag)}"
-    given = features.resolve_checkpoint(getattr(args, flag), f"--{flag}")
-    if given.weights is None:
-        raise RunError(f"{named}: give a run folder or a weights file")
+    given = features.resolve_checkpoint(getattr(args, flag), f"--{flag}", baselines=())
     if os.path.realpath(os.path.dirname(given.weights)) == os.path.realpath(args.output):
         raise RunError(f"{named} is in --output, where it would be replaced; choose "
                        "another --output")
