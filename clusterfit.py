@@ -37,7 +37,7 @@ from common.whitening import whitening
 
 
 def parse_args(argv=None):
-    parser = features.parser(__file__, __doc__, several=False)
+    parser = features.parser(__file__, __doc__)
     group = parser.add_argument_group("clusters")
     group.add_argument("--num-clusters", type=cli.pos_int, required=True, metavar="K",
                        help="16000 in the paper, for ImageNet")

@@ -32,6 +32,7 @@ import torch
 
 from common import cli, distributed as comm, features, labelled
 from common.knn import count_right, knn_predict  # noqa: F401  knn_predict: to be copied
+from common.labelled_sets import class_members
 
 
 def parse_args(argv=None):
@@ -56,12 +57,6 @@ def parse_args(argv=None):
 
 
 # ----------------------------------------------------------------------------------------- protocol
-
-
-def class_members(labels: np.ndarray) -> list[np.ndarray]:
-    """Rows of every class that there is, by rising class."""
-    order = np.argsort(labels, kind="stable")
-    return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
 
 
 def few_label_bank(members: list[np.ndarray], shots: int, *seed: int) -> np.ndarray:

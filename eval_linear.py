@@ -310,10 +310,8 @@ def learning_rates(protocol: dict, base: float, epochs: int, steps_per_epoch: in
         warmup = round(protocol["warmup_epochs"] * scale * steps_per_epoch)
         return optim.warmup_cosine(start=0.0, base=base, final=0.0, warmup_steps=warmup,
                                    total_steps=epochs * steps_per_epoch, warmup_endpoint=False)
-    if schedule == "epochs":
-        return optim.lr_by_epoch(base, "cosine", epochs, 0, steps_per_epoch)
-    return [base * 0.1 ** sum(epoch >= milestone * scale for milestone in schedule)
-            for epoch in range(epochs) for _ in range(steps_per_epoch)]
+    drops = "cosine" if schedule == "epochs" else [milestone * scale for milestone in schedule]
+    return optim.lr_by_epoch(base, drops, epochs, 0, steps_per_epoch)
 
 
 def train_views(interpolation: str, flip: bool, image_size: int, in_chans: int, mean, std) -> list:
@@ -321,7 +319,7 @@ def train_views(interpolation: str, flip: bool, image_size: int, in_chans: int, 
     crop = augment.RandomResizedCrop(scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3),
                                      interpolation=interpolation)
     mirror = augment.HorizontalFlip(p=0.5 if flip else 0.0)
-    return [augment.View(image_size, [crop, mirror, augment.Normalize(mean, std)], in_chans)]
+    return augment.normalized([(image_size, [crop, mirror])], in_chans, mean, std)
 
 
 def top_1_and_5(logits: Tensor, truth: Tensor) -> Tensor:

@@ -79,8 +79,6 @@ def parse_args(argv=None):
     group.add_argument("--num-classes", type=cli.two_or_more,
                        help="classes 0 to C - 1; default: up to the largest of the training maps")
     cli.source_flags(group)
-    group.add_argument("--limit", type=cli.pos_int, metavar="N",
-                       help="number of images of each split, evenly spaced")
     group.add_argument("--image-size", type=cli.pos_int, help="side of a window in pixels")
     group.add_argument("--resize", type=cli.pos_int,
                        help="shorter side of the images; default: --image-size, of digits 48")

@@ -93,7 +93,6 @@ def parser(script: str, description: str) -> Parser:
                       "fake (noise), a folder of images, a tar, a folder of tars, a text list or a "
                       ".npy (docs/guide.md); several are joined in this order")
     source_flags(data)
-    data.add_argument("--limit", type=pos_int, metavar="N", help="number of images, evenly spaced")
     run = made.add_argument_group("run (none of these changes the method; --amp its precision)")
     run.add_argument("--output", metavar="FOLDER", help="default: in runs/, named by "
                      "script, data, backbone and method")
@@ -125,7 +124,7 @@ INDEX = "tar-index"  # the folder of tars' indexes, beside those of runs
 
 
 def source_flags(group) -> None:
-    """Where torchvision's data sets and the indexes of tars are."""
+    """Where torchvision's data sets and the indexes of tars are, and how many images to take."""
     group.add_argument("--data-root", default="data", metavar="FOLDER",
                        help="folder of torchvision's data sets")
     group.add_argument("--download", action=Switch, default=False,
@@ -133,6 +132,8 @@ def source_flags(group) -> None:
     group.add_argument("--index", metavar="FOLDER",
                        help=f"where indexes of tars are kept; default: {INDEX} beside --output, "
                        "or in runs/")
+    group.add_argument("--limit", type=pos_int, metavar="N",
+                       help="number of images (of each split), evenly spaced")
 
 
 def sources(args: argparse.Namespace) -> dict:

@@ -33,24 +33,21 @@ from common.workers import end_if_unsent, made_ahead
 
 def parser(
     script: str, description: str, *, resnet_layer: str = "avgpool",
-    resize: str = "the image size up to 96 px, 256/224 of it above", several: bool = True,
+    resize: str = "the image size up to 96 px, 256/224 of it above",
 ) -> cli.Parser:
     """Make an evaluation's parser; flags that default to those of a run are None.
 
     Args:
         resnet_layer: the default of `--layers` for a ResNet.
         resize: the default of this flag, in words.
-        several: whether one call takes several checkpoints and layers, for the help.
     """
     made = cli.Parser(script, description)
     group = made.add_argument_group("features")
     which = group.add_mutually_exclusive_group(required=True)
     which.add_argument("--checkpoint", nargs="+", metavar="WHAT",
-                       help="run folders, weights files, random, pixels" if several else
-                       "one run folder or weights file, random or pixels")
+                       help="run folders, weights files, random, pixels")
     which.add_argument("--features", nargs="+", metavar="FILE",
-                       help="files made by --save-features, instead of checkpoints and images"
-                       if several else "one file made by --save-features, instead of these")
+                       help="files made by --save-features, instead of checkpoints and images")
     group.add_argument("--save-features", metavar="FILE",
                        help="write the features of the one checkpoint to a .npz")
     group.add_argument("--layers", nargs="+", metavar="LAYER",
@@ -67,8 +64,6 @@ def parser(
     group.add_argument("--resize", type=cli.pos_int,
                        help=f"shorter side before the central crop; default: {resize}")
     cli.channel_flags(group)
-    group.add_argument("--limit", type=cli.pos_int, metavar="N",
-                       help="number of images of each split, evenly spaced")
     backbone_flags(made.add_argument_group("backbone (default: as above)"))
     run_flags(made.add_argument_group("run"))
     return made

@@ -477,11 +477,6 @@ def open_images(
         else:
             raise RunError(f"--data {data}: no such file or folder, and no built-in name "
                            f"({' '.join(BUILT_IN)})")
-        if classes is not None and images.labels is not None and images.labels.ndim == 1:
-            unknown = sorted(set(images.labels.tolist()) - set(classes.values()))
-            if unknown:
-                raise RunError(f"--data {data}: labels that no training image has, such as "
-                               f"{unknown[0]}")
     images.bits, images.exif_orientation = bits, exif_orientation
     if images.labels is not None and images.labels.ndim == 1:
         images.present = np.unique(images.labels)

@@ -11,7 +11,7 @@ from torch import Tensor
 from common import cli, distributed as comm, rng
 from common.distributed import RunError
 from common.images import FileImages, NoSplit, open_images, some
-from common.labelled_sets import MEAN_PER_CLASS, NOTES, of_each_class
+from common.labelled_sets import MEAN_PER_CLASS, NOTES, class_members, of_each_class
 from common.log import Diverged
 
 # -------------------------------------------------------------------------------------- both splits
@@ -74,7 +74,7 @@ def open_test(path: str, train, channels: int, flag: str = "--test-data", **opti
     check_labels(f"{flag} {path}", test, False)
     unseen = np.setdiff1d(test.present, train.present)
     if len(unseen):
-        told = [names[label] if names else str(label) for label in unseen]
+        told = [names[label] if label < len(names) else str(label) for label in unseen]
         raise RunError(f"{flag} {path}: no training image of {some(told)}")
     if shared := shared_files(train, test):
         comm.print_main(f"warning: {len(shared)} of the {len(test)} test images are training "
@@ -234,12 +234,11 @@ def class_balanced(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray
     if fraction == 1:
         return np.arange(len(labels))
     rng = np.random.default_rng(seed)
-    classes = np.unique(labels)
-    members = [rng.permutation(np.flatnonzero(labels == c)) for c in classes]
-    order = rng.permutation(len(classes))  # who gets one of what does not divide
-    rounds = range(max(len(rows) for rows in members))
+    members = [rng.permutation(rows) for rows in class_members(labels)]
+    order = rng.permutation(len(members))  # who gets one of what does not divide
+    rounds = range(max(map(len, members)))
     taken = [members[c][i] for i in rounds for c in order if i < len(members[c])]
-    return np.sort(np.array(taken[: max(round(fraction * len(labels)), len(classes))]))
+    return np.sort(np.array(taken[: max(round(fraction * len(labels)), len(members))]))
 
 
 def balanced(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -250,15 +249,15 @@ def balanced(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     Raises:
         RunError: there are not as many images of a class.
     """
-    classes, sizes = np.unique(labels, return_counts=True)
-    taken = []
-    for place, (label, size) in enumerate(zip(classes, sizes, strict=True)):
-        wanted = count // len(classes) + (place < count % len(classes))
-        if not 0 < wanted <= size:
+    members, taken = class_members(labels), []
+    for place, rows in enumerate(members):
+        label = int(labels[rows[0]])
+        wanted = count // len(members) + (place < count % len(members))
+        if not 0 < wanted <= len(rows):
             raise RunError(f"--train-images {count}: {wanted} of class {label}, which has "
-                           f"{size} images; give another number")
-        order = rng.philox(seed, rng.SUBSET, int(label)).permutation(size)
-        taken.append(np.flatnonzero(labels == label)[order[:wanted]])
+                           f"{len(rows)} images; give another number")
+        order = rng.philox(seed, rng.SUBSET, label).permutation(len(rows))
+        taken.append(rows[order[:wanted]])
     return np.sort(np.concatenate(taken))
 
 
