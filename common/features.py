@@ -15,7 +15,7 @@ import os
 import statistics
 import string
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -265,6 +265,7 @@ class Source:
     also: tuple = ()  # further images to test on
     view: augment.View | None = None  # without random numbers
     protocol: str = ""  # what the images are, in words
+    warned: set = field(default_factory=set)
 
     def backbones(self):
         """Yield the frozen backbone: five untrained ones of `random`, None of a feature file."""
@@ -280,6 +281,12 @@ class Source:
         else:
             print_doubts(checkpoint, settings)
             yield freeze(build(settings), checkpoint.weights, self.world)
+
+    def warn(self, message: str) -> None:
+        """Print a warning, of several backbones once."""
+        if message not in self.warned:
+            self.warned.add(message)
+            comm.print_main(f"warning: {message}")
 
     @property
     def precision(self):
