@@ -433,11 +433,8 @@ def central_view(settings: dict, crop, interpolation: str, resize: int | None = 
     return augment.View(size, steps, settings["in_chans"])
 
 
-class Pixels(nn.Module):
+class Pixels(nn.Flatten):
     """The baseline that learns nothing: the normalised image is its feature."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return images.flatten(1)
 
 
 def build(settings: dict, positions: str = "sincos", drop_path: float = 0.0) -> nn.Module:
