@@ -448,14 +448,14 @@ def tasks(args, world):
         train, test = images.splits
         resize = args.resize or getattr(train, "native_side", window)
         images.check_patches(resize, side)
-        seen = f"windows of {window} px every {args.stride or max(1, window * 2 // 3)}"
-        if args.windows == "whole":
-            seen, window = "whole", max(max(label_maps.fitted(size, resize))
-                                        for sizes in images.sizes for size in sizes.tolist())
         stride = args.stride or max(1, window * 2 // 3)
         if stride > window:
             raise comm.RunError(f"--stride {stride} leaves pixels between windows of {window} px "
                                 "out")
+        seen = f"windows of {window} px every {stride}"
+        if args.windows == "whole":
+            seen, window = "whole", max(max(label_maps.fitted(size, resize))
+                                        for sizes in images.sizes for size in sizes.tolist())
         protocol = (f"{settings['data']}: {len(train)} training and {len(test)} test images, "
                     f"{images.num_classes} classes, shorter side {resize} px, {seen}, patches of "
                     f"{side}")

@@ -40,7 +40,7 @@ def parse_args(argv=None):
     tools = parser.add_subparsers(dest="tool", required=True, metavar="TOOL")
     add = tools.add_parser
     count = add("count", help="parameters, multiplications and activations of a backbone")
-    count.add_argument("arch", help=f"backbone: {' '.join(backbones.NAMES)}")
+    cli.arch_flag(count, backbones.NAMES, "arch")
     count.add_argument("--image-size", type=cli.pos_int, default=224, help="side in pixels")
     count.add_argument("--in-chans", type=cli.pos_int, default=3, help="channels of the images")
     count.add_argument("--stem", choices=tuple(backbones.STEMS), default="imagenet",
@@ -61,10 +61,6 @@ def parse_args(argv=None):
     flat.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
     args = parser.parse_args(argv)
     if args.tool == "count":
-        try:
-            backbones.check_name(args.arch)
-        except comm.RunError as error:
-            parser.error(str(error))
         for flag, own in (("--stem", backbones.RESNETS), ("--patch-size", backbones.VITS)):
             if args.arch not in own and (value := cli.peek(argv, flag, str)):
                 parser.error(f"{flag} {value} does not belong to {args.arch}; leave it out")

@@ -165,7 +165,7 @@ def channel_flags(group) -> None:
     group.add_argument("--std", type=positive, nargs="+", help="standard deviation of each channel")
 
 
-def arch_flag(group, archs) -> None:
+def arch_flag(group, archs, name: str = "--arch") -> None:
     """The backbone, one of some names (`backbones.check_name`)."""
     def arch(text):
         try:
@@ -173,7 +173,7 @@ def arch_flag(group, archs) -> None:
         except comm.RunError as error:
             raise argparse.ArgumentTypeError(error) from error
 
-    group.add_argument("--arch", type=arch, help=f"backbone: {' '.join(archs)}")
+    group.add_argument(name, type=arch, help=f"backbone: {' '.join(archs)}")
 
 
 def check_arch_flags(made: Parser, args: argparse.Namespace, argv) -> None:
