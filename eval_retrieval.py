@@ -64,16 +64,14 @@ def parse_args(argv=None):
     group.add_argument("--scales", type=cli.positive, nargs="+", default=[1.0], metavar="FACTOR",
                        help="sizes to take features at; DINO's: 1 0.7071 0.5")
     group.add_argument("--max-side", type=cli.pos_int, metavar="PX",
-                       help="whole images whose longer side is at most so many pixels, one in a "
-                       "forward pass; default: 1024 of revisited sets, else as for k-NN; of copies "
-                       "squeezed to a square")
+                       help="whole images with a longer side of at most so many pixels, singly; "
+                       "default: 1024 of revisited sets, of copies a square, else as for k-NN")
     group.add_argument("--whiten", metavar="SOURCE",
                        help="images to whiten by, such as rparis6k/jpg for roxford5k")
     group.add_argument("--whiten-dim", type=cli.pos_int, metavar="D",
                        help="dimensions to keep; default: all, or one less than there are vectors")
     group.add_argument("--leave-one-out", choices=("train", "test"), nargs="?", const="test",
-                       help="search this split for each of its images, without itself; in a folder "
-                       "without splits: all")
+                       help="search a split, or a folder without any, for each of its own images")
     group.add_argument("--crop-queries", action=cli.Switch, default=True,
                        help="cut revisited sets' queries out by their boxes")
     group.add_argument("--k", type=cli.pos_int, nargs="+", default=[1, 5, 10],
@@ -291,12 +289,10 @@ def whitening_of(take, source: features.Source, args) -> dict[str, tuple[Tensor,
         dim = args.whiten_dim or min(x.shape[1], len(x) - 1)
         if not 0 < dim <= min(x.shape[1], len(x) - 1):
             raise comm.RunError(f"--whiten-dim {dim}: {args.whiten} gives {len(x)} vectors of "
-                                f"{x.shape[1]} numbers ({name}); dimensions are at most as many as "
-                                "these, and fewer than vectors")
+                                f"{x.shape[1]} numbers ({name}), fewer than that takes")
         if dim < x.shape[1] and not args.whiten_dim:
-            source.warn(f"--whiten {args.whiten} gives {len(x)} vectors of {x.shape[1]} numbers "
-                        f"({name}), so {dim} dimensions are kept, the last ones mostly noise; give "
-                        "more images, or a smaller --whiten-dim")
+            source.warn(f"--whiten {args.whiten} gives {len(x)} vectors ({name}), so {dim} "
+                        "dimensions are kept, the last ones mostly noise; give more images")
         found[name] = whitening(x, dim)
     return found
 

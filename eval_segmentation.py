@@ -70,8 +70,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group(
         "images (default: as the first run among the checkpoints; --image-size 512 above 96 px)")
     group.add_argument("--data", metavar="SOURCE",
-                       help="voc2012; digits (drawn on noise); or a folder of images with train/ "
-                       "and val/ or test/")
+                       help="voc2012; digits (on noise); a folder with train/ and val/ or test/")
     group.add_argument("--labels", metavar="FOLDER",
                        help="the label maps of a folder: PNG, palette or gray, named as the images")
     group.add_argument("--ignore", type=cli.nonneg_int, nargs="+", default=[IGNORED],
@@ -431,8 +430,7 @@ def tasks(args, world):
     opened, said = {}, set()
     for checkpoint, settings in features.checkpoints_of(args):
         if settings["bits"] != 8:
-            raise comm.RunError(f"{checkpoint.name}: --bits {settings['bits']}; images with label "
-                                "maps are read with 8 bits")
+            raise comm.RunError(f"{checkpoint.name}: --bits {settings['bits']}; wanted are 8")
         side = patch_side(settings, args.layer)
         if args.image_size is None and settings["image_size"] > 96:
             settings["image_size"] = WINDOW // side * side
@@ -450,15 +448,13 @@ def tasks(args, world):
         images.check_patches(resize, side)
         stride = args.stride or max(1, window * 2 // 3)
         if stride > window:
-            raise comm.RunError(f"--stride {stride} leaves pixels between windows of {window} px "
-                                "out")
+            raise comm.RunError(f"--stride {stride} leaves pixels out: windows have {window}")
         seen = f"windows of {window} px every {stride}"
         if args.windows == "whole":
             seen, window = "whole", max(max(label_maps.fitted(size, resize))
                                         for sizes in images.sizes for size in sizes.tolist())
-        protocol = (f"{settings['data']}: {len(train)} training and {len(test)} test images, "
-                    f"{images.num_classes} classes, shorter side {resize} px, {seen}, patches of "
-                    f"{side}")
+        protocol = (f"{settings['data']}: {len(train)} training and {len(test)} test images, {seen}"
+                    f", {images.num_classes} classes, shorter side {resize} px, patches of {side}")
         if protocol not in said:
             comm.print_main(protocol)
             said.add(protocol)

@@ -395,8 +395,7 @@ class Flat:
             in found}]
         for name, times in collections.Counter([*names.values(), *origins]).items():
             if times > 1:
-                raise comm.RunError(f"{self.script.path}: in one file, {name} would mean two "
-                                    "things; rename one")
+                raise comm.RunError(f"{self.script.path}: {name} would mean two things; rename one")
         return names
 
     def import_lines(self) -> str:

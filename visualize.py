@@ -324,8 +324,7 @@ def settings_of(args, script: str) -> dict:
         raise comm.RunError(f"--checkpoint {args.checkpoint}: no run.json that can be read there; "
                             f"give the folder of a run of {script}")
     if settings["arch"] not in backbones.VITS:
-        raise comm.RunError(f"--checkpoint {args.checkpoint}: {settings['arch']} is not a vision "
-                            "transformer")
+        raise comm.RunError(f"--checkpoint {args.checkpoint}: {settings['arch']} is no transformer")
     missing = {*checkpoint.DESCRIBED} - {"stem", "bits", "exif_orientation"} - settings.keys()
     if missing:
         raise comm.RunError(f"--checkpoint {args.checkpoint} does not say its {min(missing)}; give "
@@ -341,8 +340,7 @@ def attention_picture(args) -> Image.Image:
     backbone = features.build(settings)
     load_backbone(backbone, features.resolve_checkpoint(args.checkpoint).weights)
     if backbone.cls_token is None:
-        raise comm.RunError(f"--checkpoint {args.checkpoint} has no class token, whose attention "
-                            "is drawn")
+        raise comm.RunError(f"--checkpoint {args.checkpoint} has no class token to draw")
     images = some_images(args, settings)
     heads = backbone.eval().attention(images)[:, :, 1:]  # (n, heads, L)
     low, high = heads.amin(2, keepdim=True), heads.amax(2, keepdim=True)
@@ -361,8 +359,7 @@ def patches_picture(args) -> Image.Image:
     settings["trained_size"] = settings["image_size"]
     settings["image_size"] = size = args.image_size or settings["image_size"]
     if size % settings["patch_size"]:
-        raise comm.RunError(f"--image-size {size} is not a multiple of the patches' "
-                            f"{settings['patch_size']} px")
+        raise comm.RunError(f"--image-size {size} is not a multiple of {settings['patch_size']}")
     backbone = features.build(settings)
     load_backbone(backbone, features.resolve_checkpoint(args.checkpoint).weights)
     images = some_images(args, settings)

@@ -212,9 +212,8 @@ class Run:
                 part.load_state_dict(saved)
         except (KeyError, RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[-1].strip()
-            raise RunError(f"the checkpoint in {self.folder} is of another version of this script "
-                           f"({name}: {reason}); start anew with --no-resume, or choose another "
-                           "--output") from error
+            raise RunError(f"{self.folder} is of another version of this script ({name}: {reason})"
+                           "; start anew with --no-resume, or choose another --output") from error
 
     def delete_old_run(self):
         """Remove what an older run made: nothing can go on from it or be taken for this run's."""

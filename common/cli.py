@@ -147,9 +147,8 @@ def sources(args: argparse.Namespace) -> dict:
 def test_flags(group) -> None:
     """Other test images, and fewer training images of every class."""
     group.add_argument("--test-data", metavar="SOURCE",
-                       help="tested on instead of the test split: a folder whose class folders "
-                       "are named as in training, or a list of lines `path label`; --data may "
-                       "then be such a folder or list as well")
+                       help="tested on instead of the test split: a folder of class folders named "
+                       "as in training, or a list `path label`; --data may then be one as well")
     group.add_argument("--limit-per-class", type=pos_int, metavar="K",
                        help="number of training images of every class, evenly spaced")
 
@@ -225,8 +224,7 @@ def method_parser(script: str, description: str, archs, *, crops: str, batch_nor
                        help="run folder or weights file that the backbone starts from; the "
                        "recipe's learning rates are divided by 10, unless --lr is given")
     group.add_argument("--freeze-backbone-epochs", type=nonneg_int, metavar="E",
-                       help="epochs that only train what is behind the backbone; default: 1 with "
-                       "--init, else 0")
+                       help="epochs that spare the backbone; default: 1 with --init, else 0")
     arch_flag(group, archs)
     if batch_norm:
         group.add_argument("--stem", choices=("imagenet", "small"),

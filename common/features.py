@@ -51,10 +51,9 @@ def parser(
     group.add_argument("--save-features", metavar="FILE",
                        help="write the features of the one checkpoint to a .npz")
     group.add_argument("--layers", nargs="+", metavar="LAYER",
-                       help="ResNet: conv1 res2 res3 res4 res5 avgpool, averaged over each map "
-                       "or, as in res4-grid, to about 9,000 numbers; transformer: cls patches "
-                       f"cls4 patches4 (of the last 4 blocks); default: {resnet_layer}, cls, or "
-                       "without a class token patches")
+                       help="ResNet: conv1 res2 res3 res4 res5 avgpool, means of maps or, as in "
+                       "res4-grid, about 9,000 numbers; transformer: cls patches cls4 patches4 (of "
+                       f"the last 4 blocks); default: {resnet_layer}; cls, else patches")
     made.set_defaults(resnet_layer=resnet_layer)
     group = made.add_argument_group("images (default: as the first run among the checkpoints)")
     group.add_argument("--data", help="labelled images, with a train and a test split")
@@ -77,9 +76,8 @@ def run_flags(group) -> None:
                        help="loader processes; default: the share of the cores, 0 if no files")
     group.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="device")
     group.add_argument("--amp", choices=("none", "tf32", "bf16", "fp16"),
-                       help="precision of the frozen backbone; default: none, which keeps float32 "
-                       "(but convolutions on CUDA in TF32, as torch has it); tf32: matrix products "
-                       "on CUDA too; bf16, fp16: autocast, other numbers from the third digit on")
+                       help="precision of the frozen backbone; default: none, float32 (on CUDA "
+                       "convolutions in TF32); tf32: matrix products too; bf16, fp16: autocast")
     group.add_argument("--seed", type=cli.nonneg_int, default=0, help="random seed")
 
 
@@ -102,8 +100,7 @@ def parse(made: cli.Parser, argv=None) -> argparse.Namespace:
     if args.features:
         for name in (*DIGITS, "test_data", "resize", "limit", "limit_per_class", "workers", "amp"):
             if getattr(args, name) is not None:
-                made.error(f"--{name.replace('_', '-')} does not go with --features, whose images "
-                           "and backbone are fixed")
+                made.error(f"--{name.replace('_', '-')} does not go with --features")
     if args.limit and args.limit_per_class:
         made.error(f"--limit {args.limit} and --limit-per-class {args.limit_per_class}: give one")
     args.amp = args.amp or "none"
@@ -354,10 +351,9 @@ def checkpoints_of(args):
             settings = evaluation_settings(args, [checkpoint], shared["data"])
             trained_on = checkpoint.settings.get("data", shared["data"])
             if trained_on != shared["data"] and not args.data:
-                comm.print_main(f"warning: {checkpoint.name} was trained on "
-                                f"{cli.as_given(trained_on)}, and is evaluated on "
-                                f"{cli.as_given(shared['data'])} like the first run; --data "
-                                "chooses")
+                before, now = map(cli.as_given, (trained_on, shared["data"]))
+                comm.print_main(f"warning: {checkpoint.name} was trained on {before}, and is "
+                                f"evaluated on {now} like the first run; --data chooses")
         settings["trained_size"] = checkpoint.settings.get("image_size", settings["image_size"])
         yield checkpoint, settings
 

@@ -577,8 +577,7 @@ def folder(
     if not paths:
         raise RunError(f"--data {top}: no image file in it{beside} ({' '.join(EXTENSIONS)})")
     if tars:
-        comm.print_main(f"warning: tars beside image files are not read: {some(tars)}; pass them "
-                        "to --data")
+        comm.print_main(f"warning: not read beside images: {some(tars)}; pass them to --data")
     if held_out:
         comm.print_main(f"warning: {top}: {' and '.join(held_out)} taken for held-out images and "
                         "not trained on; a class needs another name")
@@ -815,8 +814,7 @@ def walk(top: str, without=(), endings=EXTENSIONS):
     """
 
     def stop(error):
-        raise RunError(f"{error.filename}: {error.strerror}; make the folder readable, or move it "
-                       "out of --data")
+        raise RunError(f"{error.filename}: {error.strerror}; make the folder readable, or move it")
 
     for parent, folders, files in os.walk(top, followlinks=True, onerror=stop):
         inside = os.path.join(os.path.realpath(parent), "")

@@ -104,8 +104,7 @@ def open_mapped(
             found = folders(data, labels, split, channels)
         else:
             raise RunError(f"--data {cli.as_given(data)} has no label maps; give one of "
-                           f"{' '.join(BUILT_IN)}, or a folder of images and, with "
-                           "--labels, that of their maps")
+                           f"{' '.join(BUILT_IN)}, or two folders: --data and --labels")
     found.ignore, found.exif_orientation = ignore, exif_orientation
     return found if limit is None else found.subset(evenly(len(found), limit))
 
@@ -116,9 +115,8 @@ def voc2012(split: str, channels: int, root: str, download: bool) -> MappedFiles
         loaded = torchvision.datasets.VOCSegmentation(
             root, year="2012", image_set="train" if split == "train" else "val", download=download)
     except (RuntimeError, OSError) as error:
-        raise RunError(f"--data voc2012: not (whole) under --data-root {root}, where the folder "
-                       "VOCdevkit/VOC2012 is wanted; pass --download to fetch it, or name another "
-                       "folder") from error
+        raise RunError(f"--data voc2012: no (whole) VOCdevkit/VOC2012 in --data-root {root}; pass "
+                       "--download to fetch it, or name another folder") from error
     found = MappedFiles(loaded.images, paths(loaded.masks), channels, root)
     found.class_names = VOC_CLASSES
     return found

@@ -130,8 +130,7 @@ def rows_per_class(images, most: int) -> np.ndarray:
         empty = [names[label] for label in np.flatnonzero(counts == 0)]
         raise RunError(f"--limit-per-class {most}: no training image of {some(empty)}")
     if few := [names[label] for label in np.flatnonzero((counts > 0) & (counts < most))]:
-        comm.print_main(f"warning: --limit-per-class {most}: all there are of {some(few)}, "
-                        "which have fewer")
+        comm.print_main(f"warning: --limit-per-class {most}: {some(few)} have fewer")
     return of_each_class(images.labels, most)
 
 
@@ -221,8 +220,7 @@ def check_classes(train: np.ndarray, test: np.ndarray) -> int:
     if missing or num_classes < 2:
         what = f"class {missing[0]} has no training image" if missing else (
             f"{num_classes} class, and there must be two")
-        raise RunError(f"{what} ({len(train)} images, {num_classes} classes); take more of "
-                           "them, or other labels")
+        raise RunError(f"{what} ({len(train)} images, {num_classes} classes); take more of them")
     return num_classes
 
 

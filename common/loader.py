@@ -95,9 +95,8 @@ class RankBatches(torch.utils.data.Dataset):
             except Exception as error:  # Pillow's decoders raise what they like
                 reason = str(error).replace("\n", " ") or type(error).__name__
                 problems[index] = reason
-        problems[FATAL] = (f"none of the {self.steps_per_epoch} images that could stand in slot "
-                           f"{slot} of a batch can be read, such as {self.images.name(index)}: "
-                           f"{problems[index]}")
+        problems[FATAL] = (f"no image that could stand in slot {slot} of a batch can be read, such "
+                           f"as {self.images.name(index)}: {problems[index]}")
         return index, self.blank()
 
     def blank(self) -> list[Image.Image]:
@@ -217,11 +216,9 @@ def fitting_batch(batch_size: int, images, world: World) -> int:
     if batch_size > len(images):
         batch_size = 2 ** (len(images).bit_length() - 1)
     if batch_size % world.size:
-        raise RunError(f"--train-batch-size {batch_size} does not divide among {world.size} "
-                       "processes")
+        raise RunError(f"--train-batch-size {batch_size} does not divide by {world.size} processes")
     if batch_size < 2:
-        raise RunError(f"batches of 1 of {len(images)} training images, too few for batch norm; "
-                       "give 2 or more")
+        raise RunError(f"{len(images)} training images: batch norm wants batches of 2 or more")
     return batch_size
 
 

@@ -132,8 +132,7 @@ class Log:
         for name, where in sorted(self.out & left.keys() - self.warned):
             self.warned.add((name, where))
             comm.print_main(f"warning: {name} is {line[name]:.3g}, {where} "
-                            f"{left[name, where]:.3g}: the embeddings collapse (docs/guide.md, "
-                            "symptoms)")
+                            f"{left[name, where]:.3g}: the embeddings collapse (docs/guide.md)")
         self.out = set(left)
 
     def show(self, line: dict):
