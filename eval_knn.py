@@ -155,8 +155,7 @@ def table_rows(table: list[dict], measures: list[str]) -> list[list[str]]:
     for entry in table:
         layers = {}
         for r in entry["results"]:
-            layers.setdefault(r["layer"], []).extend(
-                f"{r[name]:.3f}" for name in measures)
+            layers.setdefault(r["layer"], []).extend(f"{r[name]:.3f}" for name in measures)
         for number, (layer, cells) in enumerate(layers.items()):
             shots = entry["shots"].values() if number == 0 else ()
             name = f"{entry['checkpoint']} {layer}" if len(layers) > 1 else entry["checkpoint"]

@@ -26,6 +26,7 @@ curves: the numbers in the logs of runs, finished or not, one panel each (needs 
     python visualize.py curves runs/simclr runs/moco --image curves.png
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -316,10 +317,9 @@ def some_images(args, settings: dict) -> Tensor:
 
 def settings_of(args, script: str) -> dict:
     """The settings of a run of a certain script, from its run.json or its backbone.pth."""
-    try:
-        settings = dict(features.resolve_checkpoint(args.checkpoint).settings)
-    except comm.RunError:
-        settings = {}
+    settings = {}
+    with contextlib.suppress(comm.RunError):
+        settings = features.resolve_checkpoint(args.checkpoint).settings
     if "arch" not in settings:
         raise comm.RunError(f"--checkpoint {args.checkpoint}: no run.json that can be read there; "
                             f"give the folder of a run of {script}")
@@ -439,12 +439,9 @@ def read_log(folder: str) -> list[dict]:
     path, lines = os.path.join(folder, "log.jsonl"), []
     if not os.path.isfile(path):
         raise comm.RunError(f"{folder}: no log.jsonl in it; give the folder of a run")
-    with open(path) as file:
+    with open(path) as file, contextlib.suppress(ValueError):
         for line in file:
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                break
+            lines.append(json.loads(line))
     if not lines:
         raise comm.RunError(f"{path} has no line yet")
     return lines

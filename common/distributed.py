@@ -66,10 +66,9 @@ def setup(device: str = "auto", deterministic: bool = False) -> World:
         if not torch.cuda.is_available():
             raise RunError("--device cuda: torch sees no CUDA device; use --device cpu or auto")
         if local_size > torch.cuda.device_count() and not one_each:
-            raise RunError(
-                f"{local_size} processes need a GPU each and there are "
-                f"{torch.cuda.device_count()}; lower --nproc_per_node or pass --device cpu"
-            )
+            raise RunError(f"{local_size} processes need a GPU each and there are "
+                           f"{torch.cuda.device_count()}; lower --nproc_per_node or pass --device "
+                           "cpu")
         torch.cuda.set_device(target)
         torch.backends.cudnn.benchmark = not deterministic
     if deterministic:

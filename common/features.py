@@ -320,11 +320,7 @@ class Source:
         return found
 
     def split(self, backbone: nn.Module, images, function=None) -> "Split":
-        """Features of some images under one of the backbones.
-
-        Raises:
-            RunError: as `features`.
-        """
+        """Features of some images under one of the backbones, see `features`."""
         names = None if self.checkpoint.name == "pixels" else self.args.layers
         if names is None and backbones.is_resnet(backbone):
             names = [self.args.resnet_layer]
@@ -370,8 +366,7 @@ def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
 
     Args:
         args: of `parse`.
-        interpolation, crop: of the view, which is this step and the normalisation. The shorter side
-            becomes `--resize`, else the image size up to 96 px, 8/7 of it above.
+        interpolation, crop: of the view (`central_view`).
         several_classes: whether labels (N, C) are taken as well, of images that show several.
         open_splits: what opens both splits; of `labelled.open_unlabelled` the test split and labels
             may be None. One that is both is passed through a backbone once.

@@ -249,13 +249,9 @@ class ScaledCrop(augment.Step):
 
 
 def each(source, function, world: World, workers: int | None):
-    """Yield (index, function(source, index)) of this process's contiguous part of the images.
+    """Iterate over (index, function(source, index)) of this process's part of the images.
 
-    Args:
-        workers: loader processes; None: this process's share of the cores if there are files.
-
-    Raises:
-        RunError: an image or a map cannot be read; on this process alone.
+    An image or a map that cannot be read is a RunError, on this process alone.
     """
     part = range(len(source))[world.part(len(source))]
     made = made_ahead(function, source, part, workers, world.device, end_if_unsent)

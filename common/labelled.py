@@ -207,8 +207,7 @@ def labelled_images(args) -> tuple:
         elif args.train_images:
             train = train.subset(balanced(train.labels, args.train_images, args.seed))
         elif args.train_fraction:
-            train = train.subset(
-                class_balanced(train.labels, args.train_fraction, args.seed))
+            train = train.subset(class_balanced(train.labels, args.train_fraction, args.seed))
         test = train if args.labels else test
         return train, test, check_classes(train.labels, test.labels)
 

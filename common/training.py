@@ -314,8 +314,7 @@ def starting_weights(args, flag: str) -> tuple[dict, str]:
     state = backbone.state_dict()
     if wanted and backbone.grid != wanted:
         first, table = state["pos_embed"].tensor_split([-math.prod(backbone.grid)], dim=1)
-        table = backbones.resample_positions(table, backbone.grid, wanted,
-                                             backbone.antialias)
+        table = backbones.resample_positions(table, backbone.grid, wanted, backbone.antialias)
         state["pos_embed"] = torch.cat([first, table], dim=1)
         comm.print_main("positions resampled from {} x {} patches to {} x {}".format(
             *backbone.grid, *wanted))
