@@ -118,8 +118,8 @@ class Log:
         bad_steps = comm.all_gather_no_grad(self.bad_step[None]).tolist()
         bad_steps = [step for step in bad_steps if step >= 0]
         if bad_steps:
-            raise Diverged(f"the loss of step {min(bad_steps)} is not finite; what was saved before "
-                           "is untouched; lower --lr, raise --warmup-epochs, or try --amp none")
+            raise Diverged(f"the loss of step {min(bad_steps)} is not finite; checkpoints are "
+                           "untouched; lower --lr, raise --warmup-epochs, or try --amp none")
 
     def warn(self, line: dict):
         """Name the collapse indicators out of bounds for two lines, once until they are back."""
