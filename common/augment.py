@@ -486,24 +486,17 @@ def constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=dtype).to(device)
 
 
-def gray_weights(channels: int) -> tuple[float, ...]:
-    """Of RGB those of luminance; of any other channel count those of the mean."""
-    return GRAY_WEIGHTS if channels == 3 else (1 / channels,) * channels
-
-
 def blend_basis(images: Tensor) -> Tensor:
-    """Matrix (3, 2 C C) that makes of (a, b, c) the two matrices of a blend."""
-    weights = gray_weights(images.shape[1])
-    one = np.eye(len(weights)).ravel()
+    """Matrix (3, 2 C C) that makes of (a, b, c) the two matrices of a blend.
+
+    Gray is the luminance of RGB, and the mean of any other number of channels.
+    """
+    channels = images.shape[1]
+    weights = GRAY_WEIGHTS if channels == 3 else (1 / channels,) * channels
+    one = np.eye(channels).ravel()
     gray = np.tile(weights, len(weights))
     basis = np.kron([[1, 0]], one), np.kron([[1, 0]], gray), np.kron([[0, 1]], gray)
     return constant(tuple(map(tuple, np.concatenate(basis).tolist())), images.dtype, images.device)
-
-
-def to_gray(images: Tensor) -> Tensor:
-    """Luminance (n, 1, H, W) of RGB images; the channels' mean for any other channel count."""
-    weights = constant((gray_weights(images.shape[1]),), images.dtype, images.device)
-    return (weights @ images.flatten(2)).unflatten(2, images.shape[2:])
 
 
 def turn_hue(images: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
@@ -543,7 +536,9 @@ class Grayscale(Step):
         return u < self.p
 
     def apply(self, images, own, on_cpu):
-        return images.lerp_(to_gray(images), own.view(-1, 1, 1, 1))  # a choice: weights 0 and 1
+        weights = constant((GRAY_WEIGHTS,), images.dtype, images.device)
+        luminance = (weights @ images.flatten(2)).unflatten(2, images.shape[2:])  # (n, 1, H, W)
+        return images.lerp_(luminance, own.view(-1, 1, 1, 1))  # a choice: weights 0 and 1
 
 
 @dataclass

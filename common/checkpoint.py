@@ -231,7 +231,8 @@ class Run:
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "processes": self.world.size,
             "threads": torch.get_num_threads(),
-            "device": device_name(self.world.device),
+            "device": torch.cuda.get_device_name(self.world.device)
+            if self.world.device.type == "cuda" else platform.machine(),
             "git": git_commit(),
             "versions": {
                 "python": platform.python_version(),
@@ -391,10 +392,6 @@ def truncate_log(path: str, step: int):
                 kept.append(line.rstrip(b"\n") + b"\n")
     with atomic_write(path) as file:
         file.write(b"".join(kept))
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
 
 
 def git_commit() -> str | None:

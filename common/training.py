@@ -176,7 +176,10 @@ class Training:
                           **self.bounds)
         if self.every("probe_every") and not self.writer.has(self.step, "probe_effective_rank"):
             self.measure(export)
-        with self.profiler() as recorded:
+        profiler = contextlib.nullcontext(lambda: False)
+        if self.option("profile"):
+            profiler = profiled(args.profile, self.state, self.loader, args.output, self.world)
+        with profiler as recorded:
             for epoch in range(self.step // self.steps_per_epoch, args.epochs):
                 for batch in self.loader.epoch(epoch):
                     if self.frozen and self.step == self.frozen_steps:
@@ -225,12 +228,6 @@ class Training:
                             f"{numbers['probe_effective_rank']:.1f}")
         self.writer.append({"step": self.step, "epoch": epoch, **numbers})
         self.writer.last_time += time.perf_counter() - started
-
-    def profiler(self):
-        """`profiling.profiled`, or without `--profile` nothing."""
-        if not self.option("profile"):
-            return contextlib.nullcontext(lambda: False)
-        return profiled(self.args.profile, self.state, self.loader, self.args.output, self.world)
 
     def first_epoch(self, views):
         """Yield the first epoch's images once more before it, in crops that no epoch trains on."""
