@@ -226,9 +226,6 @@ class ScaledCrop(augment.Step):
     geometric = resizes = True
     num_uniforms = 3
 
-    def draw(self, u, sizes):
-        return u
-
     def apply(self, plane, u, size):
         factor = self.factor[0] + (self.factor[1] - self.factor[0]) * u[0]
         plane = plane.resize(fitted(plane.size, self.resize * factor),
