@@ -143,10 +143,8 @@ def main(args):
         columns = [name for column in columns for name in (column, "mean per class")]
     few = [f"{shots} a class" for shots in table[0]["shots"]]
     features.print_table(["checkpoint", *columns, *few], table_rows(table, measures))
-    line = {"eval": "knn", **table[-1], "checkpoints": table}
-    if args.leave_one_out:
-        line["leave_one_out"] = args.leave_one_out
-    features.print_json(line)
+    features.print_json({"eval": "knn", "leave_one_out": args.leave_one_out, **table[-1],
+                         "checkpoints": table})
 
 
 def table_rows(table: list[dict], measures: list[str]) -> list[list[str]]:

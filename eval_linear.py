@@ -86,7 +86,6 @@ ATTENTIVE = {"aim": dict(zip(COLUMNS, (
 ), strict=True))}
 DECAYS = [float(f"{10 ** (half / 2 - 6):.1e}") for half in range(13)]  # 1e-6, 3.2e-6, ... 1
 AUTO_ONLY = ("weight_decays", "folds", "features", "save_features")
-PAPERS_ONLY = ("epochs", "train_batch_size", "lr", "flip")
 NOT_MIRRORED = ("digits", "mnist", "svhn", "gtsrb", "sst2")  # a mirrored sign is another sign
 INIT = {"zero": nn.init.zeros_, "normal": partial(nn.init.normal_, std=0.01),
         "truncated": partial(nn.init.trunc_normal_, std=0.01)}  # "torch": as torch has it
@@ -113,15 +112,7 @@ def parse_args(argv=None):
                        help="weight decays to choose from [1e-6 to 1]")
     group.add_argument("--folds", type=cli.two_or_more, help="folds of the cross-validation [5]")
     group = parser.add_argument_group("protocols of the papers (default: as published)")
-    group.add_argument("--epochs", type=cli.pos_int, help="passes; milestones and warm-up scale")
-    group.add_argument("--train-batch-size", type=cli.pos_int, metavar="N",
-                       help="global batch; default: as published, or the largest power of two")
-    group.add_argument("--lr", type=cli.positive, help="learning rate per 256 images")
-    group.add_argument("--flip", action=cli.Switch,
-                       help="mirror half of the crops; default: yes, but for images of digits")
-    group.add_argument("--output", metavar="FOLDER", default="runs/eval_linear",
-                       help="parent of the probes' folders")
-    cli.run_flags(group)
+    features.head_flags(group, "runs/eval_linear")
     args = features.parse(parser, argv)
     attentive = args.probe == "attentive"
     args.protocol = args.protocol or ("aim" if attentive else "auto")
@@ -134,7 +125,7 @@ def parse_args(argv=None):
                      f"{' '.join(TOKENS)}")
     if args.features and args.also_test:
         parser.error(f"--also-test {args.also_test[0]} does not go with --features")
-    for name in PAPERS_ONLY if args.protocol == "auto" else AUTO_ONLY:
+    for name in features.HEAD_FLAGS if args.protocol == "auto" else AUTO_ONLY:
         if getattr(args, name) is not None:
             parser.error(f"--{name.replace('_', '-')} does not go with --protocol {args.protocol}")
     args.folds, args.weight_decays = args.folds or 5, args.weight_decays or DECAYS

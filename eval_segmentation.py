@@ -58,7 +58,6 @@ PROTOCOL = dict(lr=0.016, weight_decay=1e-3, batch_size=16, steps=40_000, warmup
 WINDOW = 512  # side in pixels, or the next smaller multiple of the patch
 LAYERS = ("res2", "res3", "res4", "res5")
 KNN_ONLY = ("k", "temperature", "memory")
-LINEAR_ONLY = ("epochs", "train_batch_size", "lr", "flip")
 
 
 def parse_args(argv=None):
@@ -93,21 +92,13 @@ def parse_args(argv=None):
     group.add_argument("--temperature", type=cli.positive, help="knn: of the votes [0.02]")
     group.add_argument("--memory", type=cli.pos_int,
                        help="knn: patches to remember at most, equally many of each image [2**20]")
-    group.add_argument("--epochs", type=cli.pos_int,
-                       help=f"linear: passes; default: those of {PROTOCOL['steps']:,} steps")
-    group.add_argument("--train-batch-size", type=cli.pos_int, metavar="N",
-                       help=f"linear: global batch [{PROTOCOL['batch_size']}]")
-    group.add_argument("--lr", type=cli.positive,
-                       help=f"linear: learning rate per 256 images [{PROTOCOL['lr']}]")
-    group.add_argument("--flip", action=cli.Switch,
-                       help="linear: mirror half of the crops; default: yes, but for digits")
-    group.add_argument("--output", metavar="FOLDER", default="runs/eval_segmentation",
-                       help="linear: parent of the heads' folders")
-    cli.run_flags(group)
+    group = parser.add_argument_group("method linear (default: as published, {steps:,} steps of "
+                                      "{batch_size}, lr {lr})".format_map(PROTOCOL))
+    features.head_flags(group, "runs/eval_segmentation")
     features.run_flags(parser.add_argument_group("run"))
     args = parser.parse_args(argv)
     cli.check_arch_flags(parser, args, argv)
-    for name in LINEAR_ONLY if args.method == "knn" else KNN_ONLY:
+    for name in features.HEAD_FLAGS if args.method == "knn" else KNN_ONLY:
         if getattr(args, name) is not None:
             parser.error(f"--{name.replace('_', '-')} does not go with --method {args.method}")
     built_in = args.data in label_maps.BUILT_IN

@@ -81,6 +81,22 @@ def run_flags(group) -> None:
     group.add_argument("--seed", type=cli.nonneg_int, default=0, help="random seed")
 
 
+HEAD_FLAGS = ("epochs", "train_batch_size", "lr", "flip")  # None: as published
+
+
+def head_flags(group, output: str) -> None:
+    """How an evaluation trains heads, in folders below one of its own."""
+    group.add_argument("--epochs", type=cli.pos_int, help="passes; what is told in epochs scales")
+    group.add_argument("--train-batch-size", type=cli.pos_int, metavar="N",
+                       help="global batch; default: as published, or the largest power of two")
+    group.add_argument("--lr", type=cli.positive, help="learning rate per 256 images")
+    group.add_argument("--flip", action=cli.Switch,
+                       help="mirror half of the crops; default: yes, but for images of digits")
+    group.add_argument("--output", metavar="FOLDER", default=output,
+                       help="parent of the heads' folders")
+    cli.run_flags(group)
+
+
 def backbone_flags(group) -> None:
     """What a backbone is, where nothing describes its weights."""
     cli.arch_flag(group, backbones.NAMES)
