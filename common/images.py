@@ -86,6 +86,11 @@ class Images:
         except Exception as error:  # Pillow's decoders raise what they like
             raise UnreadableImage(f"{self.name(index)} cannot be read: {error}") from error
 
+    def converted(self, image: Image.Image) -> list[Image.Image]:
+        """An image of 8 bits a channel as planes, see `read`."""
+        pixels = image.convert(MODES[self.channels])
+        return list(pixels.split()) if self.channels == 4 else [pixels]
+
     def renumbered(self, indices: np.ndarray) -> "Images":
         """Some of the images as a data set of their own."""
         part = self.subset(indices)
@@ -166,7 +171,8 @@ class EncodedImages(Images):
     reads_files = True
 
     def __init__(self, items: np.ndarray, labels: np.ndarray | None, channels: int):
-        check_channels(channels)
+        if channels not in MODES:
+            raise RunError(f"--in-chans {channels}: files give 1 (L), 3 (RGB) or 4 (RGBA) channels")
         super().__init__(items, labels, channels)
 
     def decode(self, file, name: str) -> list[Image.Image]:
@@ -185,7 +191,9 @@ class EncodedImages(Images):
                 self.notes.append(f"{name} has {image.n_frames} pages; of such files the first "
                                   "one is read")
             if not is_deep(image):
-                planes = planes_of(image, self.channels)
+                if image.mode == "P" and self.channels != 4:  # of which Pillow would warn
+                    image.info.pop("transparency", None)
+                planes = self.converted(image)
             elif self.bits == 16:
                 planes = deep_planes(image, lambda: Image.open(file), name, self.channels)
             else:
@@ -284,7 +292,8 @@ class DecodedImages(Images):
     reads_files = True
 
     def __init__(self, loaded, labels: np.ndarray, channels: int, name: str):
-        check_channels(channels)
+        if channels not in MODES:
+            raise RunError(f"--in-chans {channels}: {name} gives 1 (L), 3 (RGB) or 4 (RGBA)")
         super().__init__(np.arange(len(labels)), labels, channels)
         self.loaded, self.set = loaded, name
 
@@ -295,7 +304,7 @@ class DecodedImages(Images):
         return f"{len(self)} images of {self.set}, crc32 of the rows {zlib.crc32(self.items):08x}"
 
     def load(self, index: int) -> list[Image.Image]:
-        return planes_of(self.loaded[self.items[index]][0], self.channels)
+        return self.converted(self.loaded[self.items[index]][0])
 
 
 class JoinedImages(Images):
@@ -334,20 +343,6 @@ class JoinedImages(Images):
     def load(self, index: int) -> list[Image.Image]:
         part, row = self.place(index)
         return part.load(row)
-
-
-def check_channels(channels: int) -> None:
-    """Refuse a number of channels that files cannot give."""
-    if channels not in MODES:
-        raise RunError(f"--in-chans {channels}: files give 1 (L), 3 (RGB) or 4 (RGBA) channels")
-
-
-def planes_of(image: Image.Image, channels: int) -> list[Image.Image]:
-    """An image of 8 bits, converted; with alpha one plane a channel."""
-    if image.mode == "P" and channels != 4:  # of which Pillow would warn
-        image.info.pop("transparency", None)
-    pixels = image.convert(MODES[channels])
-    return list(pixels.split()) if channels == 4 else [pixels]
 
 
 def is_deep(image: Image.Image) -> bool:
