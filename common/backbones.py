@@ -200,11 +200,9 @@ class VisionTransformer(nn.Module):
     tokens normal with standard deviation 0.02 cut off at 2, biases 0, the convolution as torch's).
     """
 
-    def __init__(
-        self, dim: int, depth: int, num_heads: int, *, image_size, patch_size: int, in_chans: int,
-        positions: str, drop_path: float, uniform_drop_path: bool = False,
-        layer_scale: float = 0.0, class_token: bool = True, registers: int = 0,
-    ):
+    def __init__(self, dim: int, depth: int, num_heads: int, *, image_size, patch_size: int,
+                 in_chans: int, positions: str, drop_path: float, uniform_drop_path: bool = False,
+                 layer_scale: float = 0.0, class_token: bool = True, registers: int = 0):
         super().__init__()
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.num_features, self.patch_size = dim, patch_size

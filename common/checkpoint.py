@@ -57,10 +57,8 @@ class Run:
             were made with other settings.
     """
 
-    def __init__(
-        self, folder, settings, images, world: World, *, resume, save_every_minutes,
-        product="backbone.pth",
-    ):
+    def __init__(self, folder, settings, images, world: World, *, resume, save_every_minutes,
+                 product="backbone.pth"):
         self.product = product
         self.folder, self.settings, self.world = folder, settings, world
         self.identity = images.identity()

@@ -31,10 +31,8 @@ from common.workers import end_if_unsent, made_ahead
 # ------------------------------------------------------------------------------------- command line
 
 
-def parser(
-    script: str, description: str, *, resnet_layer: str = "avgpool",
-    resize: str = "the image size up to 96 px, 256/224 of it above",
-) -> cli.Parser:
+def parser(script: str, description: str, *, resnet_layer: str = "avgpool",
+           resize: str = "the image size up to 96 px, 256/224 of it above") -> cli.Parser:
     """Make an evaluation's parser; flags that default to those of a run are None.
 
     Args:
@@ -619,10 +617,9 @@ def crops_of(view: augment.View, blanks: bool, images, rows: range) -> tuple[Ten
 
 
 @torch.no_grad()
-def extract(
-    function, images, view, world: World, *, batch_size: int, workers: int | None,
-    labels: Tensor | None = None, start_worker=end_if_unsent, blanks: bool = False,
-) -> dict[str, Tensor]:
+def extract(function, images, view, world: World, *, batch_size: int, workers: int | None,
+            labels: Tensor | None = None, start_worker=end_if_unsent,
+            blanks: bool = False) -> dict[str, Tensor]:
     """Apply `function` to one view of every image, each process taking a contiguous part.
 
     A process takes whole batches, so the features are the same bit for bit on any number of

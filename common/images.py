@@ -409,11 +409,10 @@ def as_float(values: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(values, np.float32))
 
 
-def open_images(
-    data: str | list[str], split: str, channels: int, *, root: str = "data", download: bool = False,
-    limit: int | None = None, whole: bool = False, classes: dict[str, int] | None = None,
-    index: str | None = None, bits: int = 8, exif_orientation: bool = False,
-):
+def open_images(data: str | list[str], split: str, channels: int, *, root: str = "data",
+                download: bool = False, limit: int | None = None, whole: bool = False,
+                classes: dict[str, int] | None = None, index: str | None = None, bits: int = 8,
+                exif_orientation: bool = False):
     """Open the images of one split of a data source.
 
     Args:
@@ -534,10 +533,8 @@ def torchvision_images(name: str, split: str, channels: int, root: str, download
     return images
 
 
-def folder(
-    root: str, split: str, channels: int, whole: bool = False, numbers: dict | None = None,
-    index: str | None = None,
-) -> EncodedImages:
+def folder(root: str, split: str, channels: int, whole: bool = False, numbers: dict | None = None,
+           index: str | None = None) -> EncodedImages:
     """Image files below a folder, or below its `train`, `val` or `test` folder if it has one.
 
     Labels are the class folders; pre-training never looks at them. A file beside class folders has
@@ -648,10 +645,8 @@ def is_a_class(train: str, beside: list[str], like_a_split: bool) -> bool:
     return True
 
 
-def tar_images(
-    paths: list[str], root: str, split: str, channels: int, whole: bool = False,
-    numbers: dict | None = None, index: str | None = None,
-) -> TarImages:
+def tar_images(paths: list[str], root: str, split: str, channels: int, whole: bool = False,
+               numbers: dict | None = None, index: str | None = None) -> TarImages:
     """Images in tars, in the order of their names, as if each tar were a folder of its name.
 
     Folders that all images share are passed over. Splits are those of `folder`. The class of an

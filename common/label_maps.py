@@ -76,10 +76,9 @@ class MappedArrays(Mapped, ArrayImages):
         return self.labels[index]
 
 
-def open_mapped(
-    data: str, split: str, channels: int, *, labels: str | None, ignore, root: str = "data",
-    download: bool = False, limit: int | None = None, exif_orientation: bool = False,
-) -> MappedFiles | MappedArrays:
+def open_mapped(data: str, split: str, channels: int, *, labels: str | None, ignore,
+                root: str = "data", download: bool = False, limit: int | None = None,
+                exif_orientation: bool = False) -> MappedFiles | MappedArrays:
     """Open the images of a split, "train" or "test", with their label maps.
 
     Args:

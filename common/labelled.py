@@ -17,10 +17,9 @@ from common.log import Diverged
 # -------------------------------------------------------------------------------------- both splits
 
 
-def open_splits(
-    data: str, channels: int, *, test_data: str | None = None, limit_per_class: int | None = None,
-    several_classes: bool = False, limit: int | None = None, **options,
-) -> list:
+def open_splits(data: str, channels: int, *, test_data: str | None = None,
+                limit_per_class: int | None = None, several_classes: bool = False,
+                limit: int | None = None, **options) -> list:
     """Open the labelled images to train and to test on.
 
     Args:

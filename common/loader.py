@@ -132,10 +132,9 @@ class Loader:
         RunError: fewer images than one batch; too many files that cannot be read.
     """
 
-    def __init__(
-        self, images, views, *, batch_size, epochs, seed, world: World, workers=None, start_step=0,
-        order_epoch=None, order=None, draw=None, multiprocessing_context=None,
-    ):
+    def __init__(self, images, views, *, batch_size, epochs, seed, world: World, workers=None,
+                 start_step=0, order_epoch=None, order=None, draw=None,
+                 multiprocessing_context=None):
         check_batch_size(images, batch_size, world)
         left_out = sorted({what for view in views for what in view.left_out})
         if left_out:

@@ -33,10 +33,8 @@ class Log:
         floors, ceilings: collapse indicators by name, and the value below or above which to warn.
     """
 
-    def __init__(
-        self, folder: str, world: World, *, batch_size, total_steps, first_step, every,
-        chance_loss, floors, ceilings=None, tensorboard=False,
-    ):
+    def __init__(self, folder: str, world: World, *, batch_size, total_steps, first_step, every,
+                 chance_loss, floors, ceilings=None, tensorboard=False):
         self.path, self.world = os.path.join(folder, "log.jsonl"), world
         self.batch_size, self.total_steps, self.every = batch_size, total_steps, every
         self.chance_loss, self.floors, self.ceilings = chance_loss, floors, ceilings or {}

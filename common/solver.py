@@ -19,10 +19,8 @@ MANY_ROWS = 20_000  # from here on, one fold left out tells enough
 P_SPREAD = 0.05  # p (1 - p) of a usual probability p: the curvature that a logit is taken to have
 
 
-def cross_validated(
-    train, labels, test, truth, *, decays: list[float], folds: int, num_classes: int, seed: int,
-    world: comm.World, also=(),
-) -> dict:
+def cross_validated(train, labels, test, truth, *, decays: list[float], folds: int,
+                    num_classes: int, seed: int, world: comm.World, also=()) -> dict:
     """Choose a weight decay on the training rows, train on all of them, count on the test rows.
 
     Args:
@@ -206,10 +204,8 @@ def cross_entropies(rows, labels, shares, decays, num_classes: int):
     return function
 
 
-def minimise(
-    function, points: Tensor, curvatures: Tensor, *, least: Tensor, tolerance: float,
-    iterations: int, memory: int = 10,
-) -> Tensor:
+def minimise(function, points: Tensor, curvatures: Tensor, *, least: Tensor, tolerance: float,
+             iterations: int, memory: int = 10) -> Tensor:
     """Minimise several smooth convex functions at once by L-BFGS with backtracking.
 
     Warns if some do not converge within the iterations or within rounding.

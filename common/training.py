@@ -46,10 +46,8 @@ class Training:
         step: steps done. total_steps: of the whole run. steps_per_epoch.
     """
 
-    def __init__(
-        self, args, world, images, views, *, chance_loss=None, floors=None, ceilings=None,
-        settings=None, product="backbone.pth", draw=None, start="init",
-    ):
+    def __init__(self, args, world, images, views, *, chance_loss=None, floors=None, ceilings=None,
+                 settings=None, product="backbone.pth", draw=None, start="init"):
         self.args, self.world, self.images, self.views = args, world, images, views
         self.draw = draw
         self.bounds = dict(chance_loss=chance_loss, floors=floors or {}, ceilings=ceilings)
