@@ -141,6 +141,15 @@ class Step:
         return u
 
 
+class Chosen(Step):
+    """A step that an image takes with probability p, which is drawn as a parameter of 0 or 1."""
+
+    num_uniforms = num_parameters = 1
+
+    def draw(self, u, sizes):
+        return u < self.p
+
+
 # ---------------------------------------------------------------------------- geometry, with Pillow
 
 
@@ -311,15 +320,11 @@ def shorter_side_to(resize: int, plane: Image.Image, interpolation: str) -> Imag
 
 
 @dataclass
-class HorizontalFlip(Step):
+class HorizontalFlip(Chosen):
     """Mirror left and right with probability p."""
 
     p: float
     geometric = True
-    num_uniforms = 1
-
-    def draw(self, u, sizes):
-        return u < self.p
 
     def apply(self, plane, flip, size):
         return plane.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip[0] else plane
@@ -518,19 +523,14 @@ def turn_hue(images: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor
 
 
 @dataclass
-class Grayscale(Step):
+class Grayscale(Chosen):
     """Replace the image by its luminance in all three channels, with probability p."""
 
     p: float
     needs_rgb = "grayscale"
-    num_uniforms = 1
-    num_parameters = 1
 
     def without_rgb(self):
         return None
-
-    def draw(self, u, sizes):
-        return u < self.p
 
     def apply(self, images, own, on_cpu):
         weights = constant((GRAY_WEIGHTS,), images.dtype, images.device)
@@ -600,16 +600,11 @@ def blur_basis(count: int, side: int, dtype: torch.dtype, device: torch.device) 
 
 
 @dataclass
-class Solarize(Step):
+class Solarize(Chosen):
     """Invert the pixels at or above `threshold` (in [0, 1]), with probability p."""
 
     threshold: float
     p: float
-    num_uniforms = 1
-    num_parameters = 1
-
-    def draw(self, u, sizes):
-        return u < self.p
 
     def apply(self, images, own, on_cpu):
         if not on_cpu.any():

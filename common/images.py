@@ -225,8 +225,7 @@ class FileImages(EncodedImages):
     """
 
     def __init__(self, paths, labels: np.ndarray | None, channels: int, root: str):
-        paths = np.array([os.fsencode(path) for path in paths])  # a byte a character, not four
-        super().__init__(paths, labels, channels)
+        super().__init__(shards.as_bytes(paths), labels, channels)
         self.root = root
 
     def name(self, index: int) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 from common import augment, cli, distributed as comm, images, rng
 from common.distributed import RunError, World
 from common.images import ArrayImages, FileImages, RefusedImage, evenly
+from common.shards import as_bytes
 from common.workers import end_if_unsent, made_ahead
 
 IGNORED = 255
@@ -116,13 +117,9 @@ def voc2012(split: str, channels: int, root: str, download: bool) -> MappedFiles
     except (RuntimeError, OSError) as error:
         raise RunError(f"--data voc2012: no (whole) VOCdevkit/VOC2012 in --data-root {root}; pass "
                        "--download to fetch it, or name another folder") from error
-    found = MappedFiles(loaded.images, paths(loaded.masks), channels, root)
+    found = MappedFiles(loaded.images, as_bytes(loaded.masks), channels, root)
     found.class_names = VOC_CLASSES
     return found
-
-
-def paths(names) -> np.ndarray:
-    return np.array([os.fsencode(name) for name in names])
 
 
 def folders(data: str, labels: str, split: str, channels: int) -> MappedFiles:
@@ -141,7 +138,7 @@ def folders(data: str, labels: str, split: str, channels: int) -> MappedFiles:
     if missing:
         raise RunError(f"{len(missing)} of {len(found)} images have no label map, such as "
                        f"{missing[0][0]}, which needs {missing[0][1]}")
-    return MappedFiles(found, paths(wanted), channels, top)
+    return MappedFiles(found, as_bytes(wanted), channels, top)
 
 
 def split_folder(flag: str, folder: str, split: str) -> str:

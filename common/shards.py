@@ -258,4 +258,5 @@ def compressed(path: str) -> str:
 
 
 def as_bytes(names: list) -> np.ndarray:
+    """Names or paths as an array, of a byte a character, not four."""
     return np.array([os.fsencode(name) for name in names], dtype=bytes if names else "S1")
