@@ -217,7 +217,7 @@ def fitting_batch(batch_size: int, images, world: World) -> int:
     if batch_size % world.size:
         raise RunError(f"--train-batch-size {batch_size} does not divide by {world.size} processes")
     if batch_size < 2:
-        raise RunError(f"{len(images)} training images: batch norm wants batches of 2 or more")
+        raise RunError(f"batches of 1 of {len(images)} training images: batch norm wants 2 or more")
     return batch_size
 
 
