@@ -286,10 +286,11 @@ def whitening_of(take, source: features.Source, args) -> dict[str, tuple[Tensor,
     for name, flat in source.extract(rows, images).items():
         x = flat.view(-1, flat.shape[1] // most)
         x = x[x.any(1)].to(source.world.device)
-        dim = args.whiten_dim or min(x.shape[1], len(x) - 1)
-        if not 0 < dim <= min(x.shape[1], len(x) - 1):
+        largest = min(x.shape[1], len(x) - 1)
+        dim = args.whiten_dim or largest
+        if not 0 < dim <= largest:
             raise comm.RunError(f"--whiten-dim {dim}: {args.whiten} gives {len(x)} vectors of "
-                                f"{x.shape[1]} numbers ({name}), fewer than that takes")
+                                f"{x.shape[1]} numbers ({name}); dimensions are at most {largest}")
         if dim < x.shape[1] and not args.whiten_dim:
             source.warn(f"--whiten {args.whiten} gives {len(x)} vectors ({name}), so {dim} "
                         "dimensions are kept, the last ones mostly noise; give more images")

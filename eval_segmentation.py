@@ -421,7 +421,7 @@ def tasks(args, world):
     opened, said = {}, set()
     for checkpoint, settings in features.checkpoints_of(args):
         if settings["bits"] != 8:
-            raise comm.RunError(f"{checkpoint.name}: --bits {settings['bits']}; wanted are 8")
+            raise comm.RunError(f"--bits {settings['bits']} of {checkpoint.name}: --bits 8 goes here")
         side = patch_side(settings, args.layer)
         if args.image_size is None and settings["image_size"] > 96:
             settings["image_size"] = WINDOW // side * side
@@ -444,8 +444,9 @@ def tasks(args, world):
         if args.windows == "whole":
             seen, window = "whole", max(max(label_maps.fitted(size, resize))
                                         for sizes in images.sizes for size in sizes.tolist())
-        protocol = (f"{settings['data']}: {len(train)} training and {len(test)} test images, {seen}"
-                    f", {images.num_classes} classes, shorter side {resize} px, patches of {side}")
+        protocol = (f"{settings['data']}: {len(train)} training and {len(test)} test images, "
+                    f"{images.num_classes} classes, shorter side {resize} px, patches of {side}, "
+                    f"{seen}")
         if protocol not in said:
             comm.print_main(protocol)
             said.add(protocol)
