@@ -421,7 +421,8 @@ def tasks(args, world):
     opened, said = {}, set()
     for checkpoint, settings in features.checkpoints_of(args):
         if settings["bits"] != 8:
-            raise comm.RunError(f"--bits {settings['bits']} of {checkpoint.name}: --bits 8 goes here")
+            raise comm.RunError(f"{checkpoint.name}: --bits {settings['bits']}; images with label "
+                                "maps are read with 8 bits")
         side = patch_side(settings, args.layer)
         if args.image_size is None and settings["image_size"] > 96:
             settings["image_size"] = WINDOW // side * side
