@@ -115,8 +115,8 @@ def voc2012(split: str, channels: int, root: str, download: bool) -> MappedFiles
         loaded = torchvision.datasets.VOCSegmentation(
             root, year="2012", image_set="train" if split == "train" else "val", download=download)
     except (RuntimeError, OSError) as error:
-        raise RunError(f"--data voc2012: no (whole) VOCdevkit/VOC2012 in --data-root {root}; pass "
-                       "--download to fetch it, or name another folder") from error
+        raise RunError(f"--data voc2012: not (whole) under --data-root {root}, as VOCdevkit/VOC2012"
+                       "; pass --download to fetch it, or name another folder") from error
     found = MappedFiles(loaded.images, as_bytes(loaded.masks), channels, root)
     found.class_names = VOC_CLASSES
     return found
