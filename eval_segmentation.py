@@ -446,8 +446,8 @@ def tasks(args, world):
             seen, window = "whole", max(max(label_maps.fitted(size, resize))
                                         for sizes in images.sizes for size in sizes.tolist())
         protocol = (f"{settings['data']}: {len(train)} training and {len(test)} test images, "
-                    f"{images.num_classes} classes, shorter side {resize} px, patches of {side}, "
-                    f"{seen}")
+                    f"{images.num_classes} classes, shorter side {resize} px, {seen}, patches of "
+                    f"{side}")
         if protocol not in said:
             comm.print_main(protocol)
             said.add(protocol)
