@@ -443,8 +443,8 @@ def main(args):
     for source in sources if args.probe == "attentive" else ():  # before any of them is trained
         arch = source.name if source.name == "pixels" else source.settings["arch"]
         if arch not in VITS:
-            raise comm.RunError(f"{source.name}: --probe attentive is for {' '.join(VITS)}, and "
-                                f"this is {arch}; leave it out, or take --probe linear")
+            raise comm.RunError(f"{source.name}: --probe attentive looks at the patches of "
+                                f"{' '.join(VITS)}, and this is {arch}; take --probe linear")
     for source in sources:
         runs = []
         for backbone in source.backbones():
