@@ -35,8 +35,7 @@ DETECTRON2_NAMES = (  # what stands in torchvision's names, and in detectron2's
 
 
 def parse_args(argv=None):
-    parser = cli.Parser(prog="convert.py", description=__doc__, formatter_class=cli.HelpFormatter,
-                        allow_abbrev=False)
+    parser = cli.Parser("convert.py", __doc__)
     parser.add_argument("source", help="run folder or weights file")
     parser.add_argument("--to", choices=("torchvision", "timm", "detectron2"), required=True,
                         help="whose names to write")
@@ -104,9 +103,7 @@ def advice(to: str, settings: dict) -> list[str]:
 
 
 def main(args):
-    source = features.resolve_checkpoint(args.source, "SOURCE")
-    if source.weights is None:
-        raise comm.RunError(f"{args.source} has no weights to convert")
+    source = features.resolve_checkpoint(args.source, "SOURCE", baselines=())
     args.data = source.settings.get("data", "folder")  # what is not described is as for photos
     settings = features.evaluation_settings(args, [source])
     arch = settings["arch"]
@@ -133,15 +130,13 @@ def main(args):
         fold_class_position(state, backbone)
     state = checkpoint.described(state, known | source.settings)
 
-    folder = os.path.dirname(args.out) or "."
-    with comm.same_error_on_all_ranks(writing=folder):
-        os.makedirs(folder, exist_ok=True)
-        with checkpoint.atomic_write(args.out) as file:
-            if args.to == "detectron2":
-                pickle.dump({"model": to_detectron2(state), "__author__": "converted by "
-                             "convert.py", "matching_heuristics": True}, file)
-            else:
-                torch.save(state, file)
+    out = args.out
+    with comm.same_error_on_all_ranks(writing=out), checkpoint.atomic_write(out) as file:
+        if args.to == "detectron2":
+            pickle.dump({"model": to_detectron2(state), "__author__": "converted by convert.py",
+                         "matching_heuristics": True}, file)
+        else:
+            torch.save(state, file)
     comm.print_main("\n  ".join([f"{args.out}: {arch} for {args.to}", *advice(args.to, settings),
                                 *filter(None, [features.assumed(source, settings)])]))
 

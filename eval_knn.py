@@ -32,6 +32,7 @@ import torch
 
 from common import cli, distributed as comm, features, labelled
 from common.knn import count_right, knn_predict  # noqa: F401  knn_predict: to be copied
+from common.labelled_sets import class_members
 
 
 def parse_args(argv=None):
@@ -58,12 +59,6 @@ def parse_args(argv=None):
 # ----------------------------------------------------------------------------------------- protocol
 
 
-def class_members(labels: np.ndarray) -> list[np.ndarray]:
-    """Rows of every class that there is, by rising class."""
-    order = np.argsort(labels, kind="stable")
-    return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
-
-
 def few_label_bank(members: list[np.ndarray], shots: int, *seed: int) -> np.ndarray:
     """Rows of a bank with `shots` images of every class, or all of a class that has fewer."""
     rng = np.random.default_rng([shots, *seed])
@@ -78,7 +73,7 @@ def evaluate(given: features.Features, args, world) -> dict:
     if train.labels.ndim != 1:
         raise comm.RunError(f"{given.checkpoint}: k-NN needs images of one class each")
     n, m = len(train.labels), len(test.labels)
-    shard = slice(m * world.rank // world.size, m * (world.rank + 1) // world.size)
+    shard = world.part(m)
     labels = torch.from_numpy(train.labels).to(world.device)
     truth = torch.from_numpy(test.labels[shard]).to(world.device)
     num_classes = int(max(train.labels.max(), test.labels.max())) + 1
@@ -148,10 +143,8 @@ def main(args):
         columns = [name for column in columns for name in (column, "mean per class")]
     few = [f"{shots} a class" for shots in table[0]["shots"]]
     features.print_table(["checkpoint", *columns, *few], table_rows(table, measures))
-    line = {"eval": "knn", **table[-1], "checkpoints": table}
-    if args.leave_one_out:
-        line["leave_one_out"] = args.leave_one_out
-    features.print_json(line)
+    features.print_json({"eval": "knn", "leave_one_out": args.leave_one_out, **table[-1],
+                         "checkpoints": table})
 
 
 def table_rows(table: list[dict], measures: list[str]) -> list[list[str]]:
@@ -160,8 +153,7 @@ def table_rows(table: list[dict], measures: list[str]) -> list[list[str]]:
     for entry in table:
         layers = {}
         for r in entry["results"]:
-            layers.setdefault(r["layer"], []).extend(
-                f"{r[name]:.3f}" for name in measures)
+            layers.setdefault(r["layer"], []).extend(f"{r[name]:.3f}" for name in measures)
         for number, (layer, cells) in enumerate(layers.items()):
             shots = entry["shots"].values() if number == 0 else ()
             name = f"{entry['checkpoint']} {layer}" if len(layers) > 1 else entry["checkpoint"]

@@ -86,7 +86,6 @@ ATTENTIVE = {"aim": dict(zip(COLUMNS, (
 ), strict=True))}
 DECAYS = [float(f"{10 ** (half / 2 - 6):.1e}") for half in range(13)]  # 1e-6, 3.2e-6, ... 1
 AUTO_ONLY = ("weight_decays", "folds", "features", "save_features")
-PAPERS_ONLY = ("epochs", "train_batch_size", "lr", "flip")
 NOT_MIRRORED = ("digits", "mnist", "svhn", "gtsrb", "sst2")  # a mirrored sign is another sign
 INIT = {"zero": nn.init.zeros_, "normal": partial(nn.init.normal_, std=0.01),
         "truncated": partial(nn.init.trunc_normal_, std=0.01)}  # "torch": as torch has it
@@ -103,7 +102,7 @@ def parse_args(argv=None):
     group.add_argument("--protocol", choices=("auto", *PROTOCOLS, *ATTENTIVE),
                        help="how the head is trained: auto (described above), a paper's way, or "
                        "for --probe attentive aim; default: auto, or aim. One of")
-    group.add_argument("--train-fraction", type=cli.fraction, default=1.0, metavar="SHARE",
+    group.add_argument("--train-fraction", type=cli.share, default=1.0, metavar="SHARE",
                        help="class-balanced fraction of the training images")
     group.add_argument("--also-test", nargs="+", metavar="FOLDER",
                        help="further test images, of some of the classes: class folders named as "
@@ -111,17 +110,9 @@ def parse_args(argv=None):
     group = parser.add_argument_group("auto")
     group.add_argument("--weight-decays", type=cli.positive, nargs="+",
                        help="weight decays to choose from [1e-6 to 1]")
-    group.add_argument("--folds", type=cli.pos_int, help="folds of the cross-validation [5]")
+    group.add_argument("--folds", type=cli.two_or_more, help="folds of the cross-validation [5]")
     group = parser.add_argument_group("protocols of the papers (default: as published)")
-    group.add_argument("--epochs", type=cli.pos_int, help="passes; milestones and warm-up scale")
-    group.add_argument("--train-batch-size", type=cli.pos_int, metavar="N",
-                       help="global batch; default: as published, or the largest power of two")
-    group.add_argument("--lr", type=cli.positive, help="learning rate per 256 images")
-    group.add_argument("--flip", action=cli.Switch,
-                       help="mirror half of the crops; default: yes, but for images of digits")
-    group.add_argument("--output", metavar="FOLDER", default="runs/eval_linear",
-                       help="parent of the probes' folders")
-    cli.run_flags(group)
+    features.head_flags(group, "runs/eval_linear")
     args = features.parse(parser, argv)
     attentive = args.probe == "attentive"
     args.protocol = args.protocol or ("aim" if attentive else "auto")
@@ -134,14 +125,10 @@ def parse_args(argv=None):
                      f"{' '.join(TOKENS)}")
     if args.features and args.also_test:
         parser.error(f"--also-test {args.also_test[0]} does not go with --features")
-    for name in PAPERS_ONLY if args.protocol == "auto" else AUTO_ONLY:
+    for name in features.HEAD_FLAGS if args.protocol == "auto" else AUTO_ONLY:
         if getattr(args, name) is not None:
             parser.error(f"--{name.replace('_', '-')} does not go with --protocol {args.protocol}")
     args.folds, args.weight_decays = args.folds or 5, args.weight_decays or DECAYS
-    if args.train_fraction == 0:
-        parser.error("--train-fraction 0 leaves no image to train on")
-    if args.folds < 2:
-        parser.error(f"--folds {args.folds}: at least 2")
     if (args.train_batch_size or 0) % cli.processes():
         parser.error(f"--train-batch-size {args.train_batch_size} does not divide among "
                      f"{cli.processes()} processes")
@@ -314,10 +301,8 @@ def learning_rates(protocol: dict, base: float, epochs: int, steps_per_epoch: in
         warmup = round(protocol["warmup_epochs"] * scale * steps_per_epoch)
         return optim.warmup_cosine(start=0.0, base=base, final=0.0, warmup_steps=warmup,
                                    total_steps=epochs * steps_per_epoch, warmup_endpoint=False)
-    if schedule == "epochs":
-        return optim.lr_by_epoch(base, "cosine", epochs, 0, steps_per_epoch)
-    return [base * 0.1 ** sum(epoch >= milestone * scale for milestone in schedule)
-            for epoch in range(epochs) for _ in range(steps_per_epoch)]
+    drops = "cosine" if schedule == "epochs" else [milestone * scale for milestone in schedule]
+    return optim.lr_by_epoch(base, drops, epochs, 0, steps_per_epoch)
 
 
 def train_views(interpolation: str, flip: bool, image_size: int, in_chans: int, mean, std) -> list:
@@ -325,7 +310,7 @@ def train_views(interpolation: str, flip: bool, image_size: int, in_chans: int, 
     crop = augment.RandomResizedCrop(scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3),
                                      interpolation=interpolation)
     mirror = augment.HorizontalFlip(p=0.5 if flip else 0.0)
-    return [augment.View(image_size, [crop, mirror, augment.Normalize(mean, std)], in_chans)]
+    return augment.normalized([(image_size, [crop, mirror])], in_chans, mean, std)
 
 
 def top_1_and_5(logits: Tensor, truth: Tensor) -> Tensor:
@@ -421,8 +406,7 @@ def paper_probe(source: features.Source, backbone, mark: str, args, world) -> di
             loss = sum(F.cross_entropy(head(rows[name]), truth) for name, head in heads.items())
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            for parameter in heads.parameters():
-                parameter.grad = comm.mean_over_processes(parameter.grad)
+            comm.average_gradients(heads)
             optimizer.step()
             run.log(loss, lr_of_step[step], dict)
         if run.folder.stopping:
@@ -459,9 +443,8 @@ def main(args):
     for source in sources if args.probe == "attentive" else ():  # before any of them is trained
         arch = source.name if source.name == "pixels" else source.settings["arch"]
         if arch not in VITS:
-            raise comm.RunError(f"{source.name}: --probe attentive looks at the patches of a "
-                                f"transformer ({' '.join(VITS)}), and this is {arch}; "
-                                "leave it out, or take --probe linear")
+            raise comm.RunError(f"{source.name}: --probe attentive looks at the patches of "
+                                f"{' '.join(VITS)}, and this is {arch}; take --probe linear")
     for source in sources:
         runs = []
         for backbone in source.backbones():

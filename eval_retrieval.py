@@ -35,11 +35,11 @@ al., 1511.05879. Numbers as in VISSL.
 """
 
 import dataclasses
-import functools
 import math
 import os
 import sys
 from fractions import Fraction
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -64,16 +64,14 @@ def parse_args(argv=None):
     group.add_argument("--scales", type=cli.positive, nargs="+", default=[1.0], metavar="FACTOR",
                        help="sizes to take features at; DINO's: 1 0.7071 0.5")
     group.add_argument("--max-side", type=cli.pos_int, metavar="PX",
-                       help="whole images whose longer side is at most so many pixels, one in a "
-                       "forward pass; default: 1024 of revisited sets, else as for k-NN; of copies "
-                       "squeezed to a square")
+                       help="whole images with a longer side of at most so many pixels, singly; "
+                       "default: 1024 of revisited sets, of copies a square, else as for k-NN")
     group.add_argument("--whiten", metavar="SOURCE",
                        help="images to whiten by, such as rparis6k/jpg for roxford5k")
     group.add_argument("--whiten-dim", type=cli.pos_int, metavar="D",
                        help="dimensions to keep; default: all, or one less than there are vectors")
     group.add_argument("--leave-one-out", choices=("train", "test"), nargs="?", const="test",
-                       help="search this split for each of its images, without itself; in a folder "
-                       "without splits: all")
+                       help="search a split, or a folder without any, for each of its own images")
     group.add_argument("--crop-queries", action=cli.Switch, default=True,
                        help="cut revisited sets' queries out by their boxes")
     group.add_argument("--k", type=cli.pos_int, nargs="+", default=[1, 5, 10],
@@ -263,7 +261,7 @@ def vectors_of(backbone: nn.Module, images: Tensor, names: list[str], pool: str 
             rows = features.layers(backbone, scaled, names)
             found = {name: comm.upcast(x)[:, None] for name, x in rows.items()}
         by_scale.append(found)
-    join = functools.partial(torch.cat, dim=1) if pool == "rmac" else sum
+    join = partial(torch.cat, dim=1) if pool == "rmac" else sum
     return {name: F.normalize(join([found[name] for found in by_scale]), dim=2) for name in names}
 
 
@@ -288,15 +286,14 @@ def whitening_of(take, source: features.Source, args) -> dict[str, tuple[Tensor,
     for name, flat in source.extract(rows, images).items():
         x = flat.view(-1, flat.shape[1] // most)
         x = x[x.any(1)].to(source.world.device)
-        dim = args.whiten_dim or min(x.shape[1], len(x) - 1)
-        if not 0 < dim <= min(x.shape[1], len(x) - 1):
+        largest = min(x.shape[1], len(x) - 1)
+        dim = args.whiten_dim or largest
+        if not 0 < dim <= largest:
             raise comm.RunError(f"--whiten-dim {dim}: {args.whiten} gives {len(x)} vectors of "
-                                f"{x.shape[1]} numbers ({name}); dimensions are at most as many as "
-                                "these, and fewer than vectors")
+                                f"{x.shape[1]} numbers ({name}); dimensions are at most {largest}")
         if dim < x.shape[1] and not args.whiten_dim:
-            comm.print_main(f"warning: --whiten {args.whiten} gives {len(x)} vectors of "
-                            f"{x.shape[1]} numbers ({name}), so {dim} dimensions are kept, the "
-                            "last ones mostly noise; give more images, or a smaller --whiten-dim")
+            source.warn(f"--whiten {args.whiten} gives {len(x)} vectors ({name}), so {dim} "
+                        "dimensions are kept, the last ones mostly noise; give more images")
         found[name] = whitening(x, dim)
     return found
 
@@ -305,7 +302,7 @@ def describe(source: features.Source, backbone: nn.Module | None, args) -> featu
     """Vectors (N, D) of both splits, whitened if that is wanted."""
     if backbone is None:
         return source.features(None)
-    take = source.precision(functools.partial(
+    take = source.precision(partial(
         vectors_of, backbone, names=layers_of(backbone, args.pool, args.layers), pool=args.pool,
         p=args.p, scales=args.scales))
     whitened = whitening_of(take, source, args) if args.whiten else {}
@@ -378,9 +375,8 @@ def measure(queries: Tensor, database: Tensor, relevance, names: list[str], args
         relevance: of a query's number, positive and junk, bool (N,), of those names it belongs to.
     """
     chunks = range(0, len(queries), args.chunk)
-    parts = [len(chunks) * rank // world.size for rank in (world.rank, world.rank + 1)]
     found = torch.zeros(len(names), len(queries), 1 + 2 * len(args.k), dtype=torch.float64)
-    for start in chunks[parts[0] : parts[1]]:
+    for start in chunks[world.part(len(chunks))]:
         some_queries = queries[start : start + args.chunk].to(world.device)
         for query, scores in enumerate(similarities(some_queries, database), start):
             found[:, query] = math.nan
@@ -390,46 +386,35 @@ def measure(queries: Tensor, database: Tensor, relevance, names: list[str], args
     return comm.sum_over_processes(found)
 
 
-def relevance_of(truth: dict, count: int, device: torch.device):
+def relevance_of(truth: dict, count: int, device: torch.device, query: int) -> dict:
     """What `measure` asks for, of lists of rows among `count` (`common/retrieval_sets.py`)."""
-
-    def relevance(query):
-        masks = {}
-        for name, by_query in truth.items():
-            if query in by_query:
-                masks[name] = torch.zeros(2, count, dtype=torch.bool, device=device)
-                for mask, rows in zip(masks[name], by_query[query], strict=True):
-                    mask[torch.from_numpy(rows).to(device)] = True
-        return masks
-
-    return relevance
+    masks = {name: torch.zeros(2, count, dtype=torch.bool, device=device)
+             for name, by_query in truth.items() if query in by_query}
+    for name, both in masks.items():
+        for mask, rows in zip(both, truth[name][query], strict=True):
+            mask[torch.from_numpy(rows).to(device)] = True
+    return masks
 
 
-def relevance_of_classes(labels: Tensor, asked: Tensor, leave_one_out: bool, name: str):
+def relevance_of_classes(labels: Tensor, asked: Tensor, leave_one_out: bool, query: int) -> dict:
     """What `measure` asks for, of classes of the database (N,) and of queries (M,)."""
-
-    def relevance(query):
-        positive, junk = labels == asked[query], torch.zeros_like(labels, dtype=torch.bool)
-        if leave_one_out:
-            positive[query], junk[query] = False, True
-        return {name: (positive, junk)}
-
-    return relevance
+    positive, junk = labels == asked[query], torch.zeros_like(labels, dtype=torch.bool)
+    if leave_one_out:
+        positive[query], junk[query] = False, True
+    return {"class": (positive, junk)}
 
 
-def evaluate(found: features.Features, truth: dict | None, args, world) -> dict:
+def evaluate(found: features.Features, source: features.Source) -> dict:
     """Measures of one backbone's features."""
-    database, queries = found.train, found.test
+    database, queries, args, world = found.train, found.test, source.args, source.world
     if args.leave_one_out:
         database = queries = getattr(found, args.leave_one_out)
     n, m = (len(next(iter(split.layers.values()))) for split in (database, queries))
-    if truth is not None:
-        names, relevance = list(truth), relevance_of(truth, n, world.device)
+    if truth := getattr(source.test, "truth", None):
+        names, relevance = list(truth), partial(relevance_of, truth, n, world.device)
     elif database.labels.ndim == 1:
-        labels, asked = (torch.from_numpy(split.labels).to(world.device)
-                         for split in (database, queries))
-        names = ["class"]
-        relevance = relevance_of_classes(labels, asked, args.leave_one_out is not None, *names)
+        labels = (torch.from_numpy(split.labels).to(world.device) for split in (database, queries))
+        names, relevance = ["class"], partial(relevance_of_classes, *labels, args.leave_one_out)
     else:
         raise comm.RunError(f"{found.checkpoint}: retrieval needs images of one class each")
 
@@ -449,9 +434,9 @@ def evaluate(found: features.Features, truth: dict | None, args, world) -> dict:
                 "recall": dict(zip(k, shares, strict=False)),
                 "precision": dict(zip(k, shares[len(k):], strict=True)),
                 "num_queries": len(values)})
-    if truth is None and len(values) < m:
-        comm.print_main(f"warning: {found.checkpoint}: {m - len(values)} of {m} queries have no "
-                        f"relevant one among the {n} images and do not count")
+    if not truth and len(values) < m:
+        source.warn(f"{found.checkpoint}: {m - len(values)} of {m} queries have no relevant one "
+                    f"among the {n} images and do not count")
     return {"map": results[0]["map"], "results": results, "num_train": n, "num_test": m}
 
 
@@ -466,13 +451,11 @@ def main(args):
     comm.print_main("retrieval by cosine" + ("" if args.features else pooled))
     table = []
     # 1. Vectors, 2. whitened; 3. ranks and 4. their measures
-    for source in features.sources(args, world, interpolation="bicubic",
-                                   crop=functools.partial(step_of, args),
-                                   open_splits=functools.partial(open_sets, args),
-                                   described=functools.partial(described, args)):
+    for source in features.sources(
+            args, world, interpolation="bicubic", crop=partial(step_of, args),
+            open_splits=partial(open_sets, args), described=partial(described, args)):
         source = dataclasses.replace(source, protocol=source.protocol + pooled)  # of stored ones
-        truth = getattr(source.test, "truth", None)
-        runs = [evaluate(describe(source, backbone, args), truth, args, world)
+        runs = [evaluate(describe(source, backbone, args), source)
                 for backbone in source.backbones()]
         table.append({"checkpoint": source.name, **features.mean_of(runs)})
 
@@ -484,10 +467,10 @@ def main(args):
         [" ".join([row["checkpoint"], *(r[key] for key in several)]), f"{r['map']:.3f}",
          *(f"{share:.3f}" for share in r[measure].values()), str(r["num_queries"])]
         for row in table for r in row["results"]])
-    line = {"eval": "retrieval", **table[-1], "checkpoints": table}
-    if args.leave_one_out:
-        line["leave_one_out"] = args.leave_one_out
-    features.print_json(line)
+    how = {} if args.features else {name: getattr(args, name) for name in (
+        "pool", "p", "scales", "max_side", "whiten", "whiten_dim")}
+    features.print_json({"eval": "retrieval", "leave_one_out": args.leave_one_out, **how,
+                         **table[-1], "checkpoints": table})
 
 
 if __name__ == "__main__":

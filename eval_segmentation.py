@@ -58,12 +58,10 @@ PROTOCOL = dict(lr=0.016, weight_decay=1e-3, batch_size=16, steps=40_000, warmup
 WINDOW = 512  # side in pixels, or the next smaller multiple of the patch
 LAYERS = ("res2", "res3", "res4", "res5")
 KNN_ONLY = ("k", "temperature", "memory")
-LINEAR_ONLY = ("epochs", "train_batch_size", "lr", "flip")
 
 
 def parse_args(argv=None):
-    parser = cli.Parser(os.path.basename(__file__), description=__doc__, allow_abbrev=False,
-                        formatter_class=cli.HelpFormatter)
+    parser = cli.Parser(__file__, __doc__)
     group = parser.add_argument_group("features")
     group.add_argument("--checkpoint", nargs="+", metavar="WHAT", required=True,
                        help="run folders, weights files, random, pixels")
@@ -71,8 +69,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group(
         "images (default: as the first run among the checkpoints; --image-size 512 above 96 px)")
     group.add_argument("--data", metavar="SOURCE",
-                       help="voc2012; digits (drawn on noise); or a folder of images with train/ "
-                       "and val/ or test/")
+                       help="voc2012; digits (on noise); a folder with train/ and val/ or test/")
     group.add_argument("--labels", metavar="FOLDER",
                        help="the label maps of a folder: PNG, palette or gray, named as the images")
     group.add_argument("--ignore", type=cli.nonneg_int, nargs="+", default=[IGNORED],
@@ -80,8 +77,6 @@ def parse_args(argv=None):
     group.add_argument("--num-classes", type=cli.two_or_more,
                        help="classes 0 to C - 1; default: up to the largest of the training maps")
     cli.source_flags(group)
-    group.add_argument("--limit", type=cli.pos_int, metavar="N",
-                       help="number of images of each split, evenly spaced")
     group.add_argument("--image-size", type=cli.pos_int, help="side of a window in pixels")
     group.add_argument("--resize", type=cli.pos_int,
                        help="shorter side of the images; default: --image-size, of digits 48")
@@ -97,21 +92,13 @@ def parse_args(argv=None):
     group.add_argument("--temperature", type=cli.positive, help="knn: of the votes [0.02]")
     group.add_argument("--memory", type=cli.pos_int,
                        help="knn: patches to remember at most, equally many of each image [2**20]")
-    group.add_argument("--epochs", type=cli.pos_int,
-                       help=f"linear: passes; default: those of {PROTOCOL['steps']:,} steps")
-    group.add_argument("--train-batch-size", type=cli.pos_int, metavar="N",
-                       help=f"linear: global batch [{PROTOCOL['batch_size']}]")
-    group.add_argument("--lr", type=cli.positive,
-                       help=f"linear: learning rate per 256 images [{PROTOCOL['lr']}]")
-    group.add_argument("--flip", action=cli.Switch,
-                       help="linear: mirror half of the crops; default: yes, but for digits")
-    group.add_argument("--output", metavar="FOLDER", default="runs/eval_segmentation",
-                       help="linear: parent of the heads' folders")
-    cli.run_flags(group)
+    group = parser.add_argument_group("method linear (default: as published, {steps:,} steps of "
+                                      "{batch_size}, lr {lr})".format_map(PROTOCOL))
+    features.head_flags(group, "runs/eval_segmentation")
     features.run_flags(parser.add_argument_group("run"))
     args = parser.parse_args(argv)
     cli.check_arch_flags(parser, args, argv)
-    for name in LINEAR_ONLY if args.method == "knn" else KNN_ONLY:
+    for name in features.HEAD_FLAGS if args.method == "knn" else KNN_ONLY:
         if getattr(args, name) is not None:
             parser.error(f"--{name.replace('_', '-')} does not go with --method {args.method}")
     built_in = args.data in label_maps.BUILT_IN
@@ -371,8 +358,7 @@ def train_head(task: "Task", mark: str, args) -> Head | None:
             loss = pixel_loss(head(maps, batch.drawn), classes)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            for parameter in head.parameters():
-                parameter.grad = comm.mean_over_processes(parameter.grad)
+            comm.average_gradients(head)
             optimizer.step()
             run.log(loss, lr_of_step[step], dict)
         return None if run.folder.stopping else head.eval()
@@ -452,14 +438,13 @@ def tasks(args, world):
         train, test = images.splits
         resize = args.resize or getattr(train, "native_side", window)
         images.check_patches(resize, side)
-        seen = f"windows of {window} px every {args.stride or max(1, window * 2 // 3)}"
+        stride = args.stride or max(1, window * 2 // 3)
+        if stride > window:
+            raise comm.RunError(f"--stride {stride} leaves pixels out: windows have {window}")
+        seen = f"windows of {window} px every {stride}"
         if args.windows == "whole":
             seen, window = "whole", max(max(label_maps.fitted(size, resize))
                                         for sizes in images.sizes for size in sizes.tolist())
-        stride = args.stride or max(1, window * 2 // 3)
-        if stride > window:
-            raise comm.RunError(f"--stride {stride} leaves pixels between windows of {window} px "
-                                "out")
         protocol = (f"{settings['data']}: {len(train)} training and {len(test)} test images, "
                     f"{images.num_classes} classes, shorter side {resize} px, {seen}, patches of "
                     f"{side}")

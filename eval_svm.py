@@ -53,7 +53,8 @@ def parse_args(argv=None):
     group = parser.add_argument_group("protocol")
     group.add_argument("--costs", type=cli.positive, nargs="+", default=COSTS,
                        help="costs of margin violations (C) to choose from")
-    group.add_argument("--folds", type=cli.pos_int, default=3, help="folds of the cross-validation")
+    group.add_argument("--folds", type=cli.two_or_more, default=3,
+                       help="folds of the cross-validation")
     group.add_argument("--low-shot", type=cli.pos_int, nargs="*", metavar="K",
                        default=[1, 2, 4, 8, 16, 32, 64, 96], help="images a class in low-shot sets")
     group.add_argument("--draws", type=cli.pos_int, default=5, help="low-shot sets of each size")
@@ -61,19 +62,15 @@ def parse_args(argv=None):
                        help="train on difficult images as images without the class")
     group.add_argument("--output", metavar="FOLDER", help="cache of fits: existing ones are reused")
     group.add_argument("--jobs", type=cli.pos_int, help="parallel fits; default: share of cores")
-    args = features.parse(parser, argv)
-    if args.folds < 2:
-        parser.error(f"--folds {args.folds}: a cross-validation has at least 2")
-    return args
+    return features.parse(parser, argv)
 
 
 class WholeImage(augment.CenterCrop):
     """Resize the shorter side to `resize` pixels, then squeeze the image to the view's size."""
 
     def apply(self, plane, _, size):
-        resample = augment.INTERPOLATION[self.interpolation]
-        plane = plane.resize(augment.shorter_side_to(self.resize, plane.size), resample)
-        return plane.resize(size[::-1], resample)
+        plane = augment.shorter_side_to(self.resize, plane, self.interpolation)
+        return plane.resize(size[::-1], augment.INTERPOLATION[self.interpolation])
 
 
 # ---------------------------------------------------------------------------------- precision, fits
@@ -159,8 +156,7 @@ class Fits:
 
     def run(self, features: np.ndarray, fingerprint: str, tasks: list) -> list:
         """The precisions of every task, equal on every process."""
-        seed, rank, size = self.args.seed, self.world.rank, self.world.size
-        local = tasks[len(tasks) * rank // size : len(tasks) * (rank + 1) // size]
+        seed, local = self.args.seed, tasks[self.world.part(len(tasks))]
         jobs = self.args.jobs or joblib.cpu_count() // comm.env_int("LOCAL_WORLD_SIZE", 1)
         work = sum(len(rows) for rows, *_ in local) * features.shape[1]
         jobs = max(1, min(jobs, len(local))) if work >= PARALLEL_FROM else 1

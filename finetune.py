@@ -467,7 +467,7 @@ def test(model: Classifier, images, args, world) -> dict:
 def main(args):
     world = comm.setup(args.device, args.deterministic)
     with comm.same_error_on_all_ranks():
-        features.resolve_checkpoint(args.checkpoint, baselines="random")
+        features.resolve_checkpoint(args.checkpoint, baselines=("random",))
     if args.arch in backbones.VITS and args.optimizer != "adamw":
         comm.print_main(f"warning: the rates of --protocol {args.protocol} are for ResNets, and "
                         f"{args.arch} is a transformer")

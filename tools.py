@@ -16,11 +16,9 @@ name in front.
 import ast
 import builtins
 import collections
-import functools
 import hashlib
 import importlib.metadata
 import io
-import itertools
 import math
 import os
 import platform
@@ -38,13 +36,11 @@ from common import backbones, checkpoint, cli, distributed as comm, features, we
 
 
 def parse_args(argv=None):
-    parser = cli.Parser(prog="tools.py", description=__doc__, formatter_class=cli.HelpFormatter,
-                        allow_abbrev=False)
+    parser = cli.Parser("tools.py", __doc__)
     tools = parser.add_subparsers(dest="tool", required=True, metavar="TOOL")
-    add = functools.partial(tools.add_parser, allow_abbrev=False,
-                            formatter_class=cli.HelpFormatter)
+    add = tools.add_parser
     count = add("count", help="parameters, multiplications and activations of a backbone")
-    count.add_argument("arch", help=f"backbone: {' '.join(backbones.NAMES)}")
+    cli.arch_flag(count, backbones.NAMES, "arch")
     count.add_argument("--image-size", type=cli.pos_int, default=224, help="side in pixels")
     count.add_argument("--in-chans", type=cli.pos_int, default=3, help="channels of the images")
     count.add_argument("--stem", choices=tuple(backbones.STEMS), default="imagenet",
@@ -65,10 +61,6 @@ def parse_args(argv=None):
     flat.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
     args = parser.parse_args(argv)
     if args.tool == "count":
-        try:
-            backbones.check_name(args.arch)
-        except comm.RunError as error:
-            parser.error(str(error))
         for flag, own in (("--stem", backbones.RESNETS), ("--patch-size", backbones.VITS)):
             if args.arch not in own and (value := cli.peek(argv, flag, str)):
                 parser.error(f"{flag} {value} does not belong to {args.arch}; leave it out")
@@ -132,9 +124,7 @@ def count(args) -> None:
 
 def publish(args) -> None:
     """Write a backbone on the CPU; its name ends in the first 8 digits of the file's SHA-256."""
-    source = features.resolve_checkpoint(args.run, "RUN")
-    if source.weights is None:
-        raise comm.RunError(f"{args.run} has no weights to publish; give a run folder")
+    source = features.resolve_checkpoint(args.run, "RUN", baselines=())
     loaded = weights.load_tensors(source.weights)
     for name, value in loaded.items():
         if not isinstance(value, torch.Tensor):
@@ -155,10 +145,8 @@ def publish(args) -> None:
     path = os.path.join(args.output, f"{name}-{digest[:8]}.pth")
     if os.path.exists(args.output) and not os.path.isdir(args.output):
         raise comm.RunError(f"--output {args.output} is a file; give a folder")
-    with comm.same_error_on_all_ranks(writing=args.output):
-        os.makedirs(args.output, exist_ok=True)
-        with checkpoint.atomic_write(path) as file:
-            file.write(content.getvalue())
+    with comm.same_error_on_all_ranks(writing=path), checkpoint.atomic_write(path) as file:
+        file.write(content.getvalue())
     comm.print_main(f"{path}: {len(content.getvalue()):,} bytes, {len(state)} tensors"
                     f"{' in float16' if args.half else ''}, SHA-256 {digest}")
 
@@ -405,24 +393,17 @@ class Flat:
             in found}]
         for name, times in collections.Counter([*names.values(), *origins]).items():
             if times > 1:
-                raise comm.RunError(f"{self.script.path}: in one file, {name} would mean two "
-                                    "things; rename one")
+                raise comm.RunError(f"{self.script.path}: {name} would mean two things; rename one")
         return names
 
     def import_lines(self) -> str:
-        """The imports of other packages, each once: the standard library, then the rest."""
-        found = sorted({(source or "", name, alias or "") for bound in self.imports.values()
-                        for source, name, alias in bound})
+        """The imports of other packages, one a line: the standard library, then the rest."""
         blocks = {True: [], False: []}  # by whether it is of the standard library
-        for source, members in itertools.groupby(found, key=lambda item: item[0]):
-            members = [f"{name} as {alias}" if alias else name for _, name, alias in members]
-            for line in members if not source else [", ".join(members)]:
-                standard = (source or line).partition(".")[0].split()[0] in sys.stdlib_module_names
-                line = f"from {source} import {line}" if source else f"import {line}"
-                if len(line) > 100:
-                    line = "(\n    ".join(line.split("import ", 1)).replace("(", "import (", 1)
-                    line = line.replace(", ", ",\n    ") + ",\n)"
-                blocks[standard].append(line)
+        for source, name, alias in sorted({(source or "", name, alias or "") for bound in
+                                           self.imports.values() for source, name, alias in bound}):
+            line = f"from {source} import {name}" if source else f"import {name}"
+            standard = (source or name).partition(".")[0] in sys.stdlib_module_names
+            blocks[standard].append(f"{line} as {alias}" if alias else line)
         return "\n\n".join("\n".join(block) for block in blocks.values() if block)
 
     def text(self) -> str:
@@ -505,11 +486,9 @@ def flatten(args) -> None:
     flat = Flat(args.script if args.script.endswith(".py") else f"{args.script}.py")
     text = flat.text()
     compile(text, args.out, "exec")
-    folder = os.path.dirname(args.out) or "."
-    with comm.same_error_on_all_ranks(writing=folder):
-        os.makedirs(folder, exist_ok=True)
-        with checkpoint.atomic_write(args.out) as file:
-            file.write(text.encode())
+    out = args.out
+    with comm.same_error_on_all_ranks(writing=out), checkpoint.atomic_write(out) as file:
+        file.write(text.encode())
     used = [name for name in flat.modules if any(name == piece.module for piece in flat.kept)]
     comm.print_main(f"{args.out}: {len(text.splitlines())} lines; of common/ "
                     f"{', '.join(filter(None, used))}")

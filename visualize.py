@@ -26,7 +26,9 @@ curves: the numbers in the logs of runs, finished or not, one panel each (needs 
     python visualize.py curves runs/simclr runs/moco --image curves.png
 """
 
+import contextlib
 import dataclasses
+import functools
 import importlib
 import io
 import json
@@ -40,19 +42,11 @@ import torchvision
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from common import (
-    augment,
-    backbones,
-    checkpoint,
-    cli,
-    distributed as comm,
-    features,
-    labelled,
-    weights,
-)
+from common import augment, backbones, checkpoint, cli, distributed as comm, features, labelled
 from common.images import evenly, open_images
 from common.knn import nearest
 from common.loader import Loader
+from common.weights import load_backbone
 
 TILE = 96  # smallest side of an image in a picture, in pixels
 GAP = 4
@@ -61,28 +55,24 @@ WORLD = comm.World(0, 1, torch.device("cpu"))
 
 
 def parse_args(argv=None):
-    parser = cli.Parser(prog="visualize.py", description=__doc__,
-                        formatter_class=cli.HelpFormatter, allow_abbrev=False)
+    parser = cli.Parser("visualize.py", __doc__)
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
     for name, what, scripts in (("views", "the views of a script", "simclr, moco, ..."),
                                 ("masks", "the views that a script masks, masked",
                                  "cae, dinov2, ijepa or simmim")):
-        views = kinds.add_parser(name, allow_abbrev=False, formatter_class=cli.HelpFormatter,
-                                 help=f"{what}; its flags may follow", epilog="Any flag of the "
-                                 "script may follow, such as --data FOLDER --recipe cifar10.")
+        views = kinds.add_parser(name, help=f"{what}; its flags may follow", epilog="Any flag of "
+                                 "the script may follow, such as --data FOLDER --recipe cifar10.")
         views.add_argument("script", help=scripts)
     for name, what in (("neighbours", "test images and their nearest training images"),
                        ("embedding", "test images as points, by t-SNE")):
-        kinds.add_parser(name, allow_abbrev=False, formatter_class=cli.HelpFormatter,
-                         help=f"{what}; flags of the evaluations follow", epilog="And the "
+        kinds.add_parser(name, help=f"{what}; flags of the evaluations follow", epilog="And the "
                          "flags of eval_knn.py: --checkpoint, --data, --layers, --limit, ...")
     kinds.choices["neighbours"].add_argument("--columns", type=cli.pos_int, default=8,
                                              help="number of neighbours")
     kinds.choices["embedding"].add_argument("--points", type=cli.two_or_more, default=2000,
                                             help="most images to draw, evenly spaced")
     for name in ("attention", "reconstruction", "patches"):
-        kind = kinds.add_parser(name, allow_abbrev=False, formatter_class=cli.HelpFormatter,
-                                help=f"{name} of a trained run")
+        kind = kinds.add_parser(name, help=f"{name} of a trained run")
         kind.add_argument("--checkpoint", required=True, metavar="RUN",
                           help="run folder; its backbone.pth, except for reconstruction")
         kind.add_argument("--data", help="default: as the run")
@@ -93,8 +83,7 @@ def parse_args(argv=None):
     for name in kinds.choices.keys() - {"embedding"}:
         kinds.choices[name].add_argument("--rows", type=cli.pos_int, default=6,
                                          help="number of images")
-    curves = kinds.add_parser("curves", allow_abbrev=False, formatter_class=cli.HelpFormatter,
-                              help="the logged numbers of one or several runs")
+    curves = kinds.add_parser("curves", help="the logged numbers of one or several runs")
     curves.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
     for kind in kinds.choices.values():
         kind.add_argument("--image", required=True, metavar="PNG", help="the picture to write")
@@ -164,13 +153,12 @@ def at_height(image: Image.Image, height: int) -> np.ndarray:
 def as_seen(images, index: int) -> Image.Image:
     """An image of a source in RGB; the mean of many channels as gray."""
     planes = images.read(index)
+    pixels = np.dstack([np.asarray(plane) for plane in planes])  # (H, W, C)
     if planes[0].mode == "F":  # 16 bits
-        planes = [Image.fromarray((np.asarray(p) / 257).astype(np.uint8)) for p in planes]
-        planes = [Image.merge("RGB", planes)] if len(planes) == 3 else planes
-    if len(planes) > 1:
-        stack = np.mean([np.asarray(plane) for plane in planes], axis=0)
-        planes = [Image.fromarray(stack.astype(np.uint8))]
-    return planes[0].convert("RGB")
+        pixels = pixels / 257
+    if pixels.shape[2] != 3:
+        pixels = pixels.mean(2, keepdims=True).repeat(3, axis=2)
+    return Image.fromarray(pixels.astype(np.uint8))
 
 
 def with_legend(picture: Image.Image, meanings: dict) -> Image.Image:
@@ -262,9 +250,8 @@ def neighbours_picture(args) -> Image.Image:
     known = all(each is not None and each.ndim == 1 for each in labels)
     table = []
     for row, places in enumerate(nearest(train, queries, count, own)[1].tolist()):
-        tiles = [at_height(as_seen(asked, row), TILE)]
-        for place in places:
-            tiles.append(at_height(as_seen(bank, place), TILE))
+        tiles = [at_height(as_seen(*shown), TILE)
+                 for shown in ((asked, row), *((bank, place) for place in places))]
         for column, tile in enumerate(tiles if known else ()):
             right = column == 0 or labels[0][places[column - 1]] == labels[1][row]
             bar = np.full((6, *tile.shape[1:]), GREEN if right else RED, dtype=np.uint8)
@@ -314,35 +301,30 @@ def embedding_picture(args) -> Image.Image:
 
 def some_images(args, settings: dict) -> Tensor:
     """Some evenly spaced images (n, C, S, S) of the test split (all images, if there is none)."""
-    how = dict(root=args.data_root, bits=settings["bits"],
-               exif_orientation=settings["exif_orientation"])
+    data, channels, size = (settings[name] for name in ("data", "in_chans", "image_size"))
+    opened = functools.partial(
+        open_images, args.data or data, channels=channels, root=args.data_root, limit=args.rows,
+        bits=settings["bits"], exif_orientation=settings["exif_orientation"])
     try:
-        images = open_images(args.data or settings["data"], "test", settings["in_chans"], **how)
+        images = opened(split="test")
     except comm.RunError:
-        images = open_images(args.data or settings["data"], "pretrain", settings["in_chans"], **how)
-    size = settings["image_size"]
-    view = augment.View(size, [augment.CenterCrop(size, interpolation="bicubic"),
-                               augment.Normalize(settings["mean"], settings["std"])],
-                        settings["in_chans"])
-    rows = min(args.rows, len(images))
-    chosen = images.subset(np.arange(rows) * len(images) // rows)
-    flat = features.extract(lambda x: {"images": x.flatten(1)}, chosen, view, WORLD, workers=0,
-                            batch_size=rows)["images"]
-    return flat.view(rows, settings["in_chans"], size, size)
+        images = opened(split="pretrain")
+    view = features.central_view(settings, augment.CenterCrop, "bicubic", size)
+    flat = features.extract(lambda x: {"images": x.flatten(1)}, images, view, WORLD, workers=0,
+                            batch_size=len(images))["images"]
+    return flat.view(-1, channels, size, size)
 
 
 def settings_of(args, script: str) -> dict:
     """The settings of a run of a certain script, from its run.json or its backbone.pth."""
-    try:
-        settings = dict(features.resolve_checkpoint(args.checkpoint).settings)
-    except comm.RunError:
-        settings = {}
+    settings = {}
+    with contextlib.suppress(comm.RunError):
+        settings = features.resolve_checkpoint(args.checkpoint).settings
     if "arch" not in settings:
         raise comm.RunError(f"--checkpoint {args.checkpoint}: no run.json that can be read there; "
                             f"give the folder of a run of {script}")
     if settings["arch"] not in backbones.VITS:
-        raise comm.RunError(f"--checkpoint {args.checkpoint}: {settings['arch']} is not a vision "
-                            "transformer")
+        raise comm.RunError(f"--checkpoint {args.checkpoint}: {settings['arch']} is no transformer")
     missing = {*checkpoint.DESCRIBED} - {"stem", "bits", "exif_orientation"} - settings.keys()
     if missing:
         raise comm.RunError(f"--checkpoint {args.checkpoint} does not say its {min(missing)}; give "
@@ -356,10 +338,9 @@ def attention_picture(args) -> Image.Image:
     weakest."""
     settings = settings_of(args, "dino.py")
     backbone = features.build(settings)
-    weights.load_backbone(backbone, features.resolve_checkpoint(args.checkpoint).weights)
+    load_backbone(backbone, features.resolve_checkpoint(args.checkpoint).weights)
     if backbone.cls_token is None:
-        raise comm.RunError(f"--checkpoint {args.checkpoint} has no class token, whose attention "
-                            "is drawn")
+        raise comm.RunError(f"--checkpoint {args.checkpoint} has no class token to draw")
     images = some_images(args, settings)
     heads = backbone.eval().attention(images)[:, :, 1:]  # (n, heads, L)
     low, high = heads.amin(2, keepdim=True), heads.amax(2, keepdim=True)
@@ -378,10 +359,9 @@ def patches_picture(args) -> Image.Image:
     settings["trained_size"] = settings["image_size"]
     settings["image_size"] = size = args.image_size or settings["image_size"]
     if size % settings["patch_size"]:
-        raise comm.RunError(f"--image-size {size} is not a multiple of the patches' "
-                            f"{settings['patch_size']} px")
+        raise comm.RunError(f"--image-size {size} is not a multiple of {settings['patch_size']}")
     backbone = features.build(settings)
-    weights.load_backbone(backbone, features.resolve_checkpoint(args.checkpoint).weights)
+    load_backbone(backbone, features.resolve_checkpoint(args.checkpoint).weights)
     images = some_images(args, settings)
     tokens = backbone.eval().tokens(images)[0][:, int(backbone.cls_token is not None):]
     colours, share = principal_colours(tokens.flatten(0, 1))
@@ -459,12 +439,9 @@ def read_log(folder: str) -> list[dict]:
     path, lines = os.path.join(folder, "log.jsonl"), []
     if not os.path.isfile(path):
         raise comm.RunError(f"{folder}: no log.jsonl in it; give the folder of a run")
-    with open(path) as file:
+    with open(path) as file, contextlib.suppress(ValueError):
         for line in file:
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                break
+            lines.append(json.loads(line))
     if not lines:
         raise comm.RunError(f"{path} has no line yet")
     return lines

@@ -54,7 +54,7 @@ class View:
             steps = [s for s in (step.without_rgb() for step in steps) if s is not None]
         self.geometry = [s for s in steps if s.geometric]
         self.colour = [s for s in steps if not s.geometric]
-        if [s.geometric for s in steps] != sorted([s.geometric for s in steps], reverse=True):
+        if self.geometry + self.colour != steps:
             raise ValueError("a view's geometric steps come before its colour steps")
         # What `finish` depends on: parameters tell how often a step is taken.
         self.kind = (self.size, channels, [dataclasses.replace(s, p=None) if hasattr(s, "p") else s
@@ -138,7 +138,16 @@ class Step:
         return self
 
     def draw(self, u: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        return np.empty((len(u), 0))
+        return u
+
+
+class Chosen(Step):
+    """A step that an image takes with probability p, which is drawn as a parameter of 0 or 1."""
+
+    num_uniforms = num_parameters = 1
+
+    def draw(self, u, sizes):
+        return u < self.p
 
 
 # ---------------------------------------------------------------------------- geometry, with Pillow
@@ -251,8 +260,7 @@ class CenterCrop(Step):
     geometric = resizes = True
 
     def apply(self, plane, _, size):
-        plane = plane.resize(shorter_side_to(self.resize, plane.size),
-                             INTERPOLATION[self.interpolation])
+        plane = shorter_side_to(self.resize, plane, self.interpolation)
         extra = [there - wanted for there, wanted in zip(plane.size, size[::-1], strict=True)]
         left, top = (round(x / 2) if x > 0 else -(-x // 2) for x in extra)
         return plane.crop((left, top, left + size[1], top + size[0]))
@@ -271,12 +279,8 @@ class RandomCrop(Step):
     geometric = resizes = True
     num_uniforms = 2
 
-    def draw(self, u, sizes):
-        return u
-
     def apply(self, plane, u, size):
-        plane = plane.resize(shorter_side_to(self.resize, plane.size),
-                             INTERPOLATION[self.interpolation])
+        plane = shorter_side_to(self.resize, plane, self.interpolation)
         left, top = (math.floor(share * (there + 2 * self.padding - wanted + 1)) - self.padding
                      for share, there, wanted in zip(u, plane.size, size[::-1], strict=True))
         return plane.crop((left, top, left + size[1], top + size[0]))
@@ -309,21 +313,18 @@ class LongerSide(Step):
                             INTERPOLATION[self.interpolation])
 
 
-def shorter_side_to(resize: int, size: tuple[int, int]) -> tuple[int, int]:
-    """The size to which torchvision resizes one; of the longer side it drops the fraction."""
-    return tuple(int(resize * side / min(size)) for side in size)
+def shorter_side_to(resize: int, plane: Image.Image, interpolation: str) -> Image.Image:
+    """Resize as torchvision does, which drops the fraction of the longer side."""
+    size = [int(resize * side / min(plane.size)) for side in plane.size]
+    return plane.resize(size, INTERPOLATION[interpolation])
 
 
 @dataclass
-class HorizontalFlip(Step):
+class HorizontalFlip(Chosen):
     """Mirror left and right with probability p."""
 
     p: float
     geometric = True
-    num_uniforms = 1
-
-    def draw(self, u, sizes):
-        return u < self.p
 
     def apply(self, plane, flip, size):
         return plane.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip[0] else plane
@@ -487,24 +488,17 @@ def constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=dtype).to(device)
 
 
-def gray_weights(channels: int) -> tuple[float, ...]:
-    """Of RGB those of luminance; of any other channel count those of the mean."""
-    return GRAY_WEIGHTS if channels == 3 else (1 / channels,) * channels
-
-
 def blend_basis(images: Tensor) -> Tensor:
-    """Matrix (3, 2 C C) that makes of (a, b, c) the two matrices of a blend."""
-    weights = gray_weights(images.shape[1])
-    one = np.eye(len(weights)).ravel()
+    """Matrix (3, 2 C C) that makes of (a, b, c) the two matrices of a blend.
+
+    Gray is the luminance of RGB, and the mean of any other number of channels.
+    """
+    channels = images.shape[1]
+    weights = GRAY_WEIGHTS if channels == 3 else (1 / channels,) * channels
+    one = np.eye(channels).ravel()
     gray = np.tile(weights, len(weights))
     basis = np.kron([[1, 0]], one), np.kron([[1, 0]], gray), np.kron([[0, 1]], gray)
     return constant(tuple(map(tuple, np.concatenate(basis).tolist())), images.dtype, images.device)
-
-
-def to_gray(images: Tensor) -> Tensor:
-    """Luminance (n, 1, H, W) of RGB images; the channels' mean for any other channel count."""
-    weights = constant((gray_weights(images.shape[1]),), images.dtype, images.device)
-    return (weights @ images.flatten(2)).unflatten(2, images.shape[2:])
 
 
 def turn_hue(images: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
@@ -529,22 +523,19 @@ def turn_hue(images: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor
 
 
 @dataclass
-class Grayscale(Step):
+class Grayscale(Chosen):
     """Replace the image by its luminance in all three channels, with probability p."""
 
     p: float
     needs_rgb = "grayscale"
-    num_uniforms = 1
-    num_parameters = 1
 
     def without_rgb(self):
         return None
 
-    def draw(self, u, sizes):
-        return u < self.p
-
     def apply(self, images, own, on_cpu):
-        return images.lerp_(to_gray(images), own.view(-1, 1, 1, 1))  # a choice: weights 0 and 1
+        weights = constant((GRAY_WEIGHTS,), images.dtype, images.device)
+        luminance = (weights @ images.flatten(2)).unflatten(2, images.shape[2:])  # (n, 1, H, W)
+        return images.lerp_(luminance, own.view(-1, 1, 1, 1))  # a choice: weights 0 and 1
 
 
 @dataclass
@@ -609,16 +600,11 @@ def blur_basis(count: int, side: int, dtype: torch.dtype, device: torch.device) 
 
 
 @dataclass
-class Solarize(Step):
+class Solarize(Chosen):
     """Invert the pixels at or above `threshold` (in [0, 1]), with probability p."""
 
     threshold: float
     p: float
-    num_uniforms = 1
-    num_parameters = 1
-
-    def draw(self, u, sizes):
-        return u < self.p
 
     def apply(self, images, own, on_cpu):
         if not on_cpu.any():

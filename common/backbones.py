@@ -123,40 +123,26 @@ def build_backbone(
 # ------------------------------------------------------------------------------------------ ResNets
 
 
-class SmallResNet(nn.Module):
+class SmallResNet(torchvision.models.ResNet):
     """A ResNet of basic blocks with any widths, for laptops and tests."""
 
     def __init__(self, blocks: tuple, widths: tuple, zero_init_residual: bool):
-        super().__init__()
-        self.num_features = widths[-1]
+        nn.Module.__init__(self)  # in place of torchvision's, whose widths are fixed
+        self._norm_layer, self.groups, self.base_width, self.dilation = nn.BatchNorm2d, 1, 64, 1
+        self.inplanes, self.num_features = widths[0], widths[-1]
         self.conv1 = nn.Conv2d(3, widths[0], kernel_size=7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-        before = widths[0]
-        for stage, (count, width) in enumerate(zip(blocks, widths, strict=True)):
-            layers = []
-            for block in range(count):
-                stride = 2 if stage > 0 and block == 0 else 1
-                shortcut = None
-                if stride != 1 or before != width:
-                    shortcut = nn.Sequential(
-                        nn.Conv2d(before, width, kernel_size=1, stride=stride, bias=False),
-                        nn.BatchNorm2d(width),
-                    )
-                layers.append(BasicBlock(before, width, stride, shortcut))
-                before = width
-            self.add_module(f"layer{stage + 1}", nn.Sequential(*layers))
+        for stage, (count, width) in enumerate(zip(blocks, widths, strict=True), 1):
+            layer = self._make_layer(BasicBlock, width, count, stride=1 if stage == 1 else 2)
+            self.add_module(f"layer{stage}", layer)
+        self.avgpool, self.fc = nn.AdaptiveAvgPool2d(1), nn.Identity()
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if isinstance(module, BasicBlock) and zero_init_residual:
                 nn.init.zeros_(module.bn2.weight)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1)
 
 
 class SobelConv2d(nn.Conv2d):
@@ -179,7 +165,7 @@ class SobelConv2d(nn.Conv2d):
 
 
 def is_resnet(backbone: nn.Module) -> bool:
-    return isinstance(backbone, torchvision.models.ResNet | SmallResNet)
+    return isinstance(backbone, torchvision.models.ResNet)
 
 
 # ----------------------------------------------------------------------------- vision transformers
@@ -216,12 +202,10 @@ class VisionTransformer(nn.Module):
     tokens normal with standard deviation 0.02 cut off at 2, biases 0, the convolution as torch's).
     """
 
-    def __init__(
-        self, dim: int, depth: int, num_heads: int, *, image_size, patch_size: int, in_chans: int,
-        positions: str, drop_path: float, uniform_drop_path: bool = False,
-        layer_scale: float = 0.0, class_token: bool = True, registers: int = 0,
-        relative_positions: bool = False,
-    ):
+    def __init__(self, dim: int, depth: int, num_heads: int, *, image_size, patch_size: int,
+                 in_chans: int, positions: str, drop_path: float, uniform_drop_path: bool = False,
+                 layer_scale: float = 0.0, class_token: bool = True, registers: int = 0,
+                 relative_positions: bool = False):
         super().__init__()
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.num_features, self.patch_size = dim, patch_size
@@ -469,16 +453,19 @@ def resample_positions(positions: Tensor, grid: tuple, wanted: tuple,
     """
     if wanted == grid:
         return positions
-    down, across = (
-        nn.functional.interpolate(
-            torch.eye(old, dtype=positions.dtype, device=positions.device)[None, :, None],
-            size=(1, new), mode="bicubic", antialias=antialias,
-        )[0, :, 0].T  # (new, old); with antialiasing, torch is wrong for a size of (new, 1)
-        for old, new in zip(grid, wanted, strict=True)
-    )
+    down, across = (resizing_matrix(old, new, positions, mode="bicubic", antialias=antialias)
+                    for old, new in zip(grid, wanted, strict=True))
     with torch.autocast(positions.device.type, enabled=False):
         table = positions.unflatten(1, grid)  # (1, rows, columns, D)
         return torch.einsum("ri,nijd,cj->nrcd", down, table, across).flatten(1, 2)
+
+
+@torch.no_grad()
+def resizing_matrix(old: int, new: int, like: Tensor, **options) -> Tensor:
+    """Matrix (new, old) that interpolates a row as `torch.nn.functional.interpolate` does."""
+    eye = torch.eye(old, dtype=like.dtype, device=like.device)[None, :, None]
+    # With antialiasing, torch is wrong for a size of (new, 1).
+    return nn.functional.interpolate(eye, size=(1, new), **options)[0, :, 0].T
 
 
 def freeze_blocks(backbone: nn.Module, count: int) -> None:

@@ -34,9 +34,8 @@ RECORD = {"step", "settings", "identity", "processes", "state"}  # what a checkp
 DESCRIBED = ("arch", "stem", "patch_size", "image_size", "in_chans", "mean", "std", "bits",
              "exif_orientation")
 KEPT = ("backbone-epoch*.pth", "events.out.tfevents.*", "trace.json")  # of flags
-NOT_THERE = {  # what a file system answers that cannot do what it was asked
-    errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL,
-}
+# What a file system answers that cannot do what it was asked.
+NOT_THERE = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -58,10 +57,8 @@ class Run:
             were made with other settings.
     """
 
-    def __init__(
-        self, folder, settings, images, world: World, *, resume, save_every_minutes,
-        product="backbone.pth",
-    ):
+    def __init__(self, folder, settings, images, world: World, *, resume, save_every_minutes,
+                 product="backbone.pth"):
         self.product = product
         self.folder, self.settings, self.world = folder, settings, world
         self.identity = images.identity()
@@ -143,10 +140,8 @@ class Run:
                 comm.print_main(f"warning: {missing}; going on from {name}")
             return loaded
         if failures:
-            raise RunError(
-                f"{self.folder}: {' and '.join(failures)} cannot be read; delete what is broken, "
-                "or start anew with --no-resume"
-            )
+            raise RunError(f"{self.folder}: {' and '.join(failures)} cannot be read; delete what "
+                           "is broken, or start anew with --no-resume")
         return None
 
     def compare_settings(self):
@@ -157,23 +152,18 @@ class Run:
         now = dict(self.settings, data=self.identity)
         if saved.keys() != now.keys():
             other = " ".join("--" + n.replace("_", "-") for n in sorted(saved.keys() ^ now.keys()))
-            raise RunError(
-                f"{self.folder} holds a run of another script, or of another version of this one "
-                f"({other}); choose another --output, or start anew with --no-resume"
-            )
-        for flag in ("init", "checkpoint"):  # hashes of files
-            if saved.get(flag) != now.get(flag):
-                raise RunError(f"--{flag} does not name the weights that the run in {self.folder} "
-                               "started from, or it started from none; repeat it, or start anew "
-                               "with --no-resume, or choose another --output")
-        for name in sorted({*saved, *now}):
-            old, new = saved.get(name), now.get(name)
-            if old != new:
-                flag = "--" + name.replace("_", "-")
-                raise RunError(
-                    f"{flag} is {new} and was {old} in {self.folder}; repeat the old value, or "
-                    "start anew with --no-resume, or choose another --output"
-                )
+            raise RunError(f"{self.folder} holds a run of another script, or of another version of "
+                           f"this one ({other}); choose another --output, or start anew with "
+                           "--no-resume")
+        hashes = ("init", "checkpoint")  # of files, first: other settings follow from them
+        for name in (*hashes, *sorted(now)):
+            if saved.get(name) != now.get(name):
+                what = f"is {now[name]} and was {saved[name]} in {self.folder}; repeat the old"
+                if name in hashes:
+                    what = (f"does not name the weights that the run in {self.folder} started "
+                            "from, or it started from none; repeat the old")
+                raise RunError(f"--{name.replace('_', '-')} {what} value, or start anew with "
+                               "--no-resume, or choose another --output")
 
     def start(self, state: dict) -> int:
         """Load the checkpoint into `state`, if there is one, and note the start in run.json.
@@ -220,18 +210,14 @@ class Run:
                 part.load_state_dict(saved)
         except (KeyError, RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[-1].strip()
-            raise RunError(
-                f"the checkpoint in {self.folder} is of another version of this script ({name}: "
-                f"{reason}); start anew with --no-resume, or choose another --output"
-            ) from error
+            raise RunError(f"{self.folder} is of another version of this script ({name}: {reason})"
+                           "; start anew with --no-resume, or choose another --output") from error
 
     def delete_old_run(self):
         """Remove what an older run made: nothing can go on from it or be taken for this run's."""
-        names = ("checkpoint.pt", "checkpoint.prev.pt", self.product, *KEPT)
-        for path in [path for name in names for path in
-                     glob.glob(os.path.join(glob.escape(self.folder), name))]:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(path)
+        for name in ("checkpoint.pt", "checkpoint.prev.pt", self.product, *KEPT):
+            for path in glob.glob(name, root_dir=self.folder):
+                os.remove(self.path(path))
 
     def write_run_json(self, state: dict):
         record = {"starts": []}
@@ -243,7 +229,8 @@ class Run:
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "processes": self.world.size,
             "threads": torch.get_num_threads(),
-            "device": device_name(self.world.device),
+            "device": torch.cuda.get_device_name(self.world.device)
+            if self.world.device.type == "cuda" else platform.machine(),
             "git": git_commit(),
             "versions": {
                 "python": platform.python_version(),
@@ -287,17 +274,10 @@ class Run:
         self.saved_step, self.last_save = step, time.monotonic()
 
     def write(self, step: int, state: dict, backbone: nn.Module, keep_as: str | None):
-        kept = {
-            name: part if isinstance(part, torch.Tensor) else part.state_dict()
-            for name, part in state.items()
-        }
-        record = {
-            "step": step,
-            "settings": self.settings,
-            "identity": self.identity,
-            "processes": self.world.size,
-            "state": kept,
-        }
+        kept = {name: part if isinstance(part, torch.Tensor) else part.state_dict()
+                for name, part in state.items()}
+        record = {"step": step, "settings": self.settings, "identity": self.identity,
+                  "processes": self.world.size, "state": kept}
         for name in filter(None, (keep_as, self.product)):
             with atomic_write(self.path(name)) as file:
                 torch.save(described(backbone.state_dict(), self.settings), file)
@@ -312,15 +292,10 @@ class Run:
             tensors = part.state_dict() if isinstance(part, nn.Module) else {key: part}
             for name, value in tensors.items():
                 if isinstance(value, torch.Tensor) and not value.isfinite().all():
-                    raise Diverged(
-                        f"{name} is not finite after step {step}; {self.last_good()}; "
-                        "lower --lr or raise --warmup-epochs"
-                    )
-
-    def last_good(self) -> str:
-        if self.saved_step is None:
-            return "there is no checkpoint yet"
-        return f"the checkpoint of step {self.saved_step} is untouched"
+                    last_good = ("there is no checkpoint yet" if self.saved_step is None else
+                                 f"the checkpoint of step {self.saved_step} is untouched")
+                    raise Diverged(f"{name} is not finite after step {step}; {last_good}; lower "
+                                   "--lr or raise --warmup-epochs")
 
 
 def described(weights: OrderedDict, settings: dict) -> OrderedDict:
@@ -348,13 +323,10 @@ def lock_file(path: str):
     except BlockingIOError:
         file.seek(0)
         holder = file.read().strip() or "unknown"
-        raise RunError(
-            f"{os.path.dirname(path)} is in use by the run with pid {holder}; wait for it or "
-            "choose another --output"
-        ) from None
+        raise RunError(f"{os.path.dirname(path)} is in use by the run with pid {holder}; wait for "
+                       "it or choose another --output") from None
     file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
+    print(os.getpid(), end="", file=file, flush=True)
     os.register_at_fork(after_in_child=file.close)
     return file
 
@@ -376,9 +348,10 @@ def unless_missing(what: str | None = None, path: str = ""):
 def atomic_write(path: str, previous: str | None = None):
     """Open a file that takes the place of `path` once it is whole and on the disk.
 
-    What stood at `path` before is kept at `previous`, if that is given.
+    What stood at `path` before is kept at `previous`, if that is given; its folder is made.
     """
     temporary = path + ".tmp"
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -417,10 +390,6 @@ def truncate_log(path: str, step: int):
                 kept.append(line.rstrip(b"\n") + b"\n")
     with atomic_write(path) as file:
         file.write(b"".join(kept))
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
 
 
 def git_commit() -> str | None:

@@ -25,7 +25,14 @@ MANY = 6  # choices that are listed once, in the help text
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, printed by one process."""
+    """An argument parser whose errors are one line, printed by one process.
+
+    Its name, of a script, may be given as the path of the file.
+    """
+
+    def __init__(self, prog=None, description=None, **options):
+        options = dict(formatter_class=HelpFormatter, allow_abbrev=False) | options
+        super().__init__(prog and os.path.basename(prog), description=description, **options)
 
     def parse_known_args(self, args=None, namespace=None):
         comm.print_any_character()
@@ -79,15 +86,13 @@ class HelpFormatter(argparse.HelpFormatter):
 
 def parser(script: str, description: str) -> Parser:
     """Make a script's parser from its file name and docstring, with the shared flags."""
-    prog = os.path.basename(script)
-    made = Parser(prog, description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+    made = Parser(script, description)
     data = made.add_argument_group("data")
     data.add_argument("--data", default="digits", metavar="SOURCE", nargs="+", action=OneOrMore,
                       help="digits (built in), cifar10 and other names of torchvision's sets, "
                       "fake (noise), a folder of images, a tar, a folder of tars, a text list or a "
                       ".npy (docs/guide.md); several are joined in this order")
     source_flags(data)
-    data.add_argument("--limit", type=pos_int, metavar="N", help="number of images, evenly spaced")
     run = made.add_argument_group("run (none of these changes the method; --amp its precision)")
     run.add_argument("--output", metavar="FOLDER", help="default: in runs/, named by "
                      "script, data, backbone and method")
@@ -119,7 +124,7 @@ INDEX = "tar-index"  # the folder of tars' indexes, beside those of runs
 
 
 def source_flags(group) -> None:
-    """Where torchvision's data sets and the indexes of tars are."""
+    """Where torchvision's data sets and the indexes of tars are, and how many images to take."""
     group.add_argument("--data-root", default="data", metavar="FOLDER",
                        help="folder of torchvision's data sets")
     group.add_argument("--download", action=Switch, default=False,
@@ -127,6 +132,8 @@ def source_flags(group) -> None:
     group.add_argument("--index", metavar="FOLDER",
                        help=f"where indexes of tars are kept; default: {INDEX} beside --output, "
                        "or in runs/")
+    group.add_argument("--limit", type=pos_int, metavar="N",
+                       help="number of images (of each split), evenly spaced")
 
 
 def sources(args: argparse.Namespace) -> dict:
@@ -140,9 +147,8 @@ def sources(args: argparse.Namespace) -> dict:
 def test_flags(group) -> None:
     """Other test images, and fewer training images of every class."""
     group.add_argument("--test-data", metavar="SOURCE",
-                       help="tested on instead of the test split: a folder whose class folders "
-                       "are named as in training, or a list of lines `path label`; --data may "
-                       "then be such a folder or list as well")
+                       help="tested on instead of the test split: a folder of class folders named "
+                       "as in training, or a list `path label`; --data may then be one as well")
     group.add_argument("--limit-per-class", type=pos_int, metavar="K",
                        help="number of training images of every class, evenly spaced")
 
@@ -158,7 +164,7 @@ def channel_flags(group) -> None:
     group.add_argument("--std", type=positive, nargs="+", help="standard deviation of each channel")
 
 
-def arch_flag(group, archs) -> None:
+def arch_flag(group, archs, name: str = "--arch") -> None:
     """The backbone, one of some names (`backbones.check_name`)."""
     def arch(text):
         try:
@@ -166,7 +172,7 @@ def arch_flag(group, archs) -> None:
         except comm.RunError as error:
             raise argparse.ArgumentTypeError(error) from error
 
-    group.add_argument("--arch", type=arch, help=f"backbone: {' '.join(archs)}")
+    group.add_argument(name, type=arch, help=f"backbone: {' '.join(archs)}")
 
 
 def check_arch_flags(made: Parser, args: argparse.Namespace, argv) -> None:
@@ -218,8 +224,7 @@ def method_parser(script: str, description: str, archs, *, crops: str, batch_nor
                        help="run folder or weights file that the backbone starts from; the "
                        "recipe's learning rates are divided by 10, unless --lr is given")
     group.add_argument("--freeze-backbone-epochs", type=nonneg_int, metavar="E",
-                       help="epochs that only train what is behind the backbone; default: 1 with "
-                       "--init, else 0")
+                       help="epochs that spare the backbone; default: 1 with --init, else 0")
     arch_flag(group, archs)
     if batch_norm:
         group.add_argument("--stem", choices=("imagenet", "small"),
@@ -270,7 +275,7 @@ def parse(made: Parser, recipes: dict, argv=None) -> argparse.Namespace:
     made.add_argument_group("recipe").add_argument(
         "--recipe", choices=sorted(recipes), help="named defaults; default: the one named like "
         "--data, else imagenet")
-    first = Parser(made.prog, add_help=False, allow_abbrev=False)
+    first = Parser(made.prog, add_help=False)
     first.add_argument("--recipe")
     first.add_argument("--data", default="digits", nargs="+", action=OneOrMore)
     chosen, _ = first.parse_known_args(argv)
@@ -348,7 +353,7 @@ def processes() -> int:
 
 def peek(argv, flag: str, kind=int):
     """The value of a flag, before other defaults that depend on it are known."""
-    first = Parser(add_help=False, allow_abbrev=False)
+    first = Parser(add_help=False)
     first.add_argument(flag, type=kind, dest="value")
     return first.parse_known_args(argv)[0].value
 
@@ -411,4 +416,5 @@ two_or_more = _number(int, lambda v: v >= 2, "a whole number of at least 2")
 positive = _number(float, lambda v: 0 < v < math.inf, "a number above 0")
 not_negative = _number(float, lambda v: 0 <= v < math.inf, "a number of at least 0")
 fraction = _number(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
+share = _number(float, lambda v: 0 < v <= 1, "a number above 0, at most 1")
 number = _number(float, math.isfinite, "a number")

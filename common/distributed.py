@@ -36,6 +36,10 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def part(self, count: int) -> slice:
+        """This process's contiguous part of so many things."""
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
 
 def setup(device: str = "auto", deterministic: bool = False) -> World:
     """Join the process group that torchrun describes, if any, and choose the device.
@@ -59,14 +63,12 @@ def setup(device: str = "auto", deterministic: bool = False) -> World:
     target = torch.device(kind)
     if kind == "cuda":
         target = torch.device(kind, 0 if one_each else local_rank)
-    if kind == "cuda":
         if not torch.cuda.is_available():
             raise RunError("--device cuda: torch sees no CUDA device; use --device cpu or auto")
         if local_size > torch.cuda.device_count() and not one_each:
-            raise RunError(
-                f"{local_size} processes need a GPU each and there are "
-                f"{torch.cuda.device_count()}; lower --nproc_per_node or pass --device cpu"
-            )
+            raise RunError(f"{local_size} processes need a GPU each and there are "
+                           f"{torch.cuda.device_count()}; lower --nproc_per_node or pass --device "
+                           "cpu")
         torch.cuda.set_device(target)
         torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
@@ -360,6 +362,12 @@ def sum_over_processes(x: Tensor) -> Tensor:
 def mean_over_processes(x: Tensor) -> Tensor:
     """Average a tensor over processes, detached."""
     return x.detach() if size() == 1 else sum_over_processes(x) / size()
+
+
+def average_gradients(module: nn.Module) -> None:
+    """Average a module's gradients over processes, as DDP does."""
+    for parameter in module.parameters():
+        parameter.grad = mean_over_processes(parameter.grad)
 
 
 def all_gather_objects(value) -> list:

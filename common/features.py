@@ -15,7 +15,7 @@ import os
 import statistics
 import string
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -25,15 +25,15 @@ from torch import Tensor, nn
 from common import augment, backbones, cli, distributed as comm, labelled, optim, trunks, weights
 from common.checkpoint import atomic_write
 from common.distributed import RunError, World
-from common.workers import end_if_unsent, read_ahead, workers_for
+from common.images import UnreadableImage
+from common.workers import end_if_unsent, made_ahead
 
 # ------------------------------------------------------------------------------------- command line
 
 
-def parser(
-    script: str, description: str, *, resnet_layer: str = "avgpool",
-    resize: str = "the image size up to 96 px, 256/224 of it above", several: bool = True,
-) -> cli.Parser:
+def parser(script: str, description: str, *, resnet_layer: str = "avgpool",
+           resize: str = "the image size up to 96 px, 256/224 of it above",
+           several: bool = True) -> cli.Parser:
     """Make an evaluation's parser; flags that default to those of a run are None.
 
     Args:
@@ -41,23 +41,19 @@ def parser(
         resize: the default of this flag, in words.
         several: whether one call takes several checkpoints and layers.
     """
-    made = cli.Parser(os.path.basename(script), description=description,
-                      formatter_class=cli.HelpFormatter, allow_abbrev=False)
+    made = cli.Parser(script, description)
     group = made.add_argument_group("features")
     which = group.add_mutually_exclusive_group(required=True)
     which.add_argument("--checkpoint", nargs="+" if several else 1, metavar="WHAT",
-                       help="run folders, weights files, random, pixels" if several else
-                       "one run folder or weights file, random or pixels")
+                       help="run folders, weights files, random, pixels")
     which.add_argument("--features", nargs="+" if several else 1, metavar="FILE",
-                       help="files made by --save-features, instead of checkpoints and images"
-                       if several else "one file made by --save-features, instead of these")
+                       help="files made by --save-features, instead of checkpoints and images")
     group.add_argument("--save-features", metavar="FILE",
                        help="write the features of the one checkpoint to a .npz")
     group.add_argument("--layers", nargs="+" if several else 1, metavar="LAYER",
-                       help="ResNet: conv1 res2 res3 res4 res5 avgpool, averaged over each map "
-                       "or, as in res4-grid, to about 9,000 numbers; transformer: cls patches "
-                       f"cls4 patches4 (of the last 4 blocks); default: {resnet_layer}, cls, or "
-                       "without a class token patches")
+                       help="ResNet: conv1 res2 res3 res4 res5 avgpool, means of maps or, as in "
+                       "res4-grid, about 9,000 numbers; transformer: cls patches cls4 patches4 (of "
+                       f"the last 4 blocks); default: {resnet_layer}; cls, else patches")
     made.set_defaults(resnet_layer=resnet_layer)
     group = made.add_argument_group("images (default: as the first run among the checkpoints)")
     group.add_argument("--data", help="labelled images, with a train and a test split")
@@ -67,8 +63,6 @@ def parser(
     group.add_argument("--resize", type=cli.pos_int,
                        help=f"shorter side before the central crop; default: {resize}")
     cli.channel_flags(group)
-    group.add_argument("--limit", type=cli.pos_int, metavar="N",
-                       help="number of images of each split, evenly spaced")
     backbone_flags(made.add_argument_group("backbone (default: as above)"))
     run_flags(made.add_argument_group("run"))
     return made
@@ -82,10 +76,25 @@ def run_flags(group) -> None:
                        help="loader processes; default: the share of the cores, 0 if no files")
     group.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="device")
     group.add_argument("--amp", choices=("none", "tf32", "bf16", "fp16"),
-                       help="precision of the frozen backbone; default: none, which keeps float32 "
-                       "(but convolutions on CUDA in TF32, as torch has it); tf32: matrix products "
-                       "on CUDA too; bf16, fp16: autocast, other numbers from the third digit on")
+                       help="precision of the frozen backbone; default: none, float32 (on CUDA "
+                       "convolutions in TF32); tf32: matrix products too; bf16, fp16: autocast")
     group.add_argument("--seed", type=cli.nonneg_int, default=0, help="random seed")
+
+
+HEAD_FLAGS = ("epochs", "train_batch_size", "lr", "flip")  # None: as published
+
+
+def head_flags(group, output: str) -> None:
+    """How an evaluation trains heads, in folders below one of its own."""
+    group.add_argument("--epochs", type=cli.pos_int, help="passes; what is told in epochs scales")
+    group.add_argument("--train-batch-size", type=cli.pos_int, metavar="N",
+                       help="global batch; default: as published, or the largest power of two")
+    group.add_argument("--lr", type=cli.positive, help="learning rate per 256 images")
+    group.add_argument("--flip", action=cli.Switch,
+                       help="mirror half of the crops; default: yes, but for images of digits")
+    group.add_argument("--output", metavar="FOLDER", default=output,
+                       help="parent of the heads' folders")
+    cli.run_flags(group)
 
 
 def backbone_flags(group) -> None:
@@ -107,8 +116,7 @@ def parse(made: cli.Parser, argv=None) -> argparse.Namespace:
     if args.features:
         for name in (*DIGITS, "test_data", "resize", "limit", "limit_per_class", "workers", "amp"):
             if getattr(args, name) is not None:
-                made.error(f"--{name.replace('_', '-')} does not go with --features, whose images "
-                           "and backbone are fixed")
+                made.error(f"--{name.replace('_', '-')} does not go with --features")
     if args.limit and args.limit_per_class:
         made.error(f"--limit {args.limit} and --limit-per-class {args.limit_per_class}: give one")
     args.amp = args.amp or "none"
@@ -136,10 +144,9 @@ DIGITS = dict(
     data="digits", arch="resnet_tiny", stem="small", patch_size=4, image_size=16, in_chans=3,
     mean=[0.5], std=[0.5], bits=8, exif_orientation=False,
 )
-FOLDER = dict(
-    arch="resnet50", stem="imagenet", patch_size=16, image_size=224, in_chans=3,
+FOLDER = DIGITS | dict(
+    arch="resnet50", stem="imagenet", patch_size=16, image_size=224,
     mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225],
-    bits=8, exif_orientation=False,
 )
 SAID = (*DIGITS, *backbones.VIT_PARTS)  # what a run says of images and backbone
 
@@ -153,22 +160,21 @@ class Checkpoint:
     settings: dict  # what the file and the run that made it say; empty if nothing does
 
 
-def resolve_checkpoint(name: str, flag: str = "--checkpoint", baselines: str = "") -> Checkpoint:
-    """Look up `random`, `pixels`, a run folder, or a file, maybe with a run.json beside it.
+def resolve_checkpoint(name: str, flag: str = "--checkpoint",
+                       baselines: tuple = ("random", "pixels")) -> Checkpoint:
+    """Look up one of some baselines, a run folder, or a file, maybe with a run.json beside it.
 
     What a file says of itself (`checkpoint.described`) counts more than the run.json.
 
     Raises:
         RunError: nothing of that name, or a run folder without a backbone.
     """
-    if name in ("random", "pixels"):
+    if name in baselines:
         return Checkpoint(name, None, {})
     path = os.path.join(name, "backbone.pth") if os.path.isdir(name) else name
     if not os.path.isfile(path):
-        raise RunError(
-            f"{flag} {name}: no file {path}; give a run folder or a weights file"
-            + (baselines and f", or {baselines}")
-        )
+        raise RunError(f"{flag} {name}: no file {path}; give "
+                       f"{', '.join(('a run folder', 'a weights file', *baselines))}")
     described = os.path.join(os.path.dirname(path), "run.json")
     settings = {}
     if os.path.isfile(described):
@@ -272,6 +278,7 @@ class Source:
     also: tuple = ()  # further images to test on
     view: augment.View | None = None  # without random numbers
     protocol: str = ""  # what the images are, in words
+    warned: set = field(default_factory=set)
 
     def backbones(self):
         """Yield the frozen backbone: five untrained ones of `random`, None of a feature file."""
@@ -287,6 +294,12 @@ class Source:
         else:
             print_doubts(checkpoint, settings)
             yield freeze(build(settings), checkpoint.weights, self.world)
+
+    def warn(self, message: str) -> None:
+        """Print a warning, of several backbones once."""
+        if message not in self.warned:
+            self.warned.add(message)
+            comm.print_main(f"warning: {message}")
 
     @property
     def precision(self):
@@ -323,11 +336,7 @@ class Source:
         return found
 
     def split(self, backbone: nn.Module, images, function=None) -> "Split":
-        """Features of some images under one of the backbones.
-
-        Raises:
-            RunError: as `features`.
-        """
+        """Features of some images under one of the backbones, see `features`."""
         names = None if self.checkpoint.name == "pixels" else self.args.layers
         if names is None and backbones.is_resnet(backbone):
             names = [self.args.resnet_layer]
@@ -346,8 +355,7 @@ def checkpoints_of(args):
     Raises:
         RunError: something named is not there or does not fit.
     """
-    checkpoints = [resolve_checkpoint(name, baselines="random or pixels")
-                   for name in args.checkpoint or ()]
+    checkpoints = [resolve_checkpoint(name) for name in args.checkpoint or ()]
     shared = evaluation_settings(args, checkpoints) if checkpoints else {}
     for checkpoint in checkpoints:
         settings = dict(shared)
@@ -355,10 +363,9 @@ def checkpoints_of(args):
             settings = evaluation_settings(args, [checkpoint], shared["data"])
             trained_on = checkpoint.settings.get("data", shared["data"])
             if trained_on != shared["data"] and not args.data:
-                comm.print_main(f"warning: {checkpoint.name} was trained on "
-                                f"{cli.as_given(trained_on)}, and is evaluated on "
-                                f"{cli.as_given(shared['data'])} like the first run; --data "
-                                "chooses")
+                before, now = map(cli.as_given, (trained_on, shared["data"]))
+                comm.print_main(f"warning: {checkpoint.name} was trained on {before}, and is "
+                                f"evaluated on {now} like the first run; --data chooses")
         settings["trained_size"] = checkpoint.settings.get("image_size", settings["image_size"])
         yield checkpoint, settings
 
@@ -375,8 +382,7 @@ def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
 
     Args:
         args: of `parse`.
-        interpolation, crop: of the view, which is this step and the normalisation. The shorter side
-            becomes `--resize`, else the image size up to 96 px, 8/7 of it above.
+        interpolation, crop: of the view (`central_view`).
         several_classes: whether labels (N, C) are taken as well, of images that show several.
         open_splits: what opens both splits; of `labelled.open_unlabelled` the test split and labels
             may be None. One that is both is passed through a backbone once.
@@ -434,11 +440,8 @@ def central_view(settings: dict, crop, interpolation: str, resize: int | None = 
     return augment.View(size, steps, settings["in_chans"])
 
 
-class Pixels(nn.Module):
+class Pixels(nn.Flatten):
     """The baseline that learns nothing: the normalised image is its feature."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return images.flatten(1)
 
 
 def build(settings: dict, positions: str = "sincos", drop_path: float = 0.0) -> nn.Module:
@@ -597,39 +600,29 @@ def pool_to_grid(name: str, x: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------- one pass
 
 
-class Chunks(torch.utils.data.Dataset):
-    """Item `range` is these images through a view without random numbers, or an error's message.
+def crops_of(view: augment.View, blanks: bool, images, rows: range) -> tuple[Tensor, Tensor, list]:
+    """Some images through a view without random numbers, what it draws, and a note of the images'.
 
-    With `blanks`, an image that cannot be read is black instead.
+    With `blanks`, an image that cannot be decoded is black.
     """
-
-    def __init__(self, images, view, blanks: bool = False):
-        self.images, self.view, self.blanks = images, view, blanks
-
-    def __getitem__(self, rows: range):
-        crops = []
-        for index in rows:
-            try:
-                planes = self.images.read(index)
-            except RunError as error:
-                return str(error)
-            except Exception as error:  # Pillow's decoders raise what they like
-                if not self.blanks:
-                    return f"{self.images.name(index)} cannot be read: {error}"
-                blank = Image.new("F" if self.images.bits == 16 else "L", self.view.size[::-1])
-                planes = [blank] * self.view.channels
-            sizes = np.array([planes[0].size[::-1]])
-            geometry, colour = self.view.draw(np.empty((1, 0)), sizes)
-            crops.append(torch.from_numpy(self.view.crop(planes, [g[0] for g in geometry]).copy()))
-        colours = torch.from_numpy(colour).expand(len(crops), -1)
-        return torch.stack(crops), colours, self.images.notes[:1]
+    crops = []
+    for index in rows:
+        try:
+            planes = images.read_or_name(index)
+        except UnreadableImage:
+            if not blanks:
+                raise
+            blank = Image.new("F" if images.bits == 16 else "L", view.size[::-1])
+            planes = [blank] * view.channels
+        geometry, colour = view.draw(np.empty((1, 0)), np.array([planes[0].size[::-1]]))
+        crops.append(torch.from_numpy(view.crop(planes, [g[0] for g in geometry]).copy()))
+    return torch.stack(crops), torch.from_numpy(colour).expand(len(crops), -1), images.notes[:1]
 
 
 @torch.no_grad()
-def extract(
-    function, images, view, world: World, *, batch_size: int, workers: int | None,
-    labels: Tensor | None = None, start_worker=end_if_unsent, blanks: bool = False,
-) -> dict[str, Tensor]:
+def extract(function, images, view, world: World, *, batch_size: int, workers: int | None,
+            labels: Tensor | None = None, start_worker=end_if_unsent,
+            blanks: bool = False) -> dict[str, Tensor]:
     """Apply `function` to one view of every image, each process taking a contiguous part.
 
     A process takes whole batches, so the features are the same bit for bit on any number of
@@ -651,16 +644,12 @@ def extract(
     """
     n = len(images)
     chunks = [range(start, min(start + batch_size, n)) for start in range(0, n, batch_size)]
-    parts = [len(chunks) * rank // world.size for rank in range(world.size + 1)]
-    local = chunks[parts[world.rank] : parts[world.rank + 1]]
-    loader = read_ahead(Chunks(images, view, blanks), local, workers_for(images, workers),
-                        pin_memory=world.device.type == "cuda", worker_init_fn=start_worker)
+    local = chunks[world.part(len(chunks))]
+    made = made_ahead(functools.partial(crops_of, view, blanks), images, local, workers,
+                      world.device, start_worker)
     found, notes = {}, []
     with comm.same_error_on_all_ranks():
-        for chunk, loaded in zip(local, loader, strict=True):
-            if isinstance(loaded, str):
-                raise RunError(loaded)
-            *loaded, new = loaded
+        for chunk, (*loaded, new) in zip(local, made, strict=True):
             notes = notes or new
             given, part = [view.finish(*loaded, world.device)], slice(chunk.start, chunk.stop)
             if labels is not None:
@@ -675,7 +664,8 @@ def extract(
     widths = next(w for w, _ in told if w)  # some process may have no image
     for note in [note for _, notes in told for note in notes][:1]:
         comm.print_main(note)
-    bounds = [min(part * batch_size, n) for part in parts]
+    bounds = [min(len(chunks) * rank // world.size * batch_size, n)
+              for rank in range(world.size + 1)]
     for name, width in widths.items():
         comm.broadcast_rows(found.setdefault(name, torch.empty(n, width)), bounds)
     return {name: found[name] for name in widths}
@@ -758,10 +748,8 @@ def write(features: Features, path: str, world: World) -> None:
     for name, split in (("train", features.train), ("test", features.test)):
         arrays |= {f"{name}/{layer}": rows.numpy() for layer, rows in split.layers.items()}
         arrays |= {f"{name}/labels": split.labels, f"{name}/index": split.index}
-    folder = os.path.dirname(path) or "."
-    with comm.same_error_on_all_ranks(writing=folder):
+    with comm.same_error_on_all_ranks(writing=path):
         if world.is_main:
-            os.makedirs(folder, exist_ok=True)
             with atomic_write(path) as file:
                 np.savez(file, **arrays)
     comm.print_main(f"features written to {path}")

@@ -40,6 +40,10 @@ class RefusedImage(RunError):
     """An image that must not be replaced by another one, but stop the run."""
 
 
+class UnreadableImage(RunError):
+    """An image that cannot be decoded."""
+
+
 class Images:
     """What all sources have: labels, and a subset of images that know their place in the whole.
 
@@ -72,6 +76,20 @@ class Images:
         if self.bits == 8 or planes[0].mode == "F":
             return planes
         return [as_float(np.asarray(band, np.float32) * 257) for p in planes for band in p.split()]
+
+    def read_or_name(self, index: int) -> list[Image.Image]:
+        """`read`, whose every error is a RunError that names the image."""
+        try:
+            return self.read(index)
+        except RunError:
+            raise
+        except Exception as error:  # Pillow's decoders raise what they like
+            raise UnreadableImage(f"{self.name(index)} cannot be read: {error}") from error
+
+    def converted(self, image: Image.Image) -> list[Image.Image]:
+        """An image of 8 bits a channel as planes, see `read`."""
+        pixels = image.convert(MODES[self.channels])
+        return list(pixels.split()) if self.channels == 4 else [pixels]
 
     def renumbered(self, indices: np.ndarray) -> "Images":
         """Some of the images as a data set of their own."""
@@ -175,8 +193,7 @@ class EncodedImages(Images):
             if not is_deep(image):
                 if image.mode == "P" and self.channels != 4:  # of which Pillow would warn
                     image.info.pop("transparency", None)
-                pixels = image.convert(MODES[self.channels])
-                planes = list(pixels.split()) if self.channels == 4 else [pixels]
+                planes = self.converted(image)
             elif self.bits == 16:
                 planes = deep_planes(image, lambda: Image.open(file), name, self.channels)
             else:
@@ -208,8 +225,7 @@ class FileImages(EncodedImages):
     """
 
     def __init__(self, paths, labels: np.ndarray | None, channels: int, root: str):
-        paths = np.array([os.fsencode(path) for path in paths])  # a byte a character, not four
-        super().__init__(paths, labels, channels)
+        super().__init__(shards.as_bytes(paths), labels, channels)
         self.root = root
 
     def name(self, index: int) -> str:
@@ -270,12 +286,7 @@ def identity_of_files(names: list[bytes]) -> str:
 
 
 class DecodedImages(Images):
-    """Images that a torchvision data set reads itself, as pairs (image, label).
-
-    Args:
-        loaded: the data set. name: of it.
-        channels: 1 (L), 3 (RGB) or 4 (RGBA).
-    """
+    """Images that a torchvision data set, of some name, reads itself: pairs (image, label)."""
 
     reads_files = True
 
@@ -292,8 +303,7 @@ class DecodedImages(Images):
         return f"{len(self)} images of {self.set}, crc32 of the rows {zlib.crc32(self.items):08x}"
 
     def load(self, index: int) -> list[Image.Image]:
-        pixels = self.loaded[self.items[index]][0].convert(MODES[self.channels])
-        return list(pixels.split()) if self.channels == 4 else [pixels]
+        return self.converted(self.loaded[self.items[index]][0])
 
 
 class JoinedImages(Images):
@@ -398,11 +408,10 @@ def as_float(values: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(values, np.float32))
 
 
-def open_images(
-    data: str | list[str], split: str, channels: int, *, root: str = "data", download: bool = False,
-    limit: int | None = None, whole: bool = False, classes: dict[str, int] | None = None,
-    index: str | None = None, bits: int = 8, exif_orientation: bool = False,
-):
+def open_images(data: str | list[str], split: str, channels: int, *, root: str = "data",
+                download: bool = False, limit: int | None = None, whole: bool = False,
+                classes: dict[str, int] | None = None, index: str | None = None, bits: int = 8,
+                exif_orientation: bool = False):
     """Open the images of one split of a data source.
 
     Args:
@@ -461,11 +470,6 @@ def open_images(
         else:
             raise RunError(f"--data {data}: no such file or folder, and no built-in name "
                            f"({' '.join(BUILT_IN)})")
-        if classes is not None and images.labels is not None and images.labels.ndim == 1:
-            unknown = sorted(set(images.labels.tolist()) - set(classes.values()))
-            if unknown:
-                raise RunError(f"--data {data}: labels that no training image has, such as "
-                               f"{unknown[0]}")
     images.bits, images.exif_orientation = bits, exif_orientation
     if images.labels is not None and images.labels.ndim == 1:
         images.present = np.unique(images.labels)
@@ -528,10 +532,8 @@ def torchvision_images(name: str, split: str, channels: int, root: str, download
     return images
 
 
-def folder(
-    root: str, split: str, channels: int, whole: bool = False, numbers: dict | None = None,
-    index: str | None = None,
-) -> EncodedImages:
+def folder(root: str, split: str, channels: int, whole: bool = False, numbers: dict | None = None,
+           index: str | None = None) -> EncodedImages:
     """Image files below a folder, or below its `train`, `val` or `test` folder if it has one.
 
     Labels are the class folders; pre-training never looks at them. A file beside class folders has
@@ -566,8 +568,7 @@ def folder(
     if not paths:
         raise RunError(f"--data {top}: no image file in it{beside} ({' '.join(EXTENSIONS)})")
     if tars:
-        comm.print_main(f"warning: tars beside image files are not read: {some(tars)}; pass them "
-                        "to --data")
+        comm.print_main(f"warning: not read beside images: {some(tars)}; pass them to --data")
     if held_out:
         comm.print_main(f"warning: {top}: {' and '.join(held_out)} taken for held-out images and "
                         "not trained on; a class needs another name")
@@ -643,10 +644,8 @@ def is_a_class(train: str, beside: list[str], like_a_split: bool) -> bool:
     return True
 
 
-def tar_images(
-    paths: list[str], root: str, split: str, channels: int, whole: bool = False,
-    numbers: dict | None = None, index: str | None = None,
-) -> TarImages:
+def tar_images(paths: list[str], root: str, split: str, channels: int, whole: bool = False,
+               numbers: dict | None = None, index: str | None = None) -> TarImages:
     """Images in tars, in the order of their names, as if each tar were a folder of its name.
 
     Folders that all images share are passed over. Splits are those of `folder`. The class of an
@@ -804,8 +803,7 @@ def walk(top: str, without=(), endings=EXTENSIONS):
     """
 
     def stop(error):
-        raise RunError(f"{error.filename}: {error.strerror}; make the folder readable, or move it "
-                       "out of --data")
+        raise RunError(f"{error.filename}: {error.strerror}; make the folder readable, or move it")
 
     for parent, folders, files in os.walk(top, followlinks=True, onerror=stop):
         inside = os.path.join(os.path.realpath(parent), "")

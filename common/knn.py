@@ -13,10 +13,8 @@ SMALL_BANK = 256  # rows that are compared in float64 at once
 BLOCK = 2**15  # rows of a bank on the GPU that queries are compared with at a time
 
 
-def knn_predict(
-    bank: Tensor, labels: Tensor, queries: Tensor, k: int, temperature: float, num_classes: int,
-    self_index: Tensor | None = None, chunk: int = 2048,
-) -> Tensor:
+def knn_predict(bank: Tensor, labels: Tensor, queries: Tensor, k: int, temperature: float,
+                num_classes: int, self_index: Tensor | None = None, chunk: int = 2048) -> Tensor:
     """Classify queries by their k nearest bank rows.
 
     Args:
@@ -41,10 +39,9 @@ def knn_predict(
     return torch.cat(scores) if scores else bank.new_zeros(0, num_classes, dtype=torch.float64)
 
 
-def count_right(
-    bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, settings: list, num_classes: int,
-    self_index: Tensor | None, chunk: int, by_class: Tensor | None = None,
-) -> Tensor:
+def count_right(bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, settings: list,
+                num_classes: int, self_index: Tensor | None, chunk: int,
+                by_class: Tensor | None = None) -> Tensor:
     """How many queries each (k, T) of `settings` classifies correctly, and how many are undecided.
 
     Rows are unit rows; the other arguments are those of `knn_predict`.
@@ -74,9 +71,8 @@ def count_right(
     return counts
 
 
-def nearest(
-    bank: Tensor, queries: Tensor, k: int, self_index: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def nearest(bank: Tensor, queries: Tensor, k: int,
+            self_index: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Find each query's k nearest bank rows by cosine, nearest first, of equal ones the lower row.
 
     They are found in the features' own precision. Where that cannot tell one from the next, float64
@@ -106,9 +102,8 @@ def nearest(
     return cosines[:, :k], rows[:, :k]
 
 
-def sort_by_similarity(
-    cosines: Tensor, rows: Tensor, self_index: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def sort_by_similarity(cosines: Tensor, rows: Tensor,
+                       self_index: Tensor | None) -> tuple[Tensor, Tensor]:
     """Sort float64 cosines and their rows (M, C), the highest first; `self_index` becomes -inf."""
     cosines = cosines.round(decimals=13)  # equal images have equal cosines, up to rounding
     if self_index is not None:

@@ -4,7 +4,6 @@
 which Pillow resizes without mixing values. Pixels that do not count are `IGNORED` in it.
 """
 
-import functools
 import math
 import os
 import zlib
@@ -19,7 +18,8 @@ from torch import Tensor
 from common import augment, cli, distributed as comm, images, rng
 from common.distributed import RunError, World
 from common.images import ArrayImages, FileImages, RefusedImage, evenly
-from common.workers import end_if_unsent, read_ahead, workers_for
+from common.shards import as_bytes
+from common.workers import end_if_unsent, made_ahead
 
 IGNORED = 255
 BUILT_IN = ("digits", "voc2012")
@@ -77,10 +77,9 @@ class MappedArrays(Mapped, ArrayImages):
         return self.labels[index]
 
 
-def open_mapped(
-    data: str, split: str, channels: int, *, labels: str | None, ignore, root: str = "data",
-    download: bool = False, limit: int | None = None, exif_orientation: bool = False,
-) -> MappedFiles | MappedArrays:
+def open_mapped(data: str, split: str, channels: int, *, labels: str | None, ignore,
+                root: str = "data", download: bool = False, limit: int | None = None,
+                exif_orientation: bool = False) -> MappedFiles | MappedArrays:
     """Open the images of a split, "train" or "test", with their label maps.
 
     Args:
@@ -105,8 +104,7 @@ def open_mapped(
             found = folders(data, labels, split, channels)
         else:
             raise RunError(f"--data {cli.as_given(data)} has no label maps; give one of "
-                           f"{' '.join(BUILT_IN)}, or a folder of images and, with "
-                           "--labels, that of their maps")
+                           f"{' '.join(BUILT_IN)}, or two folders: --data and --labels")
     found.ignore, found.exif_orientation = ignore, exif_orientation
     return found if limit is None else found.subset(evenly(len(found), limit))
 
@@ -117,16 +115,11 @@ def voc2012(split: str, channels: int, root: str, download: bool) -> MappedFiles
         loaded = torchvision.datasets.VOCSegmentation(
             root, year="2012", image_set="train" if split == "train" else "val", download=download)
     except (RuntimeError, OSError) as error:
-        raise RunError(f"--data voc2012: not (whole) under --data-root {root}, where the folder "
-                       "VOCdevkit/VOC2012 is wanted; pass --download to fetch it, or name another "
-                       "folder") from error
-    found = MappedFiles(loaded.images, paths(loaded.masks), channels, root)
+        raise RunError(f"--data voc2012: not (whole) under --data-root {root}, as VOCdevkit/VOC2012"
+                       "; pass --download to fetch it, or name another folder") from error
+    found = MappedFiles(loaded.images, as_bytes(loaded.masks), channels, root)
     found.class_names = VOC_CLASSES
     return found
-
-
-def paths(names) -> np.ndarray:
-    return np.array([os.fsencode(name) for name in names])
 
 
 def folders(data: str, labels: str, split: str, channels: int) -> MappedFiles:
@@ -145,7 +138,7 @@ def folders(data: str, labels: str, split: str, channels: int) -> MappedFiles:
     if missing:
         raise RunError(f"{len(missing)} of {len(found)} images have no label map, such as "
                        f"{missing[0][0]}, which needs {missing[0][1]}")
-    return MappedFiles(found, paths(wanted), channels, top)
+    return MappedFiles(found, as_bytes(wanted), channels, top)
 
 
 def split_folder(flag: str, folder: str, split: str) -> str:
@@ -186,8 +179,9 @@ def fitted(size: tuple[int, int], shorter: float) -> tuple[int, int]:
     return tuple(max(1, round(side * scale)) for side in size)
 
 
-def resized(planes: list[Image.Image], shorter: int) -> tuple[Tensor, Tensor, Tensor]:
+def resized(source, index: int, shorter: int) -> tuple[Tensor, Tensor, Tensor]:
     """An image (C, h, w) and its map (h, w), of the `fitted` size, and the map as it was; uint8."""
+    planes = source.read_or_name(index)
     size = fitted(planes[0].size, shorter)
     small = [np.asarray(plane.resize(size, Image.Resampling.BILINEAR)) for plane in planes]
     *pixels, classes = small
@@ -228,9 +222,6 @@ class ScaledCrop(augment.Step):
     geometric = resizes = True
     num_uniforms = 3
 
-    def draw(self, u, sizes):
-        return u
-
     def apply(self, plane, u, size):
         factor = self.factor[0] + (self.factor[1] - self.factor[0]) * u[0]
         plane = plane.resize(fitted(plane.size, self.resize * factor),
@@ -250,49 +241,20 @@ class ScaledCrop(augment.Step):
 # --------------------------------------------------------------------------------------- one by one
 
 
-class Read(torch.utils.data.Dataset):
-    """Item i is what a function makes of the planes of image i, or an error's message."""
-
-    def __init__(self, source, function):
-        self.source, self.function = source, function
-
-    def __getitem__(self, index: int):
-        try:
-            return self.function(self.source.read(index))
-        except RefusedImage as error:
-            return str(error)
-        except RunError as error:
-            return f"{self.source.name(index)}: {error}"
-        except Exception as error:  # Pillow's decoders raise what they like
-            return f"{self.source.name(index)} cannot be read: {error}"
-
-
 def each(source, function, world: World, workers: int | None):
-    """Yield (index, function(planes)) of this process's contiguous part of the images.
+    """Iterate over (index, function(source, index)) of this process's part of the images.
 
-    Args:
-        workers: loader processes; None: this process's share of the cores if there are files.
-
-    Raises:
-        RunError: an image or a map cannot be read; on this process alone.
+    An image or a map that cannot be read is a RunError, on this process alone.
     """
-    n = len(source)
-    part = range(n * world.rank // world.size, n * (world.rank + 1) // world.size)
-    loader = read_ahead(Read(source, function), part, workers_for(source, workers),
-                        worker_init_fn=end_if_unsent, pin_memory=world.device.type == "cuda")
-    for index, item in zip(part, loader, strict=True):
-        if isinstance(item, str):
-            raise RunError(item)
-        yield index, item
+    part = range(len(source))[world.part(len(source))]
+    made = made_ahead(function, source, part, workers, world.device, end_if_unsent)
+    return zip(part, made, strict=True)
 
 
-def size_and_counts(num_classes: int | None, planes: list[Image.Image]) -> tuple[Tensor, Tensor]:
-    """Width and height, and how many pixels there are of each number."""
+def size_and_counts(source, index: int) -> tuple[Tensor, Tensor]:
+    """Width and height, and how many pixels there are of each number (256,)."""
+    planes = source.read_or_name(index)
     counts = np.bincount(np.asarray(planes[-1]).ravel(), minlength=IGNORED + 1)
-    highest = np.flatnonzero(counts[:IGNORED]).max(initial=-1)
-    if num_classes is not None and highest >= num_classes:
-        raise RunError(f"class {highest} in its label map, and classes are 0 to {num_classes - 1} "
-                       "(raise --num-classes, or give the number to --ignore)")
     return torch.tensor(planes[0].size), torch.from_numpy(counts)
 
 
@@ -308,8 +270,12 @@ def survey(source, num_classes: int | None, world: World, workers) -> tuple[Tens
     """
     sizes, counts = torch.zeros(len(source), 2, dtype=torch.int64), torch.zeros(256).long()
     with comm.same_error_on_all_ranks():
-        function = functools.partial(size_and_counts, num_classes)
-        for index, (size, found) in each(source, function, world, workers):
+        for index, (size, found) in each(source, size_and_counts, world, workers):
+            beyond = found[num_classes or IGNORED : IGNORED].nonzero()
+            if len(beyond):
+                raise RunError(f"{source.name(index)}: class {num_classes + beyond[-1].item()} in "
+                               f"its label map, and classes are 0 to {num_classes - 1} (raise "
+                               "--num-classes, or give the number to --ignore)")
             sizes[index] = size
             counts += found
     return comm.sum_over_processes(sizes), comm.sum_over_processes(counts)

@@ -11,16 +11,15 @@ from torch import Tensor
 from common import cli, distributed as comm, rng
 from common.distributed import RunError
 from common.images import FileImages, NoSplit, open_images, some
-from common.labelled_sets import MEAN_PER_CLASS, NOTES, of_each_class
+from common.labelled_sets import MEAN_PER_CLASS, NOTES, class_members, of_each_class
 from common.log import Diverged
 
 # -------------------------------------------------------------------------------------- both splits
 
 
-def open_splits(
-    data: str, channels: int, *, test_data: str | None = None, limit_per_class: int | None = None,
-    several_classes: bool = False, limit: int | None = None, **options,
-) -> list:
+def open_splits(data: str, channels: int, *, test_data: str | None = None,
+                limit_per_class: int | None = None, several_classes: bool = False,
+                limit: int | None = None, **options) -> list:
     """Open the labelled images to train and to test on.
 
     Args:
@@ -74,7 +73,7 @@ def open_test(path: str, train, channels: int, flag: str = "--test-data", **opti
     check_labels(f"{flag} {path}", test, False)
     unseen = np.setdiff1d(test.present, train.present)
     if len(unseen):
-        told = [names[label] if names else str(label) for label in unseen]
+        told = [names[label] if label < len(names) else str(label) for label in unseen]
         raise RunError(f"{flag} {path}: no training image of {some(told)}")
     if shared := shared_files(train, test):
         comm.print_main(f"warning: {len(shared)} of the {len(test)} test images are training "
@@ -130,8 +129,7 @@ def rows_per_class(images, most: int) -> np.ndarray:
         empty = [names[label] for label in np.flatnonzero(counts == 0)]
         raise RunError(f"--limit-per-class {most}: no training image of {some(empty)}")
     if few := [names[label] for label in np.flatnonzero((counts > 0) & (counts < most))]:
-        comm.print_main(f"warning: --limit-per-class {most}: all there are of {some(few)}, "
-                        "which have fewer")
+        comm.print_main(f"warning: --limit-per-class {most}: {some(few)} have fewer")
     return of_each_class(images.labels, most)
 
 
@@ -152,7 +150,7 @@ def described(data: str, args, train, test) -> str:
 def image_flags(group) -> None:
     """What `labelled_images` opens, beside where the images come from."""
     part = group.add_mutually_exclusive_group()
-    part.add_argument("--train-fraction", type=cli.fraction, metavar="SHARE",
+    part.add_argument("--train-fraction", type=cli.share, metavar="SHARE",
                       help="class-balanced fraction of the training images")
     part.add_argument("--train-images", type=cli.pos_int, metavar="N",
                       help="so many, class-balanced")
@@ -175,8 +173,6 @@ def check_flags(parser: cli.Parser, args: argparse.Namespace, argv) -> None:
         parser.error(f"--limit {args.limit} and --limit-per-class {args.limit_per_class}: give one")
     if args.labels and (args.test_data or args.limit_per_class):
         parser.error(f"--labels {args.labels} goes with no --test-data and no --limit-per-class")
-    if args.train_fraction == 0:
-        parser.error("--train-fraction 0 leaves no image to train on")
     if args.sweep_head and not args.sweep:
         parser.error("--sweep-head goes with --sweep")
     for flag, other in (("--lr", "--sweep"), ("--head-lr", "--sweep-head")):
@@ -210,8 +206,7 @@ def labelled_images(args) -> tuple:
         elif args.train_images:
             train = train.subset(balanced(train.labels, args.train_images, args.seed))
         elif args.train_fraction:
-            train = train.subset(
-                class_balanced(train.labels, args.train_fraction, args.seed))
+            train = train.subset(class_balanced(train.labels, args.train_fraction, args.seed))
         test = train if args.labels else test
         return train, test, check_classes(train.labels, test.labels)
 
@@ -223,8 +218,7 @@ def check_classes(train: np.ndarray, test: np.ndarray) -> int:
     if missing or num_classes < 2:
         what = f"class {missing[0]} has no training image" if missing else (
             f"{num_classes} class, and there must be two")
-        raise RunError(f"{what} ({len(train)} images, {num_classes} classes); take more of "
-                           "them, or other labels")
+        raise RunError(f"{what} ({len(train)} images, {num_classes} classes); take more of them")
     return num_classes
 
 
@@ -236,12 +230,11 @@ def class_balanced(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray
     if fraction == 1:
         return np.arange(len(labels))
     rng = np.random.default_rng(seed)
-    classes = np.unique(labels)
-    members = [rng.permutation(np.flatnonzero(labels == c)) for c in classes]
-    order = rng.permutation(len(classes))  # who gets one of what does not divide
-    rounds = range(max(len(rows) for rows in members))
+    members = [rng.permutation(rows) for rows in class_members(labels)]
+    order = rng.permutation(len(members))  # who gets one of what does not divide
+    rounds = range(max(map(len, members)))
     taken = [members[c][i] for i in rounds for c in order if i < len(members[c])]
-    return np.sort(np.array(taken[: max(round(fraction * len(labels)), len(classes))]))
+    return np.sort(np.array(taken[: max(round(fraction * len(labels)), len(members))]))
 
 
 def balanced(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -252,15 +245,15 @@ def balanced(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     Raises:
         RunError: there are not as many images of a class.
     """
-    classes, sizes = np.unique(labels, return_counts=True)
-    taken = []
-    for place, (label, size) in enumerate(zip(classes, sizes, strict=True)):
-        wanted = count // len(classes) + (place < count % len(classes))
-        if not 0 < wanted <= size:
+    members, taken = class_members(labels), []
+    for place, rows in enumerate(members):
+        label = int(labels[rows[0]])
+        wanted = count // len(members) + (place < count % len(members))
+        if not 0 < wanted <= len(rows):
             raise RunError(f"--train-images {count}: {wanted} of class {label}, which has "
-                           f"{size} images; give another number")
-        order = rng.philox(seed, rng.SUBSET, int(label)).permutation(size)
-        taken.append(np.flatnonzero(labels == label)[order[:wanted]])
+                           f"{len(rows)} images; give another number")
+        order = rng.philox(seed, rng.SUBSET, label).permutation(len(rows))
+        taken.append(rows[order[:wanted]])
     return np.sort(np.concatenate(taken))
 
 

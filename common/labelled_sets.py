@@ -108,15 +108,20 @@ def divide(name: str, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def every_fifth(labels: np.ndarray) -> np.ndarray:
     """Whether an image is one of the fifth, tenth, ... of its class: bool (N,)."""
     found = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        found[np.flatnonzero(labels == label)[4::5]] = True
+    found[np.concatenate([rows[4::5] for rows in class_members(labels)])] = True
     return found
 
 
 def of_each_class(labels: np.ndarray, most: int) -> np.ndarray:
     """Rising rows of at most so many images of every class, evenly spaced among its images."""
-    members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-    return np.sort(np.concatenate([rows[evenly(len(rows), most)] for rows in members]))
+    return np.sort(np.concatenate([rows[evenly(len(rows), most)]
+                                   for rows in class_members(labels)]))
+
+
+def class_members(labels: np.ndarray) -> list[np.ndarray]:
+    """Rising rows of every class that there is, by rising class."""
+    order = np.argsort(labels, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
 
 
 def evenly(count: int, most: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from common import distributed as comm, rng
 from common.distributed import RunError, World
-from common.workers import default_workers, fork_workers, start_worker
+from common.workers import default_workers, read_ahead, start_worker
 
 FATAL, NOTE = -1, -2  # in a worker's report: stop the run; tell this once
 
@@ -51,15 +51,13 @@ class RankBatches(torch.utils.data.Dataset):
 
     def __getitem__(self, item: int):
         epoch, step = divmod(item, self.steps_per_epoch)
-        ordered_as = epoch if self.order_epoch is None else self.order_epoch
         order = self.order
         if order is None:
+            ordered_as = epoch if self.order_epoch is None else self.order_epoch
             order = rng.epoch_order(self.seed, ordered_as, len(self.images))
         problems = {}
-        decoded = [
-            self.read_or_replace(order, step, slot, problems)
-            for slot in range(self.first, self.first + self.share)
-        ]
+        decoded = [self.read_or_replace(order, step, slot, problems)
+                   for slot in range(self.first, self.first + self.share)]
         index = [i for i, _ in decoded]
         sizes = np.array([planes[0].size[::-1] for _, planes in decoded])
         parts = []
@@ -97,10 +95,8 @@ class RankBatches(torch.utils.data.Dataset):
             except Exception as error:  # Pillow's decoders raise what they like
                 reason = str(error).replace("\n", " ") or type(error).__name__
                 problems[index] = reason
-        problems[FATAL] = (
-            f"none of the {self.steps_per_epoch} images that could stand in slot {slot} of a batch "
-            f"can be read, such as {self.images.name(index)}: {problems[index]}"
-        )
+        problems[FATAL] = (f"no image that could stand in slot {slot} of a batch can be read, such "
+                           f"as {self.images.name(index)}: {problems[index]}")
         return index, self.blank()
 
     def blank(self) -> list[Image.Image]:
@@ -136,10 +132,9 @@ class Loader:
         RunError: fewer images than one batch; too many files that cannot be read.
     """
 
-    def __init__(
-        self, images, views, *, batch_size, epochs, seed, world: World, workers=None, start_step=0,
-        order_epoch=None, order=None, draw=None, multiprocessing_context=None,
-    ):
+    def __init__(self, images, views, *, batch_size, epochs, seed, world: World, workers=None,
+                 start_step=0, order_epoch=None, order=None, draw=None,
+                 multiprocessing_context=None):
         check_batch_size(images, batch_size, world)
         left_out = sorted({what for view in views for what in view.left_out})
         if left_out:
@@ -157,22 +152,12 @@ class Loader:
 
     def start(self, steps: range) -> None:
         """Start loader processes for so many steps."""
-        shares, workers = self.shares, min(self.workers, len(steps))
+        shares = self.shares
         # Large batches, as of many crops, are held to one waiting for each worker.
         large = shares.share * sum(v.channels * math.prod(v.size) for v in shares.views) > 2**26
-        with fork_workers(workers) as context:
-            self.batches = iter(
-                torch.utils.data.DataLoader(
-                    shares,
-                    batch_size=None,  # an item is a whole batch already
-                    sampler=steps,
-                    num_workers=workers,
-                    worker_init_fn=start_worker,
-                    prefetch_factor=(1 if large else 2) if workers else None,
-                    pin_memory=self.world.device.type == "cuda",
-                    multiprocessing_context=self.context or context,
-                )
-            )
+        self.batches = read_ahead(shares, steps, self.workers, self.world.device,
+                                  start_worker=start_worker, ahead=1 if large else 2,
+                                  context=self.context)
 
     def epoch(self, epoch: int):
         """The batches of an epoch that are still to come."""
@@ -212,10 +197,9 @@ class Loader:
         allowed = max(1, len(self.images) // 100)
         if len(self.bad_files) > allowed:
             first = min(self.bad_files)
-            raise RunError(
-                f"{len(self.bad_files)} of {len(self.images)} files cannot be read (at most "
-                f"{allowed} may), such as {self.images.name(first)}: {self.bad_files[first]}"
-            )
+            raise RunError(f"{len(self.bad_files)} of {len(self.images)} files cannot be read (at "
+                           f"most {allowed} may), such as {self.images.name(first)}: "
+                           f"{self.bad_files[first]}")
         if fatal:
             raise RunError(fatal)
         for i in sorted(joined):
@@ -231,11 +215,9 @@ def fitting_batch(batch_size: int, images, world: World) -> int:
     if batch_size > len(images):
         batch_size = 2 ** (len(images).bit_length() - 1)
     if batch_size % world.size:
-        raise RunError(f"--train-batch-size {batch_size} does not divide among {world.size} "
-                       "processes")
+        raise RunError(f"--train-batch-size {batch_size} does not divide by {world.size} processes")
     if batch_size < 2:
-        raise RunError(f"batches of 1 of {len(images)} training images, too few for batch norm; "
-                       "give 2 or more")
+        raise RunError(f"batches of 1 of {len(images)} training images: batch norm wants 2 or more")
     return batch_size
 
 

@@ -1,5 +1,6 @@
 """The log of a run: a JSON line every few steps, a progress line, and the watch for bad losses."""
 
+import datetime
 import json
 import math
 import os
@@ -32,10 +33,8 @@ class Log:
         floors, ceilings: collapse indicators by name, and the value below or above which to warn.
     """
 
-    def __init__(
-        self, folder: str, world: World, *, batch_size, total_steps, first_step, every,
-        chance_loss, floors, ceilings=None, tensorboard=False,
-    ):
+    def __init__(self, folder: str, world: World, *, batch_size, total_steps, first_step, every,
+                 chance_loss, floors, ceilings=None, tensorboard=False):
         self.path, self.world = os.path.join(folder, "log.jsonl"), world
         self.batch_size, self.total_steps, self.every = batch_size, total_steps, every
         self.chance_loss, self.floors, self.ceilings = chance_loss, floors, ceilings or {}
@@ -117,10 +116,8 @@ class Log:
         bad_steps = comm.all_gather_no_grad(self.bad_step[None]).tolist()
         bad_steps = [step for step in bad_steps if step >= 0]
         if bad_steps:
-            raise Diverged(
-                f"the loss of step {min(bad_steps)} is not finite; what was saved before it is "
-                "untouched; lower --lr, raise --warmup-epochs, or try --amp none"
-            )
+            raise Diverged(f"the loss of step {min(bad_steps)} is not finite; checkpoints are "
+                           "untouched; lower --lr, raise --warmup-epochs, or try --amp none")
 
     def warn(self, line: dict):
         """Name the collapse indicators out of bounds for two lines, once until they are back."""
@@ -131,8 +128,7 @@ class Log:
         for name, where in sorted(self.out & left.keys() - self.warned):
             self.warned.add((name, where))
             comm.print_main(f"warning: {name} is {line[name]:.3g}, {where} "
-                            f"{left[name, where]:.3g}: the embeddings collapse (docs/guide.md, "
-                            "symptoms)")
+                            f"{left[name, where]:.3g}: the embeddings collapse (docs/guide.md)")
         self.out = set(left)
 
     def show(self, line: dict):
@@ -141,10 +137,11 @@ class Log:
         if step == 1:
             chance = "" if self.chance_loss is None else f" (chance: {self.chance_loss:.4f})"
             comm.print_main(f"first loss {line['loss']:.4f}{chance}")
-        left = (self.total_steps - step) * self.batch_size / max(line["images_per_second"], 1e-9)
+        left = (self.total_steps - step) * self.batch_size / max(line["images_per_second"], 0.1)
+        left = datetime.timedelta(seconds=math.ceil(left))
         comm.print_main(
             f"epoch {line['epoch'] + 1}  step {step}/{self.total_steps}  loss {line['loss']:.4f}  "
-            f"lr {line['lr']:.4g}  {line['images_per_second']:.0f} img/s  eta {clock(left)}",
+            f"lr {line['lr']:.4g}  {line['images_per_second']:.0f} img/s  eta {left}",
             transient=step < self.total_steps,
         )
 
@@ -155,8 +152,3 @@ def memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-def clock(seconds: float) -> str:
-    minutes, seconds = divmod(math.ceil(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

@@ -99,10 +99,8 @@ def split_by_dimension(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.P
     return [p for p in trainable if p.ndim > 1], [p for p in trainable if p.ndim <= 1]
 
 
-def warmup_cosine(
-    *, start: float, base: float, final: float, warmup_steps: int, total_steps: int,
-    warmup_endpoint: bool,
-) -> list[float]:
+def warmup_cosine(*, start: float, base: float, final: float, warmup_steps: int, total_steps: int,
+                  warmup_endpoint: bool) -> list[float]:
     """A value for every step: linear from start to base, then a cosine to final.
 
     The cosine begins at `base` right after the warm-up and would reach `final` at step total_steps,

@@ -68,7 +68,7 @@ class Probe:
     def accuracy(self, train, test) -> float:
         """Share of the test images that their neighbours among the training images name rightly."""
         world, m = self.world, len(test)
-        shard = slice(m * world.rank // world.size, m * (world.rank + 1) // world.size)
+        shard = world.part(m)
         bank, queries = (normalize(x.to(world.device), dim=1) for x in (train, test[shard]))
         labels, truth = (torch.from_numpy(np.asarray(images.labels, dtype=np.int64))
                          for images in self.splits)

@@ -19,40 +19,21 @@ WARM_UP = 5  # steps before those that are recorded
 @contextlib.contextmanager
 def named_ranges(state: dict):
     """Name forwards and backward in a profile; optimisers name their steps themselves."""
-    hooks = []
-    for name, module in state.items():
-        if isinstance(module, nn.Module):
-            span = record_function(f"forward {name}")
-            hooks += [module.register_forward_pre_hook(lambda *_, span=span: begin(span)),
-                      module.register_forward_hook(lambda *_, span=span: end(span))]
-    backward = Tensor.backward
-
-    def named_backward(*args, **options):
-        with record_function("backward"):
-            return backward(*args, **options)
-
-    try:
-        with mock.patch.object(Tensor, "backward", named_backward):
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def begin(span) -> None:
-    span.__enter__()
-
-
-def end(span) -> None:
-    span.__exit__(None, None, None)
+    named = {f"forward {name}": (module, "forward") for name, module in state.items()
+             if isinstance(module, nn.Module)} | {"backward": (Tensor, "backward")}
+    with contextlib.ExitStack() as patches:
+        for name, (owner, method) in named.items():
+            with_name = record_function(name)(getattr(owner, method))
+            patches.enter_context(mock.patch.object(owner, method, with_name))
+        yield
 
 
 @contextlib.contextmanager
 def profiled(steps: int, state: dict, loader, folder: str, world: World):
     """Record so many steps after `WARM_UP` others; yields a function to call after every step.
 
-    It returns True once the steps are recorded: `trace.json` is in the folder then, and a table of
-    the costliest operators is printed.
+    It returns True as soon as the steps are recorded, and is not called again: `trace.json` is in
+    the folder then, and a table of the costliest operators is printed.
     """
     activities = [ProfilerActivity.CPU]
     if world.device.type == "cuda":
@@ -69,10 +50,9 @@ def profiled(steps: int, state: dict, loader, folder: str, world: World):
             profiler.start()
         if done[0] < WARM_UP + steps:
             return False
-        if done[0] == WARM_UP + steps:
-            seconds = time.perf_counter() - started[0]
-            profiler.stop()
-            report(profiler, steps, seconds, loader.wait_seconds - started[1], folder, world)
+        seconds = time.perf_counter() - started[0]
+        profiler.stop()
+        report(profiler, steps, seconds, loader.wait_seconds - started[1], folder, world)
         return True
 
     try:

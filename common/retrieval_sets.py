@@ -131,8 +131,7 @@ def copies(folder: str, channels: int) -> list[FileImages]:
                 distractors.append(path)
             elif "train" not in part.split(os.sep):
                 if not number:
-                    raise RunError(f"{path} begins with no number, which would tell what it is a "
-                                   "copy of")
+                    raise RunError(f"{path} begins with no number, which tells its original")
                 part_of = "original" if "original" in part else part
                 blocks.setdefault(part_of, []).append((path, int(number[0]) // 100))
     originals = sorted(blocks.pop("original", []))
@@ -144,8 +143,7 @@ def copies(folder: str, channels: int) -> list[FileImages]:
     for query, (part, path, block) in enumerate(asked):
         rows = np.flatnonzero(of_original == block)
         if not len(rows):
-            raise RunError(f"{path}: no original {block}00 in {folder}; the originals are in a "
-                           "folder of that name")
+            raise RunError(f"{path}: no original {block}00 in a folder original of {folder}")
         truth.setdefault(part, {})[query] = [rows, rows[:0]]
     paths = [path for path, _ in originals] + sorted(distractors)
     queries = FileImages([path for _, path, _ in asked], None, channels, folder)

@@ -62,8 +62,7 @@ def read_member(path: str, size: int, mtime: int, offset: int, count: int) -> by
     found = os.fstat(file.number)
     if (found.st_size, found.st_mtime_ns) != (size, mtime):
         opened.cache_clear()
-        raise RunError(f"{path} has changed since it was indexed; start again, and it is "
-                         "indexed anew")
+        raise RunError(f"{path} has changed since it was indexed; start again, to index it anew")
     return os.pread(file.number, count, offset)
 
 
@@ -211,8 +210,7 @@ def read_headers(path, file, bounds, inner, is_data, images, links, classes) -> 
             at, count, full = member.offset_data, member.size, inner + name
             links.pop(full, None)  # the last one of a name counts
             if member.issparse():
-                raise RunError(f"{where}: {name} is stored in pieces; make it again without "
-                               "--sparse")
+                raise RunError(f"{where}: {name} is stored in pieces; make it without --sparse")
             if member.isreg() and at + count > end:
                 raise RunError(f"{where} is cut short: {name} ends at byte {at + count - start:,} "
                                f"of {end - start:,}; fetch or make it again")
@@ -234,8 +232,7 @@ def read_headers(path, file, bounds, inner, is_data, images, links, classes) -> 
                 beside = posixpath.join(posixpath.dirname(name), member.linkname)
                 links[full] = len(inner), inner + posixpath.normpath(beside)
     except tarfile.TarError as error:
-        raise RunError(f"{where}: {error}: not a tar, or cut short; fetch or make it "
-                       "again") from error
+        raise RunError(f"{where}: {error}: not a tar, or cut short; fetch it again") from error
     file.seek(tar.offset)
     block = file.read(min(512, max(0, end - tar.offset)))
     if block != bytes(512):  # tarfile takes both for its end
@@ -243,8 +240,7 @@ def read_headers(path, file, bounds, inner, is_data, images, links, classes) -> 
         raise RunError(f"{where}: at byte {tar.offset - start:,} {what}; fetch or make it again")
     if file.read(min(2**20, max(0, end - tar.offset - 512))).strip(b"\0"):
         raise RunError(f"{where}: more follows behind its end at byte {tar.offset - start:,}, as "
-                       "of tars joined by cat; pass each of them to --data, or join them with tar "
-                       "--concatenate")
+                       "of tars joined by cat; pass each of them to --data")
 
 
 def class_of(name: str, classes: dict[str, bytes]) -> bytes:
@@ -262,4 +258,5 @@ def compressed(path: str) -> str:
 
 
 def as_bytes(names: list) -> np.ndarray:
+    """Names or paths as an array, of a byte a character, not four."""
     return np.array([os.fsencode(name) for name in names], dtype=bytes if names else "S1")

@@ -12,17 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import distributed as comm, features, labelled
+from common import distributed as comm, features, labelled, whitening
 
 LOGITS_AT_A_TIME = 2**25
 MANY_ROWS = 20_000  # from here on, one fold left out tells enough
 P_SPREAD = 0.05  # p (1 - p) of a usual probability p: the curvature that a logit is taken to have
 
 
-def cross_validated(
-    train, labels, test, truth, *, decays: list[float], folds: int, num_classes: int, seed: int,
-    world: comm.World, also=(),
-) -> dict:
+def cross_validated(train, labels, test, truth, *, decays: list[float], folds: int,
+                    num_classes: int, seed: int, world: comm.World, also=()) -> dict:
     """Choose a weight decay on the training rows, train on all of them, count on the test rows.
 
     Args:
@@ -41,7 +39,7 @@ def cross_validated(
 
     def local(rows, numbers):
         """This process's part, its standardised rows and its labels."""
-        part = slice(*(len(rows) * r // world.size for r in (world.rank, world.rank + 1)))
+        part = world.part(len(rows))
         x = rows[part].to(world.device, dtype, copy=True)
         x.sub_(mean.to(x)).mul_(scale.to(x))
         return part, x, torch.from_numpy(numbers[part]).to(world.device)
@@ -136,12 +134,9 @@ def principal_axes(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
     if x.shape[1] > 4096:  # would take longer than what it saves
         variances = comm.sum_over_processes(x.square().sum(0).double()) / n
         return torch.eye(len(variances), dtype=x.dtype, device=x.device), variances
-    covariance = comm.sum_over_processes((x.T @ x).double()) / n
-    variances, axes = torch.linalg.eigh(covariance)
-    joined = torch.cat([axes, variances[None]]).cpu().contiguous()
-    comm.copy_from_first(joined)  # the same ones on every machine
-    joined = joined[:, joined[-1] > 1e-12 * joined[-1].max()]
-    return joined[:-1], joined[-1]
+    _, variances, axes = whitening.principal_axes(x)
+    varies = variances > 1e-12 * variances[0]
+    return axes[:, varies], variances[varies]
 
 
 def fit(x: Tensor, y: Tensor, shares: Tensor, decays: Tensor, variances: Tensor, num_classes: int):
@@ -209,10 +204,8 @@ def cross_entropies(rows, labels, shares, decays, num_classes: int):
     return function
 
 
-def minimise(
-    function, points: Tensor, curvatures: Tensor, *, least: Tensor, tolerance: float,
-    iterations: int, memory: int = 10,
-) -> Tensor:
+def minimise(function, points: Tensor, curvatures: Tensor, *, least: Tensor, tolerance: float,
+             iterations: int, memory: int = 10) -> Tensor:
     """Minimise several smooth convex functions at once by L-BFGS with backtracking.
 
     Warns if some do not converge within the iterations or within rounding.

@@ -47,10 +47,8 @@ class Training:
         step: steps done. total_steps: of the whole run. steps_per_epoch.
     """
 
-    def __init__(
-        self, args, world, images, views, *, chance_loss=None, floors=None, ceilings=None,
-        settings=None, product="backbone.pth", draw=None, start="init",
-    ):
+    def __init__(self, args, world, images, views, *, chance_loss=None, floors=None, ceilings=None,
+                 settings=None, product="backbone.pth", draw=None, start="init"):
         self.args, self.world, self.images, self.views = args, world, images, views
         self.draw = draw
         self.bounds = dict(chance_loss=chance_loss, floors=floors or {}, ceilings=ceilings)
@@ -177,7 +175,10 @@ class Training:
                           **self.bounds)
         if self.every("probe_every") and not self.writer.has(self.step, "probe_effective_rank"):
             self.measure(export)
-        with self.profiler() as recorded:
+        profiler = contextlib.nullcontext(lambda: False)
+        if self.option("profile"):
+            profiler = profiled(args.profile, self.state, self.loader, args.output, self.world)
+        with profiler as recorded:
             for epoch in range(self.step // self.steps_per_epoch, args.epochs):
                 for batch in self.loader.epoch(epoch):
                     if self.frozen and self.step == self.frozen_steps:
@@ -226,12 +227,6 @@ class Training:
                             f"{numbers['probe_effective_rank']:.1f}")
         self.writer.append({"step": self.step, "epoch": epoch, **numbers})
         self.writer.last_time += time.perf_counter() - started
-
-    def profiler(self):
-        """`profiling.profiled`, or without `--profile` nothing."""
-        if not self.option("profile"):
-            return contextlib.nullcontext(lambda: False)
-        return profiled(self.args.profile, self.state, self.loader, self.args.output, self.world)
 
     def first_epoch(self, views):
         """Yield the first epoch's images once more before it, in crops that no epoch trains on."""
@@ -304,9 +299,7 @@ def starting_weights(args, flag: str) -> tuple[dict, str]:
             unknown, of another shape or not finite.
     """
     named = f"--{flag} {getattr(args, flag)}"
-    given = features.resolve_checkpoint(getattr(args, flag), f"--{flag}")
-    if given.weights is None:
-        raise RunError(f"{named}: give a run folder or a weights file")
+    given = features.resolve_checkpoint(getattr(args, flag), f"--{flag}", baselines=())
     if os.path.realpath(os.path.dirname(given.weights)) == os.path.realpath(args.output):
         raise RunError(f"{named} is in --output, where it would be replaced; choose "
                        "another --output")
@@ -324,8 +317,7 @@ def starting_weights(args, flag: str) -> tuple[dict, str]:
     state = backbone.state_dict()
     if wanted and backbone.grid != wanted:
         first, table = state["pos_embed"].tensor_split([-math.prod(backbone.grid)], dim=1)
-        table = backbones.resample_positions(table, backbone.grid, wanted,
-                                             backbone.antialias)
+        table = backbones.resample_positions(table, backbone.grid, wanted, backbone.antialias)
         state["pos_embed"] = torch.cat([first, table], dim=1)
         comm.print_main("positions resampled from {} x {} patches to {} x {}".format(
             *backbone.grid, *wanted))

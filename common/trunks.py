@@ -135,8 +135,7 @@ def check_sizes(backbone: nn.Module, in_chans: int, sizes: set) -> int | None:
         except Exception as error:
             raise RunError(refusal(backbone.foreign, size, error)) from error
         if not isinstance(features, Tensor) or features.ndim != 2:
-            raise RunError(f"{backbone.foreign} does not give features (N, D); choose another "
-                           "trunk")
+            raise RunError(f"{backbone.foreign} gives no features (N, D); choose another trunk")
         backbone.sizes |= {size, sides}
         width = features.shape[1]
     return width

@@ -80,8 +80,7 @@ def load_backbone(backbone: nn.Module, path: str) -> None:
     if isinstance(backbone, backbones.VisionTransformer):
         small = backbone.num_features == 384
         if layout == "MoCo v3" and small and backbone.blocks[0].attn.num_heads != 12:
-            raise RunError(f"{path} (MoCo v3) has 12 attention heads, which no tensor shows; pass "
-                           "--arch vit_small_12heads")
+            raise RunError(f"{path} (MoCo v3) has 12 attention heads: --arch vit_small_12heads")
         fit_transformer(backbone, found)
         ours = isinstance(getattr(loaded, "_metadata", {}).get("settings"), dict)
         backbone.antialias = backbone.reg_token is not None and not ours
@@ -304,8 +303,7 @@ def detect_layout(loaded: dict, wanted: dict, path: str, classifiers: tuple[str,
         if isinstance(loaded.get("state_dict"), dict):
             keys = [f"state_dict.{key}" for key in loaded["state_dict"]]
         if any(re.match(r"(state_dict\.)?features\.", WRAPPERS.sub("", key)) for key in keys):
-            raise RunError(f"{path} is an AlexNet or a VGG, as DeepCluster's are, which is not "
-                           "among the backbones")
+            raise RunError(f"{path} is an AlexNet or a VGG, which are not among the backbones")
         raise RunError(f"{path} is in no known layout, or of another --arch: it holds "
                        f"{' '.join(keys[:4]) or 'nothing'}")
     return best

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.backbones import resizing_matrix
+
 
 def starts(length: int, window: int, stride: int) -> list[int]:
     """Where windows begin along a side, the last one at its end."""
@@ -30,12 +32,9 @@ def enlarged(x: Tensor, size: tuple[int, int]) -> Tensor:
 
     As two matrix products, whose backward is deterministic on every device, and fast.
     """
-    with torch.no_grad():
-        down, across = (
-            F.interpolate(torch.eye(old, dtype=x.dtype, device=x.device)[None, :, None],
-                          size=(1, new), mode="bilinear")[0, :, 0]  # (old, new)
-            for old, new in zip(x.shape[2:], size, strict=True))
-    return down.T @ x @ across
+    down, across = (resizing_matrix(old, new, x, mode="bilinear")
+                    for old, new in zip(x.shape[2:], size, strict=True))
+    return down @ x @ across.T
 
 
 def scores_of_pixels(score, image: Tensor, window: int, stride: int, side: int) -> Tensor:
@@ -62,12 +61,10 @@ def enlarged_argmax(scores: Tensor, size: tuple[int, int], chunk: int = 16) -> T
 
     A few classes at a time, which bounds the memory.
     """
-    best, found = None, None
+    best = scores.new_full(size, -torch.inf)
+    found = torch.zeros(size, dtype=torch.int64, device=scores.device)
     for first in range(0, len(scores), chunk):
         part, which = enlarged(scores[None, first : first + chunk], size)[0].max(0)
-        if best is None:
-            best, found = part, which
-        else:
-            better = part > best
-            best, found = torch.where(better, part, best), torch.where(better, which + first, found)
+        better = part > best
+        best, found = torch.where(better, part, best), torch.where(better, which + first, found)
     return found

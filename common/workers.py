@@ -14,6 +14,7 @@ import time
 import torch
 
 from common import distributed as comm
+from common.distributed import RunError
 
 
 def default_workers() -> int:
@@ -29,26 +30,53 @@ def workers_for(images, workers: int | None) -> int:
     return default_workers() if images.reads_files else 0
 
 
-def read_ahead(dataset, items, workers: int, **options):
-    """An iterator over some items of a data set, which loader processes read; a torch loader's."""
+def read_ahead(dataset, items, workers: int, device: torch.device, *, start_worker,
+               ahead: int = 2, context=None):
+    """Iterate over some items of a data set, read by loader processes, which end with this one.
+
+    Args:
+        start_worker: what a loader process calls first.
+        ahead: items that each of them reads before they are asked for.
+        context: multiprocessing's, if not `worker_context`.
+    """
     workers = min(workers, len(items))
-    with fork_workers(workers) as context:
-        return iter(torch.utils.data.DataLoader(
-            dataset, sampler=items, batch_size=None, num_workers=workers,
-            multiprocessing_context=context, **options))
-
-
-@contextlib.contextmanager
-def fork_workers(workers: int):
-    """Yield the context to start loader processes in; they end with this one."""
-    context = worker_context() if workers else None
+    context = context or (worker_context() if workers else None)
     atexit.unregister(end_workers)
     atexit.register(end_workers)  # after multiprocessing's own, so that it runs before it
     gc.freeze()  # in the workers, whose collections would copy every page that they share
     try:
-        yield context
+        return iter(torch.utils.data.DataLoader(
+            dataset, sampler=items, batch_size=None, num_workers=workers,
+            worker_init_fn=start_worker, prefetch_factor=ahead if workers else None,
+            pin_memory=device.type == "cuda", multiprocessing_context=context))
     finally:
         gc.unfreeze()
+
+
+class Made(torch.utils.data.Dataset):
+    """Item i is what a function makes of images and i, or the message of a RunError."""
+
+    def __init__(self, function, images):
+        self.function, self.images = function, images
+
+    def __getitem__(self, item):
+        try:
+            return self.function(self.images, item)
+        except RunError as error:
+            return str(error)
+
+
+def made_ahead(function, images, items, workers: int | None, device: torch.device, start_worker):
+    """Yield function(images, item) of some items, made by loader processes; errors are RunErrors.
+
+    Without a number of them, it is this process's share of the cores if there are files.
+    """
+    workers = workers_for(images, workers)
+    for made in read_ahead(Made(function, images), items, workers, device,
+                           start_worker=start_worker):
+        if isinstance(made, str):
+            raise RunError(made)
+        yield made
 
 
 def worker_context(patience: float = 5.0):

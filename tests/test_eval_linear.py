@@ -29,9 +29,9 @@ ALONE = World(0, 1, torch.device("cpu"))
         (["--lr", "3"], "--lr does not go"),
         (["--protocol", "moco", "--save-features", "x.npz"], "--save-features does not go"),
         (["--protocol", "nobody"], "nobody"),
-        (["--train-fraction", "0"], "--train-fraction 0"),
+        (["--train-fraction", "0"], "--train-fraction: '0'"),
         (["--train-fraction", "1.5"], "'1.5'"),
-        (["--folds", "1"], "--folds 1"),
+        (["--folds", "1"], "--folds: '1'"),
     ],
 )
 def test_a_bad_argument_is_one_line_with_its_value(flags, named, capsys):

@@ -230,7 +230,7 @@ def of_rows(database, labels, queries, asked, *flags):
     found = features.Features("given", "", *split)
     world = eval_retrieval.comm.World(0, 1, torch.device("cpu"))
     args = eval_retrieval.parse_args(["--checkpoint", "pixels", *map(str, flags)])
-    return eval_retrieval.evaluate(found, None, args, world)
+    return eval_retrieval.evaluate(found, features.Source("given", args, world))
 
 
 def rows_and_labels(n=60, m=13, d=6, classes=4):
@@ -608,3 +608,13 @@ def test_a_copy_without_its_original_is_told(file, told, tmp_path):
     assert "no copies" in refused(*flags)
     save(tmp_path / "copydays" / file, (9, 9))
     assert told in refused(*flags)
+
+
+def test_a_warning_comes_once_and_the_last_line_says_what_was_pooled(monkeypatch):
+    monkeypatch.setattr(features, "RANDOM_INITIALISATIONS", 2)
+    text, line = run(*RANDOM, "--limit", 40, "--pool", "gem", "--scales", 1, 0.5, "--whiten",
+                     "digits")
+    assert text.count("so 39 dimensions are kept") == 1
+    assert [line[name] for name in ("pool", "p", "scales", "whiten", "whiten_dim", "max_side",
+                                    "leave_one_out")] == [
+        "gem", 4, [1, 0.5], "digits", None, None, None]

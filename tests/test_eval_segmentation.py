@@ -352,7 +352,7 @@ def test_maps_are_read_as_palette_gray_and_one_bit(tmp_path):
 
     def read(*ignore):
         source = label_maps.MappedFiles([tmp_path / "image.png"],
-                                        label_maps.paths([tmp_path / "x.png"]), 3, str(tmp_path))
+                                        label_maps.as_bytes([tmp_path / "x.png"]), 3, str(tmp_path))
         source.ignore = ignore
         found = np.asarray(source.read(0)[-1])
         assert found.dtype == np.uint8

@@ -35,7 +35,7 @@ def test_the_protocol_is_the_published_one():
 @pytest.mark.parametrize(
     "flags, named",
     [
-        (["--checkpoint", "pixels", "--folds", "1"], "--folds 1"),
+        (["--checkpoint", "pixels", "--folds", "1"], "--folds: '1'"),
         (["--checkpoint", "pixels", "--costs", "0"], "'0'"),
         (["--checkpoint", "pixels", "--low-shot", "-1"], "'-1'"),
         ([], "--checkpoint"),

@@ -68,7 +68,7 @@ def weights(tmp_path_factory):
     [
         (["--protocol", "nobody"], "nobody"),
         (["--data", "folder"], "--protocol: choose one for --data folder"),
-        (["--train-fraction", "0"], "--train-fraction 0"),
+        (["--train-fraction", "0"], "--train-fraction: '0'"),
         (["--train-fraction", "0.1", "--train-images", "10"], "not allowed with"),
         (["--protocol", "mae", "--arch", "resnet_tiny"], "vit_huge, not for resnet"),
         (["--drop-path", "0.1"], "drop path 0.1"),

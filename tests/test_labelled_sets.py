@@ -286,7 +286,7 @@ def test_classes_are_told_by_their_names(data, test, trained, labels, photos):
 @pytest.mark.parametrize("data, test, said", [
     ("all", "stranger", "class folders of .*stranger that the training set does not have: z"),
     ("all.txt", "new", "training set does not have: b c"),
-    ("all", "label.txt", "labels that no training image has, such as 3"),
+    ("all", "label.txt", "no training image of 3"),
     ("all", "all/a", "--test-data .*all/a: no class folders, so no labels"),
     ("all", "digits", "--test-data digits: no such folder or list"),
     ("all", "nothing", "--test-data .*nothing: no such folder or list"),
