@@ -517,8 +517,8 @@ def torchvision_images(name: str, split: str, channels: int, root: str, download
     try:
         loaded = getattr(torchvision.datasets, TORCHVISION[name])(root, download=download, **which)
     except RuntimeError as error:  # torchvision's word for files that are missing or damaged
-        raise RunError(f"--data {name}: not (whole) under --data-root {root}; pass --download to "
-                       "fetch it, or name the folder that has it") from error
+        raise RunError(f"--data {name}: missing or incomplete under --data-root {root}; pass "
+                       "--download to fetch it, or name the folder that has it") from error
     images = np.asarray(loaded.data)
     if name in ("stl10", "svhn"):
         images = images.transpose(0, 2, 3, 1)
