@@ -42,8 +42,9 @@ def parse_args(argv=None):
     group.add_argument("--num-clusters", type=cli.pos_int, required=True, metavar="K",
                        help="16000 in the paper, for ImageNet")
     group.add_argument("--kmeans-iterations", type=cli.pos_int, default=50, metavar="N",
-                       help="of assignment and mean, at most")
-    group.add_argument("--pca-dim", type=cli.pos_int, metavar="D", help="principal axes, whitened")
+                       help="most iterations of k-means")
+    group.add_argument("--pca-dim", type=cli.pos_int, metavar="D",
+                       help="whiten the features to so many principal axes")
     group.add_argument("--output", metavar="FOLDER", required=True, help="where the files go")
     args = features.parse(parser, argv)
     for flag in ("checkpoint", "features", "layers"):
