@@ -102,7 +102,8 @@ class ArrayImages(Images):
     def __init__(self, images, labels: np.ndarray | None, channels: int, rows=None):
         there = images.shape[3] if images.ndim == 4 else 1
         if there not in (1, channels) and not (there == 3 and channels == 1):
-            raise RunError(f"--in-chans {channels}: the images have {there} channels")
+            raise RunError(f"--in-chans {channels}: the images have {there} channels; "
+                           f"pass --in-chans {there}")
         super().__init__(np.arange(len(images)) if rows is None else rows, labels, channels)
         self.images = images
 
