@@ -138,7 +138,8 @@ def main(args):
             if world.is_main:
                 write(args.output, ending, assignment, images)
     path = os.path.join(args.output, "assignments.npy")
-    comm.print_main(f"to train on them: finetune.py --checkpoint random --labels {path}")
+    data = f" --data {cli.as_given(source.settings['data'])}" if source.settings else ""
+    comm.print_main(f"to train on them: finetune.py --checkpoint random{data} --labels {path}")
     features.print_json(line)
 
 
