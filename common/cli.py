@@ -87,8 +87,7 @@ def parser(script: str, description: str) -> Parser:
                       "fake (noise), a folder of images, a tar, a folder of tars, a text list or a "
                       ".npy (docs/guide.md); several are joined in this order")
     source_flags(data)
-    data.add_argument("--limit", type=pos_int, metavar="N",
-                      help="take so many of the images, evenly spaced")
+    data.add_argument("--limit", type=pos_int, metavar="N", help="number of images, evenly spaced")
     run = made.add_argument_group("run (none of these changes the method; --amp its precision)")
     run.add_argument("--output", metavar="FOLDER", help="default: in runs/, named by "
                      "script, data, backbone and method")

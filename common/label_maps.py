@@ -117,9 +117,9 @@ def voc2012(split: str, channels: int, root: str, download: bool) -> MappedFiles
         loaded = torchvision.datasets.VOCSegmentation(
             root, year="2012", image_set="train" if split == "train" else "val", download=download)
     except (RuntimeError, OSError) as error:
-        raise RunError(f"--data voc2012: missing or incomplete under --data-root {root}, where "
-                       "the folder VOCdevkit/VOC2012 is wanted; pass --download to fetch it, or "
-                       "name another folder") from error
+        raise RunError(f"--data voc2012: not (whole) under --data-root {root}, where the folder "
+                       "VOCdevkit/VOC2012 is wanted; pass --download to fetch it, or name another "
+                       "folder") from error
     found = MappedFiles(loaded.images, paths(loaded.masks), channels, root)
     found.class_names = VOC_CLASSES
     return found

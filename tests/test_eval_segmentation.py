@@ -390,7 +390,7 @@ def test_voc2012_is_read_as_torchvision_does(tmp_path):
     assert "2 training and 1 test images, 21 classes" in printed and "tvmonitor" in printed
     assert line["num_test"] == 1 and len(line["per_class"]) == 21
     (voc / "ImageSets" / "Segmentation" / "val.txt").unlink()
-    with pytest.raises(RunError, match="voc2012: missing or incomplete under"):
+    with pytest.raises(RunError, match="voc2012: not .whole. under"):
         evaluate("--checkpoint", "pixels", "--data", "voc2012", "--data-root", tmp_path)
 
 
