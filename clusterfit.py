@@ -41,8 +41,9 @@ def parse_args(argv=None):
     group.add_argument("--num-clusters", type=cli.pos_int, required=True, metavar="K",
                        help="16000 in the paper, for ImageNet")
     group.add_argument("--kmeans-iterations", type=cli.pos_int, default=50, metavar="N",
-                       help="of assignment and mean, at most")
-    group.add_argument("--pca-dim", type=cli.pos_int, metavar="D", help="principal axes, whitened")
+                       help="most iterations of k-means")
+    group.add_argument("--pca-dim", type=cli.pos_int, metavar="D",
+                       help="whiten the features to so many principal axes")
     group.add_argument("--output", metavar="FOLDER", required=True, help="where the files go")
     args = features.parse(parser, argv)
     if args.limit_per_class:
@@ -133,7 +134,8 @@ def main(args):
             if world.is_main:
                 write(args.output, ending, assignment, images)
     path = os.path.join(args.output, "assignments.npy")
-    comm.print_main(f"to train on them: finetune.py --checkpoint random --labels {path}")
+    data = f" --data {cli.as_given(source.settings['data'])}" if source.settings else ""
+    comm.print_main(f"to train on them: finetune.py --checkpoint random{data} --labels {path}")
     features.print_json(line)
 
 

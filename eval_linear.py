@@ -435,7 +435,8 @@ def main(args):
     world = comm.setup(args.device, deterministic=True)
     protocol = (PROTOCOLS | ATTENTIVE).get(args.protocol)
     if not protocol:
-        comm.print_main(f"auto: {len(args.weight_decays)} weight decays, {args.folds} folds")
+        part = f"; {args.train_fraction:g} of the training images" * (args.train_fraction < 1)
+        comm.print_main(f"auto: {len(args.weight_decays)} weight decays, {args.folds} folds{part}")
     table = []
     interpolation = protocol["resize"] if protocol else "bicubic"
     sources = list(features.sources(args, world, interpolation=interpolation,

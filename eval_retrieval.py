@@ -58,11 +58,11 @@ def parse_args(argv=None):
     parser = features.parser(__file__, __doc__)
     group = parser.add_argument_group("protocol")
     group.add_argument("--pool", choices=("cls", "avg", "gem", "rmac"),
-                       help="a map's way to a vector; default: cls, or without a class token avg")
+                       help="how a map becomes a vector; default: cls, without a class token avg")
     group.add_argument("--p", type=cli.positive, default=4.0,
                        help="exponent of GeM; 1: the mean of what is above 0")
     group.add_argument("--scales", type=cli.positive, nargs="+", default=[1.0], metavar="FACTOR",
-                       help="sizes to take features at; DINO's: 1 0.7071 0.5")
+                       help="image sizes to take features at, as factors; DINO's: 1 0.7071 0.5")
     group.add_argument("--max-side", type=cli.pos_int, metavar="PX",
                        help="whole images with a longer side of at most so many pixels, singly; "
                        "default: 1024 of revisited sets, of copies a square, else as for k-NN")

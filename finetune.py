@@ -121,7 +121,7 @@ def parse_args(argv=None):
     group.add_argument("--checkpoint", metavar="WHAT", required=True,
                        help="run folder or weights file to start from, or random")
     group.add_argument("--freeze-blocks", type=cli.nonneg_int, default=0, metavar="K",
-                       help="keep the stem and the first K blocks (of a ResNet: stages)")
+                       help="do not train the stem and the first K blocks (of a ResNet: stages)")
     features.backbone_flags(group)
     group = parser.add_argument_group("images (default: all to train on)")
     labelled.image_flags(group)
@@ -142,7 +142,7 @@ def parse_args(argv=None):
     group.add_argument("--sync-bn", action=cli.Switch, help="synchronised batch norm")
     group.add_argument("--drop-path", type=cli.fraction, help="stochastic depth of a transformer")
     cli.length_flags(group)
-    group.add_argument("--head-lr", type=cli.positive, help="of the linear layer, if another")
+    group.add_argument("--head-lr", type=cli.positive, help="the linear layer's, if not --lr")
     group.add_argument("--layer-decay", type=cli.fraction,
                        help="a block's rate as a share of the next one's")
     labelled.sweep_flags(group)

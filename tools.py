@@ -490,7 +490,7 @@ def flatten(args) -> None:
     with comm.same_error_on_all_ranks(writing=out), checkpoint.atomic_write(out) as file:
         file.write(text.encode())
     used = [name for name in flat.modules if any(name == piece.module for piece in flat.kept)]
-    comm.print_main(f"{args.out}: {len(text.splitlines())} lines; of common/ "
+    comm.print_main(f"{args.out}: {len(text.splitlines())} lines; with parts of common/: "
                     f"{', '.join(filter(None, used))}")
 
 

@@ -256,7 +256,8 @@ def print_doubts(checkpoint: Checkpoint, settings: dict) -> None:
         said, now = checkpoint.settings.get(name, settings[name]), settings[name]
         if list(said) != list(now) and len({*said, *now}) > 1:
             comm.print_main(f"warning: {as_flag(name, settings)}, and {checkpoint.name} was "
-                            f"trained with {as_flag(name, checkpoint.settings)}")
+                            f"trained with {as_flag(name, checkpoint.settings)}; repeat that, "
+                            "unless the change is meant")
 
 
 # ------------------------------------------------------------------------------------------ sources

@@ -120,7 +120,8 @@ class ArrayImages(Images):
     def __init__(self, images, labels: np.ndarray | None, channels: int, rows=None):
         there = images.shape[3] if images.ndim == 4 else 1
         if there not in (1, channels) and not (there == 3 and channels == 1):
-            raise RunError(f"--in-chans {channels}: the images have {there} channels")
+            raise RunError(f"--in-chans {channels}: the images have {there} channels; "
+                           f"pass --in-chans {there}")
         super().__init__(np.arange(len(images)) if rows is None else rows, labels, channels)
         self.images = images
 
@@ -521,8 +522,8 @@ def torchvision_images(name: str, split: str, channels: int, root: str, download
     try:
         loaded = getattr(torchvision.datasets, TORCHVISION[name])(root, download=download, **which)
     except RuntimeError as error:  # torchvision's word for files that are missing or damaged
-        raise RunError(f"--data {name}: not (whole) under --data-root {root}; pass --download to "
-                       "fetch it, or name the folder that has it") from error
+        raise RunError(f"--data {name}: missing or incomplete under --data-root {root}; pass "
+                       "--download to fetch it, or name the folder that has it") from error
     images = np.asarray(loaded.data)
     if name in ("stl10", "svhn"):
         images = images.transpose(0, 2, 3, 1)

@@ -153,10 +153,10 @@ def image_flags(group) -> None:
     part.add_argument("--train-fraction", type=cli.share, metavar="SHARE",
                       help="class-balanced fraction of the training images")
     part.add_argument("--train-images", type=cli.pos_int, metavar="N",
-                      help="so many, class-balanced")
-    part.add_argument("--subset-list", metavar="FILE", help="those that it names, one a line")
+                      help="number of training images, class-balanced")
+    part.add_argument("--subset-list", metavar="FILE", help="text file that names those to take")
     cli.test_flags(group)
-    group.add_argument("--labels", metavar="FILE", help=".npy of classes to train on instead")
+    group.add_argument("--labels", metavar="FILE", help=".npy of other classes to train on")
 
 
 def sweep_flags(group) -> None:

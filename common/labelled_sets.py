@@ -56,8 +56,8 @@ def read_set(name: str, split: str, root: str, download: bool) -> tuple:
         pairs = sorted((str(path), label) for part in parts for path, label in listed(part))
     except (RuntimeError, OSError, ValueError, KeyError) as error:
         reason = str(error).split("\n")[0].split(". You can use")[0]
-        raise RunError(f"--data {name}: not (whole) under --data-root {root} ({reason}); pass "
-                       "--download to fetch it, or name the folder that has it") from error
+        raise RunError(f"--data {name}: missing or incomplete under --data-root {root} ({reason}); "
+                       "pass --download to fetch it, or name the folder that has it") from error
     if not pairs:
         raise RunError(f"--data {name}: no image under --data-root {root}")
     labels = np.array([label for _, label in pairs], dtype=np.int64)

@@ -40,7 +40,9 @@ class Probe:
         except NoSplit as error:
             if args.probe_data:
                 raise NoSplit(str(error).replace("--data", "--probe-data", 1)) from error
-            comm.print_main(f"probe: effective rank alone, for there are no labels ({error})")
+            why = str(error).partition(";")[0]  # its remedy is an evaluation's
+            comm.print_main(f"probe: effective rank alone, for there are no labels ({why}); "
+                            "--probe-data can name images that have some")
             self.splits = [images.subset(evenly(len(images), RANKED))]
 
     def measure(self, backbone: nn.Module) -> dict[str, float]:

@@ -228,7 +228,7 @@ def test_a_class_is_divided_evenly_by_its_order_alone():
 
 @pytest.mark.parametrize("name", LABELLED)
 def test_a_set_that_is_not_there_is_one_line(name, tmp_path):
-    with pytest.raises(RunError, match=f"--data {name}: not .whole. under --data-root") as error:
+    with pytest.raises(RunError, match=f"--data {name}: missing or incomplete") as error:
         open_images(name, "train", 3, root=str(tmp_path))
     assert "\n" not in str(error.value)
 
@@ -236,7 +236,7 @@ def test_a_set_that_is_not_there_is_one_line(name, tmp_path):
 def test_a_folder_of_a_sets_name_is_reached_by_its_path(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     class_folders(tmp_path, {TRAIN: "cars/train"})
-    with pytest.raises(RunError, match="--data cars: not .whole."):
+    with pytest.raises(RunError, match="--data cars: missing or incomplete"):
         open_images("cars", "train", 3)
     assert "for the folder pass ./cars" in capsys.readouterr().out
     assert len(open_images("./cars", "train", 3)) == 6
@@ -245,7 +245,7 @@ def test_a_folder_of_a_sets_name_is_reached_by_its_path(tmp_path, monkeypatch, c
 def test_a_set_with_a_part_missing_is_one_line(tmp_path, monkeypatch):
     food101(tmp_path, monkeypatch)
     (tmp_path / "food-101/meta/test.json").unlink()
-    with pytest.raises(RunError, match=r"food101: not .whole.*test\.json"):
+    with pytest.raises(RunError, match=r"food101: missing or incomplete.*test\.json"):
         open_images("food101", "test", 3, root=str(tmp_path))
 
 
