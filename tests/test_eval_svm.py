@@ -612,11 +612,15 @@ def test_the_layer_is_chosen_on_the_training_images(tmp_path):
     for split in ("train", "test"):
         arrays |= {f"{split}/labels": labels, f"{split}/index": np.arange(60)}
     # One layer is better on the training images, the other one on the test images.
-    arrays |= {"train/a": rows(1), "test/a": rows(9), "train/b": rows(4), "test/b": rows(0)}
+    arrays |= {"train/b": rows(4), "test/b": rows(0), "train/a": rows(1), "test/a": rows(9)}
     np.savez(tmp_path / "f.npz", **arrays)
-    line = evaluate("--features", tmp_path / "f.npz", "--costs", 1, "--low-shot")
-    assert [r["layer"] for r in line["results"]] == ["a", "b"]
-    assert line["map"] == line["results"][1]["map"] < line["results"][0]["map"]
+    line = evaluate("--features", tmp_path / "f.npz", "--costs", 1, "--low-shot", 5)
+    assert [r["layer"] for r in line["results"]] == ["b", "a"]
+    assert line["map"] == line["results"][0]["map"] < line["results"][1]["map"]
+    assert line["low_shot"]["5"]["map"] < 0.7  # of the same layer, whose test images tell nothing
+    other = evaluate("--features", tmp_path / "f.npz", "--costs", 1, "--low-shot", "--layers", "a",
+                     "b")
+    assert other["map"] == line["map"] == other["results"][1]["map"]
 
 
 def test_digits_by_pixels_are_recognised():
