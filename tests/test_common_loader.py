@@ -8,7 +8,7 @@ from PIL import Image
 from common import augment, distributed as comm, rng, workers
 from common.distributed import RunError, World
 from common.images import ArrayImages, open_images
-from common.loader import Loader, RankBatches
+from common.loader import Loader, RankBatches, fitting_batch
 from helpers import random_images
 
 WORLD = World(0, 1, torch.device("cpu"))
@@ -169,6 +169,13 @@ def test_fewer_images_than_a_batch_names_both_and_a_size_that_fits():
     images = ArrayImages(random_images(10), None, 3)
     with pytest.raises(RunError, match=r"--batch-size 64 .*10 images.*--batch-size 10 fits"):
         loader(images, batch_size=64)
+
+
+def test_a_batch_that_images_do_not_fill_is_a_power_of_two():
+    images = ArrayImages(random_images(20), None, 3)
+    assert [fitting_batch(size, images, WORLD) for size in (6, 20, 21, 256)] == [6, 20, 16, 16]
+    with pytest.raises(RunError, match="too few for batch norm"):
+        fitting_batch(4, images.subset(np.arange(1)), WORLD)
 
 
 # --------------------------------------------------------------------------------- unreadable files
