@@ -323,6 +323,18 @@ def test_heads_are_tested_with_the_statistics_of_the_training(weights, tmp_path)
     assert line["top1"] == last["top1"] != first["top1"] and last["layer"] == "avgpool"
 
 
+def test_heads_train_as_if_alone(weights, tmp_path):
+    flags = ["--checkpoint", weights, "--protocol", "vissl", "--limit", 32, "--epochs", 2,
+             "--train-batch-size", 16, "--layers", "avgpool"]
+    found = []
+    for more in ([], ["res4-grid"]):
+        evaluate(*flags, *more, "--output", tmp_path / f"{len(more)}")
+        (folder,) = (tmp_path / f"{len(more)}").iterdir()
+        found.append(torch.load(folder / "heads.pth", weights_only=True))
+    one, two = found
+    assert len(one) < len(two) and all(torch.equal(one[key], two[key]) for key in one)
+
+
 def test_random_is_the_mean_of_five_initialisations(weights, tmp_path):
     files = []
     for seed in range(5):
@@ -344,10 +356,9 @@ def test_feature_files_stand_for_their_checkpoints(weights, tmp_path):
 
 
 def test_a_fraction_of_the_training_images(weights, tmp_path):
-    for flags in (FEW[2:], ["--protocol", "moco", "--epochs", 1, "--output", tmp_path]):
+    for flags in (FEW[2:], ["--protocol", "swav", "--epochs", 9, "--output", tmp_path]):
         line = evaluate("--checkpoint", "pixels", "--train-fraction", 0.1, *flags)
-        assert (line["num_train"], line["num_test"]) == (144, 355)
-        assert line["top1"] > 0.7 or line["protocol"] == "moco"
+        assert (line["num_train"], line["num_test"]) == (144, 355) and line["top1"] > 0.4
 
 
 @pytest.mark.parametrize("size", [2, 3])

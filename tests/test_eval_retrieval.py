@@ -90,6 +90,11 @@ def test_gem_equals_the_loop(p):
     np.testing.assert_allclose(eval_retrieval.gem(torch.from_numpy(maps), p), wanted, rtol=1e-12)
 
 
+def test_the_numbers_are_vissls():
+    args = eval_retrieval.parse_args(["--checkpoint", "random"])
+    assert (args.p, args.k, eval_retrieval.LEVELS) == (4, [1, 5, 10], 3)
+
+
 def test_gem_of_half_precision_and_of_large_maps_is_finite():
     maps = torch.from_numpy(np.abs(maps_of()))
     half = eval_retrieval.gem(maps.half(), 3.0)

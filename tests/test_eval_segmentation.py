@@ -317,6 +317,8 @@ def test_the_protocol_is_the_published_one():
     assert p["lr"] * p["batch_size"] / 256 == pytest.approx(1e-3) and p["weight_decay"] == 1e-3
     assert (p["steps"], p["warmup_steps"], p["dropout"]) == (40_000, 1500, 0.1)
     assert p["factor"] == (0.5, 2.0)
+    args = eval_segmentation.parse_args(["--checkpoint", "random"])
+    assert (args.k, args.temperature, args.memory) == (30, 0.02, 2**20)
 
 
 # ------------------------------------------------------------------------------ sources and views

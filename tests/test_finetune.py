@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import drill
+import eval_linear
 import finetune
 from common import augment, backbones, checkpoint, features, labelled, rng
 from common.distributed import RunError, World
@@ -165,6 +166,9 @@ def test_images_and_backbone_are_the_checkpoints(weights):
     args = parsed("--data", "cifar10")
     assert (args.protocol, args.arch, args.stem, args.image_size, args.flip) == (
         "small", "resnet18", "small", 32, True)
+    for signs in ("digits", "gtsrb", "mnist", "sst2", "svhn"):
+        assert not parsed("--data", signs, "--protocol", "vissl").flip
+    assert {*finetune.NOT_MIRRORED} == {*eval_linear.NOT_MIRRORED}
 
 
 # --------------------------------------------------------------------------------- training images
@@ -648,7 +652,7 @@ def test_a_sweep_chooses_on_images_that_it_leaves_out(tmp_path):
 
 
 def test_a_sweep_leaves_out_rates_that_diverge_and_stops_at_other_errors(tmp_path):
-    args = parsed("--sweep", 1, 2, 3, "--output", tmp_path)
+    args = parsed("--protocol", "semi_swav", "--sweep", 1, 2, 3, "--output", tmp_path)
     images, _, _ = labelled.labelled_images(args)
 
     def accuracy(tried, kept, held):
@@ -659,6 +663,7 @@ def test_a_sweep_leaves_out_rates_that_diverge_and_stops_at_other_errors(tmp_pat
 
     found = labelled.sweep(args, images, accuracy)
     assert [tried["lr"] for tried in found] == [3, 1]
+    assert [tried["head_lr"] for tried in found] == pytest.approx([750, 250])  # 5 / .02 as much
     assert labelled.sweep(args, images, lambda *given: None) is None
 
     def full(*given):
