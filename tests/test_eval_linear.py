@@ -209,14 +209,14 @@ def test_training_is_the_loop_written_out(name, interpolation, norm, init, rates
     """Of one batch an epoch: crops, lr x batch / 256, momentum, Nesterov's or LARS, decay."""
     torch.set_default_dtype(torch.float64)
     evaluate("--checkpoint", "pixels", "--protocol", name, "--epochs", len(rates), "--lr", 8,
-             "--limit", 16, "--output", tmp_path)
+             "--limit", 16, "--seed", 3, "--output", tmp_path)
     trained = torch.load(tmp_path / f"{name}-pixels/heads.pth", weights_only=True)
     images = open_images("digits", "train", 3, limit=16)
     view = augment.View(16, [augment.RandomResizedCrop((0.08, 1), (3 / 4, 4 / 3), interpolation),
                              augment.HorizontalFlip(p=0.0), augment.Normalize([0.5], [0.5])], 3)
-    loader = Loader(images, [view], batch_size=16, epochs=len(rates), seed=0, world=ALONE,
+    loader = Loader(images, [view], batch_size=16, epochs=len(rates), seed=3, world=ALONE,
                     workers=0)
-    torch.manual_seed(0)
+    torch.manual_seed(3)
     head = eval_linear.Head(768, 768, len(trained["pixels.linear.bias"]), norm, init)
     buffers = dict.fromkeys(dict(head.named_parameters()), 0)
     for epoch, rate in enumerate(rates):
@@ -307,6 +307,8 @@ def test_the_layer_is_chosen_on_the_training_images(tmp_path):
     line = evaluate("--features", tmp_path / "f.npz")
     assert [r["layer"] for r in line["results"]] == ["a", "b"]
     assert line["top1"] == line["results"][1]["top1"] < line["results"][0]["top1"]
+    other = evaluate("--features", tmp_path / "f.npz", "--seed", 1)  # other folds
+    assert other["results"][0]["validation"] != line["results"][0]["validation"]
 
 
 def test_several_layers_are_a_line_each(weights):
@@ -359,6 +361,9 @@ def test_a_fraction_of_the_training_images(weights, tmp_path):
     for flags in (FEW[2:], ["--protocol", "swav", "--epochs", 9, "--output", tmp_path]):
         line = evaluate("--checkpoint", "pixels", "--train-fraction", 0.1, *flags)
         assert (line["num_train"], line["num_test"]) == (144, 355) and line["top1"] > 0.4
+    flags = ["--checkpoint", "pixels", "--train-fraction", 0.02, *FEW[2:], "--seed"]
+    one, two = (evaluate(*flags, seed) for seed in (0, 1))
+    assert one["top1"] != two["top1"]
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -435,8 +440,10 @@ def test_other_settings_are_refused_and_a_finished_run_is_only_tested(weights, t
     written = (folder / "checkpoint.pt").stat().st_mtime_ns
     assert evaluate(*flags, "--epochs", 2) == line
     assert (folder / "checkpoint.pt").stat().st_mtime_ns == written
-    with pytest.raises(RunError, match=r"--lr is .* and was .*--no-resume"):
-        evaluate(*flags, "--epochs", 2, "--lr", 9)
+    for name, *value in (("--lr", 9), ("--seed", 1), ("--flip",), ("--image-size", 20),
+                         ("--std", 0.3)):
+        with pytest.raises(RunError, match=f"{name} is .* and was .*--no-resume"):
+            evaluate(*flags, "--epochs", 2, name, *value)
     evaluate(*flags, "--epochs", 2, "--lr", 9, "--no-resume")
 
 
