@@ -200,7 +200,8 @@ def test_batch_norm_is_not_decayed_and_lars_adapts_the_weights_only():
 
 
 @pytest.mark.parametrize("name, interpolation, norm, init, rates", [
-    ("moco", "bilinear", "none", "normal", [1, 1, 1, 0.1, 0.01]),
+    ("dino", "bilinear", "none", "normal",
+     [(1 + math.cos(math.pi * epoch / 5)) / 2 for epoch in range(5)]),
     ("vissl", "bilinear", "affine", "torch", [1, 1, 0.1, 0.1, 0.01, 0.01, 0.001]),
     ("mae", "bicubic", "plain", "truncated",
      [0, *((1 + math.cos(math.pi * step / 8)) / 2 for step in range(8))]),
