@@ -431,6 +431,11 @@ def test_an_image_and_its_map_are_cropped_alike(pictures):
     some = label_maps.ScaledCrop(24, (0.5, 1.5), fill=(9, 0, 0), interpolation="bilinear")
     small = some.apply(source.read(0)[1], np.array([0.25, 0, 0]), (32, 32))  # 3/4 of the size
     assert (np.asarray(small) != IGNORED).sum() == 18 * 24
+    twice = label_maps.ScaledCrop(24, (2, 2), fill=(9, 0, 0), interpolation="bilinear")
+    for plane, how in zip(source.read(0), ("BILINEAR", "NEAREST"), strict=True):
+        large = plane.resize((64, 48), Image.Resampling[how])
+        found = twice.apply(plane, np.array([0, 0.5, 0.25]), (32, 32))
+        assert np.array_equal(found, large.crop((16, 4, 48, 36)))
 
 
 def test_the_drawn_digits_are_the_same_everywhere_and_have_their_split():
