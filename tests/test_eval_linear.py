@@ -149,6 +149,8 @@ def test_the_layers_of_the_protocols():
     assert eval_linear.protocol_layers("dino", resnet) == ["avgpool"]
     assert eval_linear.protocol_layers("dino", vit) == ["cls4"]
     assert eval_linear.protocol_layers("mae", vit) == ["cls"]
+    vit.num_features = 384  # as ViT-S
+    assert eval_linear.protocol_layers("dino", vit) == ["cls4"]
     vit.num_features = 768
     assert eval_linear.protocol_layers("dino", vit) == ["cls+patches"]
     assert eval_linear.protocol_layers("moco", features.Pixels()) == ["pixels"]
