@@ -67,7 +67,7 @@ def count_right(bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, se
                 by_class[number].index_add_(0, truth[part], right)
             last, after = cosines[:, k - 1 : k], cosines[:, k : k + 1]
             if after.shape[1]:
-                counts[1, number] += ((last == after) & last.isfinite()).sum()
+                counts[1, number] += (last == after).sum()
     return counts
 
 

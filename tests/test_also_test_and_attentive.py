@@ -11,6 +11,7 @@ from torch import nn
 import drill
 import eval_linear
 from common import checkpoint, features, labelled, solver
+from common.backbones import VIT_SIZES
 from common.distributed import RunError, World
 from common.images import open_images
 from test_eval_linear import evaluate, tiny
@@ -319,9 +320,14 @@ def test_the_precision_is_of_the_backbone_alone_and_told(vit, tmp_path):
     assert read["bf16"].protocol == read["none"].protocol + ", features in bf16"
 
 
-def test_heads_of_another_precision_are_not_taken_for_those_of_this_one(vit, tmp_path):
-    flags = ["--checkpoint", vit, *VIT, *PROBE, "--output", tmp_path]
+def test_heads_of_another_precision_are_not_taken_for_those_of_this_one(
+        vit, tmp_path, monkeypatch):
+    flags, asked = ["--checkpoint", vit, *VIT, *PROBE, "--output", tmp_path], []
+    head = eval_linear.AttentiveHead
+    monkeypatch.setattr(eval_linear, "AttentiveHead",
+                        lambda *sizes: asked.append(sizes) or head(*sizes))
     evaluate(*flags)
+    assert asked == [(96, VIT_SIZES["vit_micro"][2], 10)]  # as many heads as the backbone's
     with pytest.raises(RunError, match="--amp.*--no-resume"):
         evaluate(*flags, "--amp", "bf16")
 

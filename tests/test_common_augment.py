@@ -676,6 +676,10 @@ def test_a_box_of_noise_stands_where_it_was_drawn_and_nowhere_else():
     noise = got[got != 7]
     assert noise.mean().item() == pytest.approx(0, abs=0.02)
     assert noise.std().item() == pytest.approx(1, abs=0.02)
+    whole = torch.tensor([[0, 0, 20, 20, start] for start in (0, 0, 5000)]).double()
+    one, same, other = applied(step, torch.zeros(3, 3, 20, 20).double(), whole)
+    assert torch.equal(one, same) and len({*one.flatten().tolist(), *other.flatten().tolist()}) > (
+        2 * 1190)  # neither channels nor images share their noise
 
 
 def test_the_sizes_of_boxes_have_the_published_law():

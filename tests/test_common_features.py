@@ -526,10 +526,6 @@ def test_a_layer_that_is_not_in_a_feature_file_is_named_with_those_that_are(tmp_
         features.read(str(tmp_path / "file.npz"), ["avgpool", "res2"])
 
 
-# ----------------------------------------------------------------------------------- class-balanced
-
-
-
 # ----------------------------------------------------------------------------------- right or wrong
 
 

@@ -208,6 +208,12 @@ def test_each_split_of_a_torchvision_set_is_the_right_one(name, split, which, mo
     assert asked == [which]
 
 
+def test_a_colour_array_becomes_gray_as_files_do():
+    pixels = random_images(1)
+    gray = ArrayImages(pixels, None, 1).read(0)[0]
+    assert np.array_equal(gray, Image.fromarray(pixels[0]).convert("L"))
+
+
 def test_fake_images_cost_little_memory():
     images = open_images("fake", "pretrain", 3)
     assert len(images) == 10_000 and images.images.nbytes < 2e7

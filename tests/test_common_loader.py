@@ -8,7 +8,7 @@ from PIL import Image
 from common import augment, distributed as comm, rng, workers
 from common.distributed import RunError, World
 from common.images import ArrayImages, open_images
-from common.loader import Loader, RankBatches
+from common.loader import Loader, RankBatches, fitting_batch
 from helpers import random_images
 
 WORLD = World(0, 1, torch.device("cpu"))
@@ -37,9 +37,11 @@ def batches(loader, epochs=2):
 
 
 def test_an_epoch_drops_the_last_short_batch_and_repeats_no_image():
-    images = ArrayImages(random_images(21), None, 3)
-    seen = torch.cat([batch.index for batch in loader(images).epoch(0)]).tolist()
-    assert len(seen) == 20 == len(set(seen))
+    made = loader(ArrayImages(random_images(21), None, 3))
+    for epoch in range(2):
+        seen = torch.cat([batch.index for batch in made.epoch(epoch)]).tolist()
+        assert len(seen) == 20 == len(set(seen)) and seen == rng.epoch_order(0, epoch, 21)[
+            :20].tolist()
 
 
 def drawn(rank, size, workers, context=None):
@@ -171,6 +173,13 @@ def test_fewer_images_than_a_batch_names_both_and_a_size_that_fits():
         loader(images, batch_size=64)
 
 
+def test_a_batch_that_images_do_not_fill_is_a_power_of_two():
+    images = ArrayImages(random_images(20), None, 3)
+    assert [fitting_batch(size, images, WORLD) for size in (6, 20, 21, 256)] == [6, 20, 16, 16]
+    with pytest.raises(RunError, match="too few for batch norm"):
+        fitting_batch(4, images.subset(np.arange(1)), WORLD)
+
+
 # --------------------------------------------------------------------------------- unreadable files
 
 
@@ -203,9 +212,7 @@ def test_unreadable_files_are_replaced_and_named_once(thousand, workers, capsys)
 
 def indices(rank, size, root):
     images = open_images(root, "pretrain", 3)
-    world = World(rank, size, torch.device("cpu"))
     shares = RankBatches(images, small_views(), 40, 0, rank, size)
-    assert world.size == size
     return [shares[step][1].tolist() for step in range(25)]
 
 
@@ -240,7 +247,6 @@ def test_too_many_unreadable_files_stop_the_run(thousand, tmp_path):
 
 
 def bad_on_one_process(root, batch_size):
-
     images = open_images(root, "pretrain", 3)
     world = World(comm.rank(), comm.size(), torch.device("cpu"))
     try:

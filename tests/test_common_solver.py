@@ -206,6 +206,10 @@ def test_features_are_standardised_and_constant_ones_left_out():
     center, scale = solver.standardisation(rows)
     assert center.tolist() == [3, 5, 300] and scale[1] == 0
     torch.testing.assert_close(scale[[0, 2]], 1 / rows.double().std(0, correction=0)[[0, 2]])
+    many = torch.arange(70_000.0)[:, None]  # more than are raised to float64 at once
+    center, scale = solver.standardisation(many)
+    torch.testing.assert_close(center, many.double().mean(0))
+    torch.testing.assert_close(scale, 1 / many.double().std(0, correction=0))
 
 
 def test_folds_have_equally_many_of_every_class():
@@ -215,6 +219,21 @@ def test_folds_have_equally_many_of_every_class():
         counts = np.bincount(fold[labels == c], minlength=5)
         assert counts.max() - counts.min() <= 1
     assert not np.array_equal(fold, solver.assign_folds(labels, 5, 1))
+
+
+@pytest.mark.parametrize("at_a_time", [7, 2**25])
+def test_right_ones_are_counted_of_each_heads_rows(at_a_time, monkeypatch):
+    monkeypatch.setattr(solver, "LOGITS_AT_A_TIME", at_a_time)
+    rows, labels, shares, _ = problem()
+    points, used = torch.randn(2, 18, dtype=torch.float64), shares > 0.5
+    by_class, wanted = torch.zeros(3, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
+    found = solver.count_correct(points, rows, labels, used, 1, 3, by_class)
+    for h, head in enumerate(points.view(2, 6, 3)):
+        for row, label, counts in zip(rows, labels, used[:, h], strict=True):
+            right = (row @ head[:5] + head[5]).argmax() == label
+            wanted[h] += right & counts
+            wanted[2 + label] += right & (h == 0)
+    assert torch.equal(torch.cat([found, by_class]), wanted)
 
 
 def auto(train, labels, test, truth, **options):

@@ -1,4 +1,5 @@
 import hashlib
+import os
 import sys
 import threading
 import time
@@ -36,3 +37,11 @@ def test_a_thread_that_never_rests_is_told_of_and_does_not_keep_a_run_from_start
     assert time.monotonic() - started < 1.5 and thread.is_alive()
     assert "warning: another thread still runs after 0.2 s" in capsys.readouterr().out
     thread.join()
+
+
+@linux
+def test_the_processes_of_a_machine_share_its_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(40))
+    assert workers.default_workers() == 16
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert workers.default_workers() == 5

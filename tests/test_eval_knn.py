@@ -12,6 +12,7 @@ from PIL import Image
 import eval_knn
 from common import backbones, knn, labelled
 from common.distributed import RunError
+from common.features import Source
 from common.images import open_images
 
 # --------------------------------------------------------------------------------------- parse_args
@@ -146,6 +147,15 @@ def test_a_row_that_is_left_out_is_as_if_it_were_not_there(dtype, num_bank):
         keep = np.arange(num_bank) != (row if row != 5 else -1)
         expected = loops(bank[keep], labels[keep], bank[row][None], 7, 0.2, 4)
         np.testing.assert_allclose(got[row], expected[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_of_equal_images_the_other_one_votes(dtype):
+    """Every image stands in the bank three times; the first of the two others classifies it."""
+    bank = torch.as_tensor(features(num_bank=200, d=16)[0]).to(dtype).repeat(3, 1)
+    labels, itself = torch.arange(600) // 200, torch.arange(600)
+    scores = eval_knn.knn_predict(bank, labels, bank, 1, 0.2, 3, itself)
+    assert torch.equal(scores.argmax(1), (labels == 0).long())
 
 
 def test_no_bank_left_means_no_vote():
@@ -413,6 +423,22 @@ def test_leaving_out_makes_single_images_of_their_class_wrong():
     assert line["shots"]["1"] == {"mean": 0, "std": 0}
 
 
+def test_a_few_label_bank_votes_without_the_image_itself():
+    line = evaluate("--checkpoint", "pixels", "--leave-one-out", *FEW, "--shots", 2,
+                    "--seed", 3)
+    pixels, labels = pixel_features("test")
+    rows = np.arange(100) * len(labels) // 100
+    unit, labels = pixels[rows] / np.linalg.norm(pixels[rows], axis=1)[:, None], labels[rows]
+    shares = []
+    for draw in range(50):
+        bank = few_label_bank(labels, 2, 3, draw)
+        cosines = unit @ unit[bank].T
+        cosines[bank, np.arange(len(bank))] = -np.inf  # of each row of the bank with itself
+        votes = np.exp(cosines / 0.07) @ np.eye(10)[labels[bank]]  # no more than 20 neighbours
+        shares.append((votes.argmax(1) == labels).mean())
+    assert line["shots"]["2"]["mean"] == pytest.approx(np.mean(shares), abs=1e-12)
+
+
 def test_classes_with_equally_many_votes_are_right_by_chance():
     """The neighbours of every query are one of each of three classes, equally near."""
     bank = torch.eye(9).roll(1, 0) + 1
@@ -666,6 +692,29 @@ def test_the_state_of_a_run_is_told_from_its_product(tmp_path):
     torch.save({"step": 1, "settings": {}, "state": {}}, tmp_path / "checkpoint.pt")
     said = refused("--checkpoint", tmp_path / "checkpoint.pt", *FEW)
     assert "checkpoint.pt is the state of a run in training" in said and "backbone.pth" in said
+
+
+@pytest.mark.parametrize("name, flags, seen", [
+    ("eval_knn", [], "CenterCrop(resize=256, interpolation='bicubic')"),
+    ("eval_knn", ["--image-size", "96"], "CenterCrop(resize=96, interpolation='bicubic')"),
+    ("eval_knn", ["--resize", "240"], "CenterCrop(resize=240, interpolation='bicubic')"),
+    ("eval_linear", [], "CenterCrop(resize=256, interpolation='bicubic')"),
+    ("eval_linear", ["--protocol", "dino"], "CenterCrop(resize=256, interpolation='bicubic')"),
+    ("eval_linear", ["--protocol", "moco"], "CenterCrop(resize=256, interpolation='bilinear')"),
+    ("eval_svm", [], "WholeImage(resize=256, interpolation='bilinear')"),
+    ("eval_svm", ["--resize", "240"], "CenterCrop(resize=240, interpolation='bilinear')"),
+    ("eval_retrieval", [], "CenterCrop(resize=256, interpolation='bicubic')"),
+])
+def test_images_are_seen_as_the_protocol_says(name, flags, seen, monkeypatch, capsys):
+    def refuse(_):
+        raise RunError("enough")
+
+    monkeypatch.setattr(Source, "backbones", refuse)
+    evaluation = importlib.import_module(name)
+    with pytest.raises(RunError, match="enough"):
+        evaluation.main(evaluation.parse_args(
+            ["--checkpoint", "pixels", "--image-size", "224", *flags]))
+    assert seen in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["eval_knn", "eval_linear", "eval_svm"])

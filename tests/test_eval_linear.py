@@ -12,7 +12,7 @@ from torch import nn
 
 import drill
 import eval_linear
-from common import backbones, checkpoint, features, labelled
+from common import augment, backbones, checkpoint, features, labelled
 from common.distributed import RunError, World
 from common.images import open_images
 from common.loader import Loader
@@ -56,21 +56,22 @@ def test_a_batch_that_does_not_divide_is_refused(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "name, optimizer, lr, weight_decay, batch_size, epochs",
+    "name, optimizer, lr, weight_decay, batch_size, epochs, others",
     [
-        ("moco", "sgd", 30, 0, 256, 100),
-        ("swav", "sgd", 0.3, 1e-6, 256, 100),
-        ("barlow_twins", "sgd", 0.3, 1e-6, 256, 100),
-        ("simclr", "nesterov", 1.6 / 16, 0, 4096, 90),
-        ("dino", "sgd", 0.001, 0, 1024, 100),
-        ("mae", "lars", 6.4 / 64, 0, 16384, 90),
-        ("vissl", "nesterov", 0.01, 5e-4, 256, 28),
+        ("moco", "sgd", 30, 0, 256, 100, "none normal bilinear bilinear"),
+        ("swav", "sgd", 0.3, 1e-6, 256, 100, "none normal bilinear bilinear"),
+        ("barlow_twins", "sgd", 0.3, 1e-6, 256, 100, "none normal bilinear bilinear"),
+        ("simclr", "nesterov", 1.6 / 16, 0, 4096, 90, "none zero bicubic bicubic"),
+        ("dino", "sgd", 0.001, 0, 1024, 100, "none normal bilinear bicubic"),
+        ("mae", "lars", 6.4 / 64, 0, 16384, 90, "plain truncated bicubic bicubic"),
+        ("vissl", "nesterov", 0.01, 5e-4, 256, 28, "affine torch bilinear bilinear"),
     ],
 )
 def test_the_protocols_are_the_published_ones(
-    name, optimizer, lr, weight_decay, batch_size, epochs
+    name, optimizer, lr, weight_decay, batch_size, epochs, others
 ):
     protocol = eval_linear.PROTOCOLS[name]
+    assert [protocol[key] for key in ("norm", "init", "crop", "resize")] == others.split()
     assert protocol["optimizer"] == optimizer and protocol["lr"] == pytest.approx(lr)
     assert (protocol["weight_decay"], protocol["batch_size"], protocol["epochs"]) == (
         weight_decay, batch_size, epochs)
@@ -90,6 +91,7 @@ def test_the_learning_rates_step_or_fall_as_published():
         [1, 0.1, 0.1, 0.01, 0.01, 0.001])
     assert rates("moco", 10) == pytest.approx(moco[::10])  # milestones scale
     swav = rates("swav", 100)
+    assert swav == rates("barlow_twins", 100) == rates("dino", 100)
     assert swav[:4] == [1] * 4 and swav[200] == pytest.approx(0.5)  # once an epoch
     assert swav[-1] == pytest.approx((1 + math.cos(math.pi * 0.99)) / 2)
     mae = rates("mae", 90)
@@ -147,16 +149,19 @@ def test_the_layers_of_the_protocols():
     assert eval_linear.protocol_layers("dino", resnet) == ["avgpool"]
     assert eval_linear.protocol_layers("dino", vit) == ["cls4"]
     assert eval_linear.protocol_layers("mae", vit) == ["cls"]
+    vit.num_features = 384  # as ViT-S
+    assert eval_linear.protocol_layers("dino", vit) == ["cls4"]
     vit.num_features = 768
     assert eval_linear.protocol_layers("dino", vit) == ["cls+patches"]
     assert eval_linear.protocol_layers("moco", features.Pixels()) == ["pixels"]
 
 
 def test_published_pooling_gives_the_published_sizes():
-    resnet = tiny("resnet50", stem="imagenet")
-    names = eval_linear.protocol_layers("vissl", resnet)
-    heads = eval_linear.build_heads(resnet, names, torch.zeros(1, 3, 224, 224), 10, "affine",
-                                    "torch")
+    with torch.device("meta"):  # shapes alone
+        resnet = tiny("resnet50", stem="imagenet")
+        names = eval_linear.protocol_layers("vissl", resnet)
+        heads = eval_linear.build_heads(resnet, names, torch.zeros(1, 3, 224, 224), 10, "affine",
+                                        "torch")
     sizes = [(head.norm and head.norm.num_features, head.linear.in_features)
              for head in heads.values()]
     assert sizes == [(64, 9216), (256, 9216), (512, 8192), (1024, 9216), (2048, 8192),
@@ -196,26 +201,44 @@ def test_batch_norm_is_not_decayed_and_lars_adapts_the_weights_only():
         (True, [2]), (False, [1, 1, 1])]
 
 
-def test_one_step_is_the_step_written_out(tmp_path):
-    """MoCo's protocol on one batch of all images: lr x batch / 256 times the mean gradient."""
-    flags = ["--protocol", "moco", "--epochs", 1, "--train-batch-size", 32, "--limit", 32,
-             "--output", tmp_path]
-    evaluate("--checkpoint", "pixels", *flags)
-    trained = torch.load(tmp_path / "moco-pixels/heads.pth", weights_only=True)
-    images = open_images("digits", "train", 3, limit=32)
-    views = eval_linear.train_views("bilinear", False, 16, 3, [0.5], [0.5])
-    (batch,) = Loader(images, views, batch_size=32, epochs=1, seed=0, world=ALONE,
-                      workers=0).epoch(0)
-    torch.manual_seed(0)
-    head = eval_linear.Head(768, 768, 10, "none", "normal")
-    loss = nn.functional.cross_entropy(head(batch.views[0].flatten(1)),
-                                       torch.tensor(images.labels)[batch.index])
-    loss.backward()
-    lr = 30 * 32 / 256
-    torch.testing.assert_close(trained["pixels.linear.weight"],
-                               (head.linear.weight - lr * head.linear.weight.grad).detach())
-    torch.testing.assert_close(trained["pixels.linear.bias"],
-                               -lr * head.linear.bias.grad)
+@pytest.mark.parametrize("name, interpolation, norm, init, rates", [
+    ("dino", "bilinear", "none", "normal",
+     [(1 + math.cos(math.pi * epoch / 5)) / 2 for epoch in range(5)]),
+    ("vissl", "bilinear", "affine", "torch", [1, 1, 0.1, 0.1, 0.01, 0.01, 0.001]),
+    ("mae", "bicubic", "plain", "truncated",
+     [0, *((1 + math.cos(math.pi * step / 8)) / 2 for step in range(8))]),
+])
+def test_training_is_the_loop_written_out(name, interpolation, norm, init, rates, tmp_path):
+    """Of one batch an epoch: crops, lr x batch / 256, momentum, Nesterov's or LARS, decay."""
+    torch.set_default_dtype(torch.float64)
+    evaluate("--checkpoint", "pixels", "--protocol", name, "--epochs", len(rates), "--lr", 8,
+             "--limit", 16, "--seed", 3, "--output", tmp_path)
+    trained = torch.load(tmp_path / f"{name}-pixels/heads.pth", weights_only=True)
+    images = open_images("digits", "train", 3, limit=16)
+    view = augment.View(16, [augment.RandomResizedCrop((0.08, 1), (3 / 4, 4 / 3), interpolation),
+                             augment.HorizontalFlip(p=0.0), augment.Normalize([0.5], [0.5])], 3)
+    loader = Loader(images, [view], batch_size=16, epochs=len(rates), seed=3, world=ALONE,
+                    workers=0)
+    torch.manual_seed(3)
+    head = eval_linear.Head(768, 768, len(trained["pixels.linear.bias"]), norm, init)
+    buffers = dict.fromkeys(dict(head.named_parameters()), 0)
+    for epoch, rate in enumerate(rates):
+        (batch,) = loader.epoch(epoch)
+        loss = nn.functional.cross_entropy(head(batch.views[0].flatten(1)),
+                                           torch.tensor(images.labels)[batch.index])
+        loss.backward()
+        with torch.no_grad():
+            for key, p in head.named_parameters():
+                d, p.grad = p.grad, None
+                if name == "vissl" and not key.startswith("norm"):
+                    d = d + 5e-4 * p
+                if name == "mae" and p.ndim > 1:
+                    d = 0.001 * p.norm() / d.norm() * d
+                buffers[key] = 0.9 * buffers[key] + d
+                p -= 8 * 16 / 256 * rate * (d + 0.9 * buffers[key] if name == "vissl" else
+                                            buffers[key])
+    for key, value in head.state_dict().items():
+        torch.testing.assert_close(trained[f"pixels.{key}"], value, rtol=1e-9, atol=1e-12)
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -287,6 +310,9 @@ def test_the_layer_is_chosen_on_the_training_images(tmp_path):
     line = evaluate("--features", tmp_path / "f.npz")
     assert [r["layer"] for r in line["results"]] == ["a", "b"]
     assert line["top1"] == line["results"][1]["top1"] < line["results"][0]["top1"]
+    other = evaluate("--features", tmp_path / "f.npz", "--seed", 1, "--layers", "b", "a")
+    assert other["top1"] == other["results"][0]["top1"] == line["top1"]
+    assert other["results"][1]["validation"] != line["results"][0]["validation"]  # other folds
 
 
 def test_several_layers_are_a_line_each(weights):
@@ -297,7 +323,22 @@ def test_several_layers_are_a_line_each(weights):
 def test_heads_are_tested_with_the_statistics_of_the_training(weights, tmp_path):
     flags = ["--checkpoint", weights, "--protocol", "vissl", "--limit", 64, "--epochs", 2,
              "--train-batch-size", 16, "--output", tmp_path, "--batch-size"]
-    assert evaluate(*flags, 64) == evaluate(*flags, 7)
+    line = evaluate(*flags, 64)
+    assert evaluate(*flags, 7) == line
+    first, last = line["results"][0], line["results"][-1]
+    assert line["top1"] == last["top1"] != first["top1"] and last["layer"] == "avgpool"
+
+
+def test_heads_train_as_if_alone(weights, tmp_path):
+    flags = ["--checkpoint", weights, "--protocol", "vissl", "--limit", 32, "--epochs", 2,
+             "--train-batch-size", 16, "--layers", "avgpool"]
+    found = []
+    for more in ([], ["res4-grid"]):
+        evaluate(*flags, *more, "--output", tmp_path / f"{len(more)}")
+        (folder,) = (tmp_path / f"{len(more)}").iterdir()
+        found.append(torch.load(folder / "heads.pth", weights_only=True))
+    one, two = found
+    assert len(one) < len(two) and all(torch.equal(one[key], two[key]) for key in one)
 
 
 def test_random_is_the_mean_of_five_initialisations(weights, tmp_path):
@@ -321,9 +362,12 @@ def test_feature_files_stand_for_their_checkpoints(weights, tmp_path):
 
 
 def test_a_fraction_of_the_training_images(weights, tmp_path):
-    for flags in (FEW[2:], ["--protocol", "moco", "--epochs", 1, "--output", tmp_path]):
+    for flags in (FEW[2:], ["--protocol", "swav", "--epochs", 9, "--output", tmp_path]):
         line = evaluate("--checkpoint", "pixels", "--train-fraction", 0.1, *flags)
-        assert (line["num_train"], line["num_test"]) == (144, 355)
+        assert (line["num_train"], line["num_test"]) == (144, 355) and line["top1"] > 0.4
+    flags = ["--checkpoint", "pixels", "--train-fraction", 0.02, *FEW[2:], "--seed"]
+    one, two = (evaluate(*flags, seed) for seed in (0, 1))
+    assert one["top1"] != two["top1"]
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -367,6 +411,7 @@ def test_every_protocol_runs_on_sixteen_images_and_leaves_the_backbone(
     line = json.loads(line)
     assert (line["protocol"], line["num_train"], line["num_test"]) == (protocol, 16, 16)
     assert 0 <= line["top1"] <= line["top5"] == 1  # two classes
+    assert sum(text.endswith(" 2 epochs, mirrored crops") for text in printed) == 1
     (hashes,) = [text for text in printed if "hash of the backbone" in text]
     before, after = hashes.split()[-4], hashes.split()[-2]
     assert before == after and len(before) == 12
@@ -399,8 +444,10 @@ def test_other_settings_are_refused_and_a_finished_run_is_only_tested(weights, t
     written = (folder / "checkpoint.pt").stat().st_mtime_ns
     assert evaluate(*flags, "--epochs", 2) == line
     assert (folder / "checkpoint.pt").stat().st_mtime_ns == written
-    with pytest.raises(RunError, match=r"--lr is .* and was .*--no-resume"):
-        evaluate(*flags, "--epochs", 2, "--lr", 9)
+    for name, *value in (("--lr", 9), ("--seed", 1), ("--flip",), ("--image-size", 20),
+                         ("--std", 0.3)):
+        with pytest.raises(RunError, match=f"{name} is .* and was .*--no-resume"):
+            evaluate(*flags, "--epochs", 2, name, *value)
     evaluate(*flags, "--epochs", 2, "--lr", 9, "--no-resume")
 
 

@@ -90,6 +90,11 @@ def test_gem_equals_the_loop(p):
     np.testing.assert_allclose(eval_retrieval.gem(torch.from_numpy(maps), p), wanted, rtol=1e-12)
 
 
+def test_the_numbers_are_vissls():
+    args = eval_retrieval.parse_args(["--checkpoint", "random"])
+    assert (args.p, args.k, eval_retrieval.LEVELS) == (4, [1, 5, 10], 3)
+
+
 def test_gem_of_half_precision_and_of_large_maps_is_finite():
     maps = torch.from_numpy(np.abs(maps_of()))
     half = eval_retrieval.gem(maps.half(), 3.0)
@@ -437,6 +442,15 @@ def test_a_longer_side_is_made_smaller_and_never_larger():
     step = augment.LongerSide(10, "bicubic")
     for size, wanted in (((40, 20), (10, 5)), ((3, 3000), (1, 10)), ((9, 4), (9, 4))):
         assert step.apply(Image.new("L", size), None, None).size == wanted
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 40), dtype=np.uint8))
+    assert step.apply(image, None, None) == image.resize((10, 5), Image.Resampling.BICUBIC)
+
+
+def test_copies_are_squeezed_and_scaled_images_have_whole_patches():
+    args = eval_retrieval.parse_args(["--checkpoint", "random", "--data", "copydays"])
+    assert eval_retrieval.step_of(args, 256, "bicubic") == augment.Resize("bicubic")
+    images = torch.zeros(1, 3, 32, 16)  # 22.6 and 11.3 pixels: 6 and 3 patches
+    assert eval_retrieval.at_scale(images, 0.7071, 4).shape[2:] == (24, 12)
 
 
 # --------------------------------------------------------------------------------------------- sets
@@ -494,6 +508,8 @@ def test_revisited_sets_at_three_settings(paris, monkeypatch, tmp_path):
     assert "pass --no-exif-orientation or --no-crop" in refused(*paris(), "--exif-orientation")
     queries = revisited(str(tmp_path / "rparis6k"), "rparis6k", 3, crop=True)[1]
     assert queries.read(0)[0].size == (40, 24)  # its box is rounded
+    queries.boxes[0] = [-5, 20, 900, 900]
+    assert queries.read(0)[0].size == (60, 40)  # and ends with the image
     run(*paris(), "--max-side", 32, "--no-crop-queries", "--exif-orientation")
     assert rows["cosines"].shape == (2, 12)
 

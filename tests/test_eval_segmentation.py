@@ -16,6 +16,7 @@ import drill
 import eval_segmentation
 from common import augment, backbones, checkpoint, features, images, label_maps
 from common.distributed import RunError, World
+from common.loader import Loader
 from common.windows import enlarged, enlarged_argmax, scores_of_pixels, starts
 from eval_segmentation import class_shares, kept_channels, knn_scores, mean_iou, pixel_loss
 from helpers import check_joined, own_rows
@@ -315,6 +316,9 @@ def test_the_protocol_is_the_published_one():
     p = eval_segmentation.PROTOCOL
     assert p["lr"] * p["batch_size"] / 256 == pytest.approx(1e-3) and p["weight_decay"] == 1e-3
     assert (p["steps"], p["warmup_steps"], p["dropout"]) == (40_000, 1500, 0.1)
+    assert p["factor"] == (0.5, 2.0)
+    args = eval_segmentation.parse_args(["--checkpoint", "random"])
+    assert (args.k, args.temperature, args.memory) == (30, 0.02, 2**20)
 
 
 # ------------------------------------------------------------------------------ sources and views
@@ -424,6 +428,14 @@ def test_an_image_and_its_map_are_cropped_alike(pictures):
     small = halves.apply(source.read(0)[1], np.array([0.0, 0, 0]), (32, 32))
     assert set(np.unique(np.asarray(small))) <= {0, 1, 2, IGNORED}  # no mixture of two classes
     assert (np.asarray(small) != IGNORED).sum() == 12 * 16
+    some = label_maps.ScaledCrop(24, (0.5, 1.5), fill=(9, 0, 0), interpolation="bilinear")
+    small = some.apply(source.read(0)[1], np.array([0.25, 0, 0]), (32, 32))  # 3/4 of the size
+    assert (np.asarray(small) != IGNORED).sum() == 18 * 24
+    twice = label_maps.ScaledCrop(24, (2, 2), fill=(9, 0, 0), interpolation="bilinear")
+    for plane, how in zip(source.read(0), ("BILINEAR", "NEAREST"), strict=True):
+        large = plane.resize((64, 48), Image.Resampling[how])
+        found = twice.apply(plane, np.array([0, 0.5, 0.25]), (32, 32))
+        assert np.array_equal(found, large.crop((16, 4, 48, 36)))
 
 
 def test_the_drawn_digits_are_the_same_everywhere_and_have_their_split():
@@ -561,6 +573,77 @@ def test_a_class_that_no_training_pixel_has_is_told_and_never_predicted(pictures
         assert line["per_class"]["1"] is None  # ignored, and not predicted
 
 
+# ---------------------------------------------------------------------------------- parts by loops
+
+
+def task_of(*flags):
+    """What a command does first, and its flags."""
+    args = eval_segmentation.parse_args(["--checkpoint", "pixels", *map(str, flags)])
+    _, found = next(eval_segmentation.tasks(args, ALONE))
+    return next(found), args
+
+
+def test_remembered_are_patches_with_the_shares_of_their_pixels(pictures):
+    """Of images that are made smaller, to sides that patches do not divide; half of one ignored."""
+    classes = np.array(Image.open(broken(pictures, "labels")))
+    classes[:, :16] = 1
+    Image.fromarray(classes).save(broken(pictures, "labels"))
+    task, _ = task_of("--arch", "vit_micro", "--patch-size", 8, "--image-size", 40, "--resize", 20,
+                      "--mean", 0, "--std", 1, *given(pictures, "--ignore", 1, 255))
+    rows, shares = [], []
+    for i in range(6):
+        image, classes = (Image.open(broken(pictures, kind, number=i)).resize(
+            (27, 20), how) for kind, how in (("images", Image.Resampling.BILINEAR),
+                                             ("labels", Image.Resampling.NEAREST)))
+        pixels = np.pad(np.asarray(image) / 255, ((0, 4), (0, 5), (0, 0)))
+        classes = np.pad(np.asarray(classes), ((0, 4), (0, 5)), constant_values=IGNORED)
+        for top, left in itertools.product(range(0, 24, 8), range(0, 32, 8)):
+            there = slice(top, top + 8), slice(left, left + 8)
+            counts = np.array([(classes[there] == c).sum() for c in (0, 2)])
+            if counts.any():
+                rows.append(pixels[there].transpose(2, 0, 1).ravel())
+                shares.append(counts / counts.sum())
+    bank, found = eval_segmentation.remember(task, 10**6, 0)
+    rows = np.array(rows) / np.linalg.norm(rows, axis=1, keepdims=True)
+    assert len(rows) == 6 * 12 - 3 and len(np.unique(shares)) > 10
+    np.testing.assert_allclose(bank, rows, atol=1e-6)
+    np.testing.assert_allclose(found, shares, atol=1e-6)
+    few, other = (eval_segmentation.remember(task, 12, seed)[0] for seed in (0, 1))
+    assert len(few) == len(other) == 12 and not torch.equal(few, other)
+    whole = label_maps.resized(task.source.train.read(0), 20)[2]  # what is tested stays as it is
+    assert np.array_equal(whole, task.source.train.read(0)[-1])
+
+
+def test_training_is_the_loop_written_out(pictures):
+    """Patches do not divide the crop; a class is ignored, so that the last one is the second."""
+    torch.set_default_dtype(torch.float64)
+    task, args = task_of("--method", "linear", "--arch", "resnet_tiny", "--stem", "small",
+                         "--layer", "res4", "--image-size", 18, "--train-batch-size", 3,
+                         "--epochs", 3, "--lr", 5, "--seed", 3, "--output", pictures / "out",
+                         *given(pictures, "--ignore", 1, 255))
+    trained = eval_segmentation.train_head(task, "x", args)
+    loader = Loader(task.source.train, eval_segmentation.build_views(task, flip=True), workers=0,
+                    batch_size=3, epochs=3, seed=3, world=ALONE)
+    torch.manual_seed(3)
+    head = eval_segmentation.Head(48, 2)
+    optimizer = torch.optim.AdamW(head.parameters(), weight_decay=1e-3)
+    batches = itertools.chain(*map(loader.epoch, range(3)))
+    for step, batch in enumerate(batches):
+        optimizer.param_groups[0]["lr"] = 5 * 3 / 256 * (1 + math.cos(math.pi * step / 6)) / 2
+        images, classes = batch.views[0][:, :3], batch.views[0][:, 3]
+        target = torch.full((3, 20, 20), IGNORED)
+        for number, c in enumerate((0, 2)):
+            target[:, :18, :18][classes == c] = number
+        maps = F.pixel_unshuffle(F.pad(images, (0, 2, 0, 2)), 4)
+        loss = pixel_loss(head(maps, kept_channels(48, 0.1, 3, batch.index, step)), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert step == 5 and not trained.training
+    for key, value in head.state_dict().items():
+        torch.testing.assert_close(trained.state_dict()[key], value, rtol=1e-9, atol=1e-12)
+
+
 # -------------------------------------------------------------------------------- whole evaluations
 
 
@@ -579,7 +662,7 @@ def test_pixels_that_tell_their_class_are_all_right(pictures):
     without, _ = evaluate("--checkpoint", "pixels", "--arch", "vit_micro", "--patch-size", 1,
                           "--image-size", 8, "--resize", 24, "--k", 1, "--mean", 0, "--std", 1,
                           *given(pictures, "--ignore", 255, 1))
-    assert without["per_class"] == {"0": 1, "1": None, "2": 1}
+    assert without["per_class"] == {"0": 1, "1": None, "2": 1} and without["miou"] == 1
     shifted, _ = evaluate("--checkpoint", "pixels", "--arch", "vit_micro", "--patch-size", 1,
                           "--image-size", 8, "--resize", 24, "--k", 1, "--memory", 60,
                           "--windows", "whole", "--mean", 0, "--std", 1, *given(pictures))
@@ -678,10 +761,11 @@ def test_above_96_px_windows_are_of_512_px_or_what_patches_allow(patch, window, 
     monkeypatch.setitem(features.DIGITS, "image_size", 16 * patch)  # as of a run
     flags = ["--checkpoint", "random", "--arch", "vit_micro", "--patch-size", str(patch), "--limit",
              "2", "--resize", "600"]
-    for more in ([], ["--image-size", str(2 * patch)]):
+    for more in ([], ["--image-size", str(2 * patch)], ["--stride", "7"]):
         eval_segmentation.main(eval_segmentation.parse_args([*flags, *more]))  # ends at the first
-        assert asked[-1].window == (2 * patch if more else window)
-        assert asked[-1].stride == asked[-1].window * 2 // 3 and asked[-1].resize == 600
+        assert asked[-1].window == (2 * patch if "--image-size" in more else window)
+        assert asked[-1].stride == (7 if "--stride" in more else asked[-1].window * 2 // 3)
+        assert asked[-1].resize == 600
 
 
 def test_the_same_command_again_trains_nothing(weights, tmp_path):
@@ -691,8 +775,10 @@ def test_the_same_command_again_trains_nothing(weights, tmp_path):
     written = (folder / "checkpoint.pt").stat().st_mtime_ns
     assert evaluate(*flags)[0] == line
     assert (folder / "checkpoint.pt").stat().st_mtime_ns == written
-    with pytest.raises(RunError, match=r"--lr is .* and was .*--no-resume"):
-        evaluate(*flags, "--lr", 9)
+    for name, *value in (("--lr", 9), ("--seed", 1), ("--flip",), ("--resize", 50),
+                         ("--std", 0.3)):
+        with pytest.raises(RunError, match=f"{name} is .* and was .*--no-resume"):
+            evaluate(*flags, name, *value)
 
 
 def test_other_label_maps_of_the_same_names_are_another_training(pictures, tmp_path):

@@ -270,6 +270,18 @@ def test_the_best_cost_is_the_lowest_of_equal_ones():
     assert eval_svm.best_cost([0.1, 1], [math.nan, math.nan]) is None
 
 
+def test_a_class_that_cannot_be_measured_takes_the_cost_of_the_others():
+    rows, three, one = np.arange(6), np.array([1, -1] * 3), np.array([1, *[-1] * 5])
+
+    def run(tasks):  # as `fit` does: the higher the cost the better, where it can be measured
+        return [[[cost / 10 if 1 in targets and 1 in held_out[0][1] else math.nan] * 2]
+                for _, targets, held_out, cost in tasks]
+
+    assert eval_svm.choose_costs(run, [(rows, one), (rows, three)], [1, 2, 5], 3) == ([5, 5], 0.5)
+    costs, value = eval_svm.choose_costs(run, [(rows, one)], [1, 2, 5], 3)
+    assert costs == [1] and math.isnan(value)
+
+
 # --------------------------------------------------------------------------------------------- main
 
 SMALL = ["--image-size", 8, "--workers", 0, "--low-shot", "--costs", 1, 10, "--jobs", 1]
@@ -612,11 +624,16 @@ def test_the_layer_is_chosen_on_the_training_images(tmp_path):
     for split in ("train", "test"):
         arrays |= {f"{split}/labels": labels, f"{split}/index": np.arange(60)}
     # One layer is better on the training images, the other one on the test images.
-    arrays |= {"train/a": rows(1), "test/a": rows(9), "train/b": rows(4), "test/b": rows(0)}
+    arrays |= {"train/b": rows(4), "test/b": rows(0), "train/a": rows(1), "test/a": rows(9)}
     np.savez(tmp_path / "f.npz", **arrays)
-    line = evaluate("--features", tmp_path / "f.npz", "--costs", 1, "--low-shot")
-    assert [r["layer"] for r in line["results"]] == ["a", "b"]
-    assert line["map"] == line["results"][1]["map"] < line["results"][0]["map"]
+    line = evaluate("--features", tmp_path / "f.npz", "--costs", 1, "--low-shot", 5)
+    assert [r["layer"] for r in line["results"]] == ["b", "a"]
+    assert line["map"] == line["results"][0]["map"] < line["results"][1]["map"]
+    assert line["low_shot"]["5"]["map"] < 0.7  # of the same layer, whose test images tell nothing
+    other = evaluate("--features", tmp_path / "f.npz", "--costs", 1, "--low-shot", 5, "--seed", 1,
+                     "--layers", "a", "b")
+    assert other["map"] == pytest.approx(line["map"], abs=0.01)
+    assert other["map"] == other["results"][1]["map"] and other["low_shot"] != line["low_shot"]
 
 
 def test_digits_by_pixels_are_recognised():

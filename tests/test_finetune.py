@@ -13,12 +13,17 @@ import torch.nn.functional as F
 from torch import nn
 
 import drill
+import eval_linear
 import finetune
-from common import augment, backbones, checkpoint, features, labelled
-from common.distributed import RunError
+from common import augment, backbones, checkpoint, features, labelled, rng
+from common.distributed import RunError, World
+from common.images import open_images
+from common.loader import Loader
 from common.log import Diverged, Log
+from common.weights import load_backbone
 from helpers import lines, state_of
 
+ALONE = World(0, 1, torch.device("cpu"))
 VIT = ["--arch", "vit_micro", "--patch-size", "4"]
 TINY = ["--workers", "0", "--limit", "64", "--batch-size", "16", "--epochs", "2",
         "--warmup-epochs", "0", "--log-every", "1"]
@@ -131,6 +136,18 @@ def test_the_protocols_are_the_published_ones(
     assert len(finetune.PROTOCOLS) == 11
 
 
+def test_what_regularises_is_as_published():
+    names = ("drop_path", "layer_decay", "erasing", "mixup", "cutmix", "smoothing")
+    mae, deit, vissl = (parsed("--protocol", protocol, "--data", "fake")
+                        for protocol in ("mae", "deit", "vissl"))
+    assert [getattr(mae, name) for name in names] == [0.1, 0.65, 0.25, 0.8, 1.0, 0.1]
+    assert [getattr(deit, name) for name in names] == [0.1, 1.0, 0.25, 0.8, 1.0, 0.1]
+    assert [getattr(vissl, name) for name in names] == [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    sync = {name for name, protocol in finetune.PROTOCOLS.items() if protocol["sync_bn"]}
+    decayed = {name for name, protocol in finetune.PROTOCOLS.items() if protocol["decay_norms"]}
+    assert (sync, decayed) == ({"semi_swav"}, {"supervised"})
+
+
 def test_the_other_columns_of_mae_and_a_flag_wins():
     large = parsed("--protocol", "mae", "--data", "fake", "--arch", "vit_large")
     assert (large.lr, large.epochs, large.layer_decay, large.drop_path) == (1e-3, 50, 0.75, 0.2)
@@ -149,6 +166,9 @@ def test_images_and_backbone_are_the_checkpoints(weights):
     args = parsed("--data", "cifar10")
     assert (args.protocol, args.arch, args.stem, args.image_size, args.flip) == (
         "small", "resnet18", "small", 32, True)
+    for signs in ("digits", "gtsrb", "mnist", "sst2", "svhn"):
+        assert not parsed("--data", signs, "--protocol", "vissl").flip
+    assert {*finetune.NOT_MIRRORED} == {*eval_linear.NOT_MIRRORED}
 
 
 # --------------------------------------------------------------------------------- training images
@@ -179,6 +199,8 @@ def test_parts_of_the_training_images(tmp_path):
     whole = parsed("--train-fraction", 0.1)
     images, test, num_classes = labelled.labelled_images(whole)
     assert (len(images), len(test), num_classes) == (144, 355, 10)
+    others, _, _ = labelled.labelled_images(parsed("--train-fraction", 0.1, "--seed", 1))
+    assert len(others) == 144 and not np.array_equal(others.index, images.index)
     images, _, _ = labelled.labelled_images(parsed("--train-images", 12))
     assert np.bincount(images.labels).tolist() == [2, 2] + [1] * 8
 
@@ -277,6 +299,13 @@ def test_the_views_of_the_protocols():
     assert steps("clusterfit") == ["RandomResizedCrop", "HorizontalFlip", "ColorJitter",
                                    "Normalize"]
     assert names_of(parsed()) == ["RandomAffine", "RandomResizedCrop", "Normalize"]
+    (view,) = finetune.build_views(parsed("--protocol", "mae", "--data", "fake"))
+    crop, _, operations = view.geometry
+    assert crop == augment.RandomResizedCrop([0.08, 1.0], (3 / 4, 4 / 3), "bicubic")
+    assert operations == augment.RandAugment(2, 9, 0.5, 0.5, (124, 116, 104), "bicubic")
+    assert view.colour[-1] == augment.RandomErasing(224, (0.02, 1 / 3), (0.3, 1 / 0.3), 0.25)
+    (view,) = finetune.build_views(parsed("--protocol", "clusterfit", "--data", "fake"))
+    assert view.colour[0] == augment.ColorJitter(0.4, 0.4, 0.4, 0.2, p=1.0)
     whole = finetune.test_view(parsed("--protocol", "low_shot", "--data", "fake"))
     assert isinstance(whole.geometry[0], augment.Resize)
     central = finetune.test_view(parsed("--protocol", "mae", "--data", "fake"))
@@ -330,8 +359,8 @@ def test_targets_share_a_part_among_all_classes():
 @pytest.mark.parametrize("n", [1, 4, 5])
 @pytest.mark.parametrize("box", [None, (1, 2, 4, 3), (0, 0, 5, 7), (2, 2, 2, 6)])
 def test_images_and_targets_are_mixed_as_written_in_loops(n, box):
-    rng = np.random.default_rng(n)
-    images, targets, lambda_ = rng.random((n, 3, 5, 7)), rng.dirichlet([1] * 4, n), 0.3
+    draw = np.random.default_rng(n)
+    images, targets, lambda_ = draw.random((n, 3, 5, 7)), draw.dirichlet([1] * 4, n), 0.3
     wanted_images, wanted_targets = np.empty_like(images), np.empty_like(targets)
     kept = lambda_
     if box is not None:
@@ -365,8 +394,8 @@ def test_mixing_nothing_and_all():
 
 
 def test_what_is_mixed_how_much_follows_the_beta_law():
-    rng = np.random.default_rng(0)
-    draws = [finetune.draw_mix(rng, 0.8, 1.0, 32) for _ in range(4000)]
+    draw = np.random.default_rng(0)
+    draws = [finetune.draw_mix(draw, 0.8, 1.0, 32) for _ in range(4000)]
     blends = [lambda_ for lambda_, box in draws if box is None]
     assert 0.47 < len(blends) / 4000 < 0.53
     assert np.var(blends) == pytest.approx(1 / (4 * (2 * 0.8 + 1)), rel=0.08)
@@ -379,7 +408,7 @@ def test_what_is_mixed_how_much_follows_the_beta_law():
             if top > 0 and bottom < 32:
                 assert bottom - top == side
     for alphas, cut in (((0.8, 0), False), ((0, 1), True)):
-        kinds = {finetune.draw_mix(rng, *alphas, 32)[1] is not None for _ in range(50)}
+        kinds = {finetune.draw_mix(draw, *alphas, 32)[1] is not None for _ in range(50)}
         assert kinds == {cut}
 
 
@@ -476,6 +505,60 @@ def test_the_learning_rates_end_where_they_should():
 # ---------------------------------------------------------------------------------------- tiny runs
 
 
+@pytest.mark.parametrize("arch, flags, rates", [
+    ("vit_micro", ["--protocol", "mae", "--lr", 2, "--warmup-epochs", 1, "--drop-path", 0.3],
+     [0, 1 / 2, *((1 + math.cos(math.pi * step / 4)) / 2 for step in range(4))]),
+    ("resnet_tiny", ["--protocol", "supervised", "--lr", 4, "--head-lr", 12],
+     [1, 1, 0.1, 0.1, 0.01, 0.01]),
+    ("resnet_tiny", ["--protocol", "low_shot", "--lr", 2, "--smoothing", 0.2],
+     [1, 1, 0.1, 0.1, 0.01, 0.01]),
+])
+def test_training_is_the_loop_written_out(arch, flags, rates, weights, tmp_path):
+    """Six steps in float64: rates of steps and layers, decay, momentum, targets and mixing."""
+    torch.set_default_dtype(torch.float64)
+    args = finetune.parse_args(list(map(str, [
+        "--checkpoint", weights[arch], *TINY, "--limit", 16, "--batch-size", 8, "--epochs", 3,
+        "--seed", 3, *flags, "--output", tmp_path])))
+    images = open_images("digits", "train", 3, limit=16)
+    trained = finetune.train(args, ALONE, images, 10).state_dict()
+
+    torch.manual_seed(3)
+    backbone = features.build(vars(args), positions="learned", drop_path=args.drop_path)
+    std = 2e-5 if arch == "vit_micro" else None
+    model = finetune.Classifier(backbone, 10, args.pool, std)
+    load_backbone(backbone, str(weights[arch]))
+    if arch == "vit_micro":
+        backbone.norm.reset_parameters()
+    groups, scales = [], []
+    for name, p in model.named_parameters():
+        token = name in ("backbone.cls_token", "backbone.pos_embed")
+        decay = {"mae": 0.05, "supervised": 1e-4, "low_shot": 5e-4}[args.protocol]
+        plain = (p.ndim < 2 or token) and args.protocol != "supervised"
+        groups.append({"params": [p], "weight_decay": 0 if plain else decay})
+        scales.append(finetune.layer_scale_of(name.removeprefix("backbone."), 4, 0.75)
+                      if args.protocol == "mae" else 3 if args.head_lr and "head" in name else 1)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999)) if arch == "vit_micro" else (
+        torch.optim.SGD(groups, momentum=0.9, nesterov=args.protocol == "low_shot"))
+    loader = Loader(images, finetune.build_views(args), batch_size=8, epochs=3, seed=3,
+                    world=ALONE, workers=0)
+    for step, batch in enumerate(itertools.chain(*map(loader.epoch, range(3)))):
+        floor = 2.5e-7 / 2 if args.protocol == "mae" and step > 1 else 0
+        for group, scale in zip(optimizer.param_groups, scales, strict=True):
+            group["lr"] = args.lr * 8 / 256 * (floor + (1 - floor) * rates[step]) * scale
+        mixed, labels = batch.views[0], torch.from_numpy(images.labels)[batch.index]
+        targets = finetune.smooth(labels, 10, args.smoothing)
+        if args.protocol == "mae":
+            drawn = finetune.draw_mix(rng.philox(3, rng.MIX, step), 0.8, 1.0, 16)
+            mixed, targets = finetune.mix(mixed, targets, *drawn)
+        torch.manual_seed(int(rng.philox(3, rng.DEPTH, step, 0).integers(2**63)))
+        loss = -(targets * model(mixed).log_softmax(1)).sum(1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(trained[key], value, rtol=1e-7, atol=1e-8)
+
+
 def test_the_json_line_has_the_documented_keys(weights, tmp_path):
     line = tiny(tmp_path, "--checkpoint", weights["resnet_tiny"])
     assert (line["eval"], line["protocol"]) == ("finetune", "small")
@@ -554,6 +637,8 @@ def test_a_sweep_chooses_on_images_that_it_leaves_out(tmp_path):
     assert len(line["sweep"]) == 4 and line["num_train"] == 100
     best = max(line["sweep"], key=lambda tried: tried["validation"])
     assert (line["lr"], line["head_lr"]) == (best["lr"], best["head_lr"]) and line["lr"] == 0.3
+    tenths = [10 * tried["validation"] for tried in line["sweep"]]  # of ten images
+    assert tenths == pytest.approx(np.round(tenths).tolist())
     folders = sorted(path.name for path in tmp_path.glob("sweep-*"))
     assert folders == ["sweep-0.3-1", "sweep-0.3-2", "sweep-1e-06-1", "sweep-1e-06-2"]
     identity = json.loads((tmp_path / folders[0] / "run.json").read_text())["data"]
@@ -567,7 +652,7 @@ def test_a_sweep_chooses_on_images_that_it_leaves_out(tmp_path):
 
 
 def test_a_sweep_leaves_out_rates_that_diverge_and_stops_at_other_errors(tmp_path):
-    args = parsed("--sweep", 1, 2, 3, "--output", tmp_path)
+    args = parsed("--protocol", "semi_swav", "--sweep", 1, 2, 3, "--output", tmp_path)
     images, _, _ = labelled.labelled_images(args)
 
     def accuracy(tried, kept, held):
@@ -578,7 +663,12 @@ def test_a_sweep_leaves_out_rates_that_diverge_and_stops_at_other_errors(tmp_pat
 
     found = labelled.sweep(args, images, accuracy)
     assert [tried["lr"] for tried in found] == [3, 1]
+    assert [tried["head_lr"] for tried in found] == pytest.approx([750, 250])  # 5 / .02 as much
     assert labelled.sweep(args, images, lambda *given: None) is None
+    held = []
+    for args.seed in (0, 0, 1):
+        labelled.sweep(args, images, lambda *given: held.append(given[2].index.tolist()))
+    assert held[0] == held[1] != held[2]
 
     def full(*given):
         raise RunError("the disk is full")
