@@ -695,11 +695,13 @@ def child(repo: str, names: list[str]) -> None:
                 Watch.notes["the loader does not pin memory"] += 1
             self.dataset = dataset
             self.sampler = range(len(dataset)) if sampler is None else sampler
-            if hasattr(dataset, "source"):  # images with label maps, read once for a check
+            made_of = getattr(getattr(dataset, "function", None), "args", ())  # of an evaluation
+            views = getattr(dataset, "views", None) or [v for v in made_of if hasattr(v, "crop")]
+            if not views:  # images with label maps, read once for a check
                 return
             planes = [Image.new("RGB", (256, 256))]
             dataset.images.read = lambda index: planes
-            for view in getattr(dataset, "views", None) or [dataset.view]:
+            for view in views:
                 blank = np.zeros((view.channels, *view.size), np.uint8)
                 view.crop = lambda planes, parameters, blank=blank: blank
 

@@ -176,7 +176,7 @@ def test_fewer_images_than_a_batch_names_both_and_a_size_that_fits():
 def test_a_batch_that_images_do_not_fill_is_a_power_of_two():
     images = ArrayImages(random_images(20), None, 3)
     assert [fitting_batch(size, images, WORLD) for size in (6, 20, 21, 256)] == [6, 20, 16, 16]
-    with pytest.raises(RunError, match="too few for batch norm"):
+    with pytest.raises(RunError, match="batch norm wants 2 or more"):
         fitting_batch(4, images.subset(np.arange(1)), WORLD)
 
 
