@@ -122,6 +122,7 @@ def standardize(z: Tensor) -> Tensor:
     return z * (variance + 1e-5).rsqrt()
 
 
+@comm.outside_autocast
 def cross_correlation(z1: Tensor, z2: Tensor) -> Tensor:
     """Correlate dimension i of the first view with dimension j of the second; (D, D)."""
     products = standardize(z1).T @ standardize(z2)

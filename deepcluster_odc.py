@@ -306,6 +306,7 @@ def balanced_order(assignment: np.ndarray, seed: int, epoch: int) -> np.ndarray:
 
 
 @torch.no_grad()
+@comm.outside_autocast
 def update_memory(memory: Tensor, assignment: Tensor, centroids: Tensor, index: Tensor, z: Tensor,
                   momentum: float) -> None:
     """Move the rows of the images of all processes, and label them by the centroids.

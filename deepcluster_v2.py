@@ -157,6 +157,7 @@ def cluster_loss(scores: Tensor, assignment: Tensor, temperature: float) -> Tens
 
 
 @torch.no_grad()
+@comm.outside_autocast
 def nearest_centroids(x: Tensor, centroids: Tensor) -> Tensor:
     """The row of the centroids (K, D) with the largest dot product, the lowest of equal ones."""
     if x.device.type == "cpu" and x.dtype == torch.float32:

@@ -175,6 +175,7 @@ def group_batchnorm(module: nn.Module, groups: int) -> nn.Module:
 # --------------------------------------------------------------------------------- loss and updates
 
 
+@comm.outside_autocast
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
     """Compute the cross-entropy of identifying the positive key among the queue.
 
@@ -198,6 +199,7 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
 
 
 @torch.no_grad()
+@comm.outside_autocast
 def match_cells(q: Tensor, k: Tensor) -> Tensor:
     """Find for each cell of the query the key's cell of the largest cosine.
 

@@ -220,6 +220,7 @@ def make_teacher(student: nn.Module) -> nn.Module:
 # --------------------------------------------------------------------------------------------- loss
 
 
+@comm.outside_autocast
 def dino_loss(student: Tensor, teacher: Tensor, center: Tensor, student_temperature: float,
               teacher_temperature: float) -> Tensor:
     """Compute the cross-entropy of predicting each global crop's target from every other crop.

@@ -410,6 +410,7 @@ def sinkhorn_targets(logits: Tensor, temperature: float, iterations: int) -> Ten
     return log_p.exp_()
 
 
+@comm.outside_autocast
 def dino_loss(student: Tensor, targets: Tensor, student_temperature: float) -> Tensor:
     """Compute the cross-entropy of predicting each global crop's target from every other crop.
 
@@ -429,6 +430,7 @@ def dino_loss(student: Tensor, targets: Tensor, student_temperature: float) -> T
     return -(pairs.sum() - pairs.diagonal().sum()) / (g * (v - 1) * student.shape[1])
 
 
+@comm.outside_autocast
 def patch_loss(student: Tensor, targets: Tensor, weights: Tensor, num_crops: int,
                student_temperature: float) -> Tensor:
     """Compute the cross-entropy of predicting the targets at the masked patches.
@@ -450,6 +452,7 @@ def patch_loss(student: Tensor, targets: Tensor, weights: Tensor, num_crops: int
     return (losses * weights.to(losses.dtype)).sum() / num_crops
 
 
+@comm.outside_autocast
 def koleo_loss(z: Tensor) -> Tensor:
     """Compute the mean of -log of the distance to the nearest other row, which spreads the rows.
 
@@ -459,7 +462,7 @@ def koleo_loss(z: Tensor) -> Tensor:
     Reference: section 4; Sablayrolles et al., arXiv 1806.03198, equation 4.
     """
     z, eps = F.normalize(comm.upcast(z), dim=1, eps=1e-8), 1e-8
-    with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+    with torch.no_grad():
         nearest = (z @ z.T).fill_diagonal_(-math.inf).argmax(1)
     distances = (z - z[nearest] + eps).norm(dim=1)  # never 0: equal rows have a gradient too
     return -(distances + eps).log().mean()

@@ -162,6 +162,7 @@ def normal_cf(like: Tensor) -> tuple[Tensor, Tensor]:
     return t, (-t.square() / 2).exp()
 
 
+@comm.outside_autocast
 def sigreg(z: Tensor, directions: Tensor) -> Tensor:
     """Measure how far embeddings are from an isotropic Gaussian, along some directions.
 
@@ -179,15 +180,14 @@ def sigreg(z: Tensor, directions: Tensor) -> Tensor:
 
     Reference: sections 4.2 and 4.3, with the integral over [0, 3] doubled, as the official code.
     """
-    with torch.autocast(z.device.type, enabled=False):  # t z in bfloat16 would be no angle
-        z = comm.upcast(z)
-        t, normal = normal_cf(z)
-        count = z.shape[1] * comm.size()
-        angles = (z @ directions.to(z))[..., None] * t  # (V, N, M, 17)
-        sums = torch.stack([angles.cos().sum(1), angles.sin().sum(1)])
-        real, imaginary = comm.all_reduce_with_grad(sums) / count  # (V, M, 17) each
-        distance = (real - normal).square() + imaginary.square()
-        return 2 * count * torch.trapezoid(distance * normal, t).mean()
+    z = comm.upcast(z)
+    t, normal = normal_cf(z)
+    count = z.shape[1] * comm.size()
+    angles = (z @ directions.to(z))[..., None] * t  # (V, N, M, 17)
+    sums = torch.stack([angles.cos().sum(1), angles.sin().sum(1)])
+    real, imaginary = comm.all_reduce_with_grad(sums) / count  # (V, M, 17) each
+    distance = (real - normal).square() + imaginary.square()
+    return 2 * count * torch.trapezoid(distance * normal, t).mean()
 
 
 def invariance(z: Tensor, num_global: int) -> Tensor:

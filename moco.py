@@ -167,6 +167,7 @@ def group_batchnorm(module: nn.Module, groups: int) -> nn.Module:
 # --------------------------------------------------------------------------------- loss and updates
 
 
+@comm.outside_autocast
 def info_nce(q: Tensor, k: Tensor, queue: Tensor, temperature: float) -> Tensor:
     """Compute the cross-entropy of identifying the positive key among the queue.
 

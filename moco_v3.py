@@ -166,6 +166,7 @@ def make_key_encoder(model: nn.Module) -> nn.Module:
 # --------------------------------------------------------------------------------- loss and updates
 
 
+@comm.outside_autocast
 def contrastive_loss(q: Tensor, k: Tensor, temperature: float) -> Tensor:
     """Compute the cross-entropy of identifying each query's key among those of all processes.
 

@@ -275,6 +275,7 @@ def draw_negatives(index: Tensor, num_images: int, num_negatives: int, seed: int
     return drawn + (drawn >= index[:, None])  # the own index is passed over
 
 
+@comm.outside_autocast
 def memory_logits(z: Tensor, memory: Tensor, index: Tensor, negatives: Tensor | None,
                   temperature: float) -> Tensor:
     """Compare embeddings with rows of the bank.

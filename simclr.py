@@ -112,6 +112,7 @@ class SimCLR(nn.Module):
 # --------------------------------------------------------------------------------------------- loss
 
 
+@comm.outside_autocast
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     """Compute the normalised temperature-scaled cross-entropy of two views.
 

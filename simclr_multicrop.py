@@ -126,6 +126,7 @@ class SimCLR(nn.Module):
 # --------------------------------------------------------------------------------------------- loss
 
 
+@comm.outside_autocast
 def multicrop_nt_xent(z: Tensor, num_views: int, temperature: float) -> Tensor:
     """Compute the normalised temperature-scaled cross-entropy of any number of views.
 

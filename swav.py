@@ -200,6 +200,7 @@ def sinkhorn(scores: Tensor, epsilon: float, iterations: int) -> Tensor:
     return log_codes.exp_()
 
 
+@comm.outside_autocast
 def swapped_prediction_loss(scores: Tensor, codes: Tensor, temperature: float) -> Tensor:
     """Compute the cross-entropy of predicting each global crop's code from every other crop.
 

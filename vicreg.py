@@ -121,13 +121,13 @@ class VICReg(nn.Module):
 # --------------------------------------------------------------------------------------------- loss
 
 
+@comm.outside_autocast
 def covariance(z: Tensor) -> Tensor:
     """Compute the covariance (D, D) of embeddings (N, D) over all processes' rows; unbiased."""
     z = comm.upcast(z)
     count = len(z) * comm.size()
     z = z - comm.all_reduce_with_grad(z.sum(0)) / count
-    with torch.autocast(z.device.type, enabled=False):  # which would round the product's factors
-        return comm.all_reduce_with_grad(z.T @ z) / (count - 1)
+    return comm.all_reduce_with_grad(z.T @ z) / (count - 1)
 
 
 def off_diagonal(matrix: Tensor) -> Tensor:

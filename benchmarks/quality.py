@@ -98,7 +98,7 @@ def parse_args(argv=None):
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--amp", choices=["bf16", "none"], default="bf16")
-    parser.add_argument("--only", nargs="+", metavar="SCRIPT", help="these of our scripts")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these methods or scripts")
     parser.add_argument("--peer", choices=["lightly", "none"], default="lightly")
     parser.add_argument("--images", type=int, nargs=2, default=[1000, 200],
                         metavar=("TRAIN", "TEST"), help="of each class")
@@ -323,7 +323,7 @@ def shared_flags(args) -> list[str]:
 def main(args):
     args.folder, args.data = args.folder.resolve(), args.data.resolve()
     subset(args)
-    names = [n for n in METHODS if not args.only or METHODS[n][0] in args.only]
+    names = [n for n in METHODS if not args.only or {n, METHODS[n][0]} & {*args.only}]
     paired = [name for name in names if name in PEERS and args.peer == "lightly"]
     with ThreadPoolExecutor(args.at_once) as pool:
         def results(jobs):

@@ -9,6 +9,7 @@ rows keeps it by gathering or summing them with `all_gather_with_grad` or `all_r
 """
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
@@ -398,6 +399,18 @@ def send(x: Tensor, device: torch.device) -> Tensor:
 def upcast(x: Tensor) -> Tensor:
     """To float32, whatever the autocast made of it; float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def outside_autocast(function):
+    """Have a function compute in the precision of what it is given, wherever it is called.
+
+    A decorator: autocast would round the factors of matrix products to bfloat16.
+    """
+    @functools.wraps(function)
+    def exact(*args, **kwargs):
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            return function(*args, **kwargs)
+    return exact
 
 
 # -------------------------------------------------------------------------- synchronised batch norm

@@ -300,6 +300,52 @@ def test_run_json_says_what_was_run(tmp_path):
     assert record["starts"][0]["versions"]["torch"] == torch.__version__
 
 
+def numbers(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def unit(*shape):
+    return torch.nn.functional.normalize(numbers(*shape), dim=-1)
+
+
+AUTOCAST = {  # functions with a matrix product: float32 arguments, the first ones with gradient
+    ("simclr", "nt_xent"): lambda: (numbers(8, 5), numbers(8, 5) + 1, 0.1),
+    ("simclr_multicrop", "multicrop_nt_xent"): lambda: (numbers(24, 5), 3, 0.1),
+    ("moco", "info_nce"): lambda: (numbers(8, 5), numbers(8, 5) + 1, unit(12, 5), 0.1),
+    ("densecl", "info_nce"): lambda: (numbers(8, 5), numbers(8, 5) + 1, unit(12, 5), 0.1),
+    ("densecl", "dense_info_nce"): lambda: (
+        numbers(4, 9, 5), numbers(4, 9, 5) + 1, torch.arange(36).view(4, 9) % 7, unit(12, 5), 0.1),
+    ("densecl", "match_cells"): lambda: (numbers(4, 900, 5), numbers(4, 900, 5) + 1),
+    ("moco_v3", "contrastive_loss"): lambda: (numbers(8, 5), numbers(8, 5) + 1, 0.1),
+    ("barlow_twins", "barlow_twins_loss"): lambda: (numbers(8, 5), numbers(8, 5) + 1, 0.1),
+    ("vicreg", "vicreg_loss"): lambda: (numbers(8, 5), numbers(8, 5) + 1, 25.0, 25.0, 1.0),
+    ("lejepa", "sigreg"): lambda: (numbers(2, 8, 5), unit(7, 5).T),
+    ("npid_pirl", "memory_logits"): lambda: (
+        unit(2, 4, 5), unit(12, 5), torch.arange(4), torch.arange(12).view(4, 3), 0.1),
+    ("dinov2", "dino_loss"): lambda: (numbers(4, 3, 9), numbers(2, 3, 9).softmax(2), 0.1),
+    ("dinov2", "patch_loss"): lambda: (
+        numbers(6, 9), numbers(6, 9).softmax(1), torch.full((6,), 0.5), 4, 0.1),
+    ("dinov2", "koleo_loss"): lambda: (unit(900, 5),),
+    ("swav", "swapped_prediction_loss"): lambda: (
+        numbers(4, 3, 9), numbers(2, 3, 9).softmax(2), 0.1),
+    ("dino", "dino_loss"): lambda: (numbers(4, 3, 9), numbers(2, 3, 9), numbers(9), 0.1, 0.04),
+}
+
+
+@pytest.mark.parametrize("script, name", AUTOCAST)
+def test_pasted_into_an_autocast_region_a_loss_keeps_its_precision(script, name):
+    function, found = getattr(importlib.import_module(script), name), []
+    for enabled in (False, True):
+        args = AUTOCAST[script, name]()
+        args[0].requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            value = function(*args)
+        if value.is_floating_point():
+            value.sum().backward()
+        found.append((value.detach(), torch.zeros(()) if args[0].grad is None else args[0].grad))
+    assert equal(*found)
+
+
 @every_script
 def test_amp_bf16_stays_near_float32(script, tmp_path):
     losses = []
