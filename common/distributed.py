@@ -404,7 +404,8 @@ def upcast(x: Tensor) -> Tensor:
 def outside_autocast(function):
     """Have a function compute in the precision of what it is given, wherever it is called.
 
-    A decorator: autocast would round the factors of matrix products to bfloat16.
+    A decorator: autocast would round the factors of matrix products to bfloat16. Call
+    `backward` outside the region, as torch advises: inside, its products are rounded all the same.
     """
     @functools.wraps(function)
     def exact(*args, **kwargs):
