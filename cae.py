@@ -267,6 +267,7 @@ def kmeans_words(images: Tensor, vocabulary: Tensor, patch_size: int) -> Tensor:
     return nearest_centroids(patches.flatten(0, 1), vocabulary).view(patches.shape[:2])
 
 
+@comm.outside_autocast
 def vae_words(images: Tensor, vae: nn.Module, mean: list[float], std: list[float],
               grid: tuple[int, int]) -> Tensor:
     """Words int64 (N, L) of normalised images (N, 3, H, W)."""

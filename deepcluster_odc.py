@@ -335,6 +335,7 @@ def update_centroids(centroids: Tensor, memory: Tensor, assignment: Tensor) -> N
 
 
 @torch.no_grad()
+@comm.outside_autocast
 def repair_clusters(memory: Tensor, assignment: Tensor, centroids: Tensor, min_cluster: int,
                     seed: int, step: int) -> None:
     """Dissolve clusters of fewer images than `min_cluster`, and split the largest ones instead.

@@ -291,6 +291,7 @@ def memory_logits(z: Tensor, memory: Tensor, index: Tensor, negatives: Tensor | 
         Logits (V, N, 1 + K), the own row in column 0; without negatives (V, N, n) in the bank's
         order.
     """
+    z = comm.upcast(z)
     memory = memory.detach().to(z.dtype)
     if negatives is None:
         return z @ memory.T / temperature

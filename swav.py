@@ -250,6 +250,7 @@ def update_teacher(teacher: SwAV, student: SwAV, momentum: float) -> None:
 
 
 @torch.no_grad()
+@comm.outside_autocast
 def compute_codes(scores: Tensor, queue: Tensor | None, prototypes: Tensor, epsilon: float,
                   iterations: int) -> Tensor:
     """Codes (A, N, K) of the global crops with scores (A, N, K).

@@ -720,6 +720,8 @@ def child(repo: str, names: list[str]) -> None:
     def gathered(word, x):
         Watch.add("collectives", f"{word} {x.device.type} {str(x.dtype)[6:]} "
                   f"{x.numel() * x.element_size() / 1e6:.3g} MB at {where()}")
+        if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
+            raise RuntimeError(f"{word} of a tensor that is not contiguous")
 
     def all_gather(parts, x, *_, **__):
         gathered("all_gather", x)
@@ -738,8 +740,6 @@ def child(repo: str, names: list[str]) -> None:
 
     def all_reduce(x, *_, **__):
         gathered("all_reduce", x)
-        if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
-            raise RuntimeError("all_reduce of a tensor that is not contiguous")
         x.mul_(1)
 
     def broadcast(x, *_, **__):

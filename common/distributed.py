@@ -113,7 +113,7 @@ def environment_fault() -> str | None:
         if name == "MASTER_PORT" and env_int("WORLD_SIZE", 1) == 1:  # of a service named master
             continue
         if value and name != "MASTER_ADDR" and not value.isdecimal():
-            return f"{name} is {value!r} in the environment, no whole number{remedy}"
+            return f"{name} is {value!r} in the environment, not a whole number{remedy}"
     for number, of in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
         if number == "LOCAL_RANK" and not given[of]:
             continue
@@ -284,23 +284,18 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad)  # every process's loss depends on our rows
+        grad = sum_over_processes(grad.contiguous())  # every process's loss depends on our rows
         return grad[rank() * ctx.rows : (rank() + 1) * ctx.rows]
 
 
 class _AllReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        total = x.clone()
-        dist.all_reduce(total)
-        return total
+        return sum_over_processes(x)
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad)
-        return grad
+        return sum_over_processes(grad.contiguous())
 
 
 def all_gather_with_grad(x: Tensor) -> Tensor:
@@ -404,7 +399,8 @@ def upcast(x: Tensor) -> Tensor:
 def outside_autocast(function):
     """Have a function compute in the precision of what it is given, wherever it is called.
 
-    A decorator: autocast would round the factors of matrix products to bfloat16.
+    A decorator: autocast would round the factors of matrix products to bfloat16. Call
+    `backward` outside the region, as torch advises: inside, its products are rounded all the same.
     """
     @functools.wraps(function)
     def exact(*args, **kwargs):

@@ -27,6 +27,7 @@ def join_parts(part: Tensor, count: int) -> Tensor:
 
 
 @torch.no_grad()
+@comm.outside_autocast
 def nearest_centroids(x: Tensor, centroids: Tensor) -> Tensor:
     """The row (n,) of the centroids (K, D) at the smallest distance of each row of x (n, D)."""
     if x.device.type == "cpu" and x.dtype == torch.float32:

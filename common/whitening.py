@@ -22,7 +22,7 @@ def principal_axes(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     centred = (part.double() - mean for part in parts)
     covariance = comm.sum_over_processes(sum(part.T @ part for part in centred)) / count
     variances, axes = torch.linalg.eigh(covariance)
-    variances, axes = variances.flip(0), axes.flip(1)
+    variances, axes = variances.flip(0), axes.flip(1).contiguous()  # NCCL broadcasts no other
     comm.copy_from_first(variances, axes)  # signs, and rounding on another kind of device
     return mean, variances, axes
 

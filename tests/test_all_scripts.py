@@ -308,6 +308,10 @@ def unit(*shape):
     return torch.nn.functional.normalize(numbers(*shape), dim=-1)
 
 
+def words(images, *_):
+    return torch.nn.functional.conv2d(images, numbers(40, 3, 4, 4), stride=4).argmax(1).flatten(1)
+
+
 AUTOCAST = {  # functions with a matrix product: float32 arguments, the first ones with gradient
     ("simclr", "nt_xent"): lambda: (numbers(8, 5), numbers(8, 5) + 1, 0.1),
     ("simclr_multicrop", "multicrop_nt_xent"): lambda: (numbers(24, 5), 3, 0.1),
@@ -328,7 +332,14 @@ AUTOCAST = {  # functions with a matrix product: float32 arguments, the first on
     ("dinov2", "koleo_loss"): lambda: (unit(900, 5),),
     ("swav", "swapped_prediction_loss"): lambda: (
         numbers(4, 3, 9), numbers(2, 3, 9).softmax(2), 0.1),
+    ("swav", "compute_codes"): lambda: (numbers(2, 3, 9), unit(2, 8, 5), unit(9, 5), 0.05, 3),
     ("dino", "dino_loss"): lambda: (numbers(4, 3, 9), numbers(2, 3, 9), numbers(9), 0.1, 0.04),
+    ("deepcluster_odc", "update_memory"): lambda: (
+        unit(900, 5), torch.arange(900), numbers(40, 5), torch.arange(900), numbers(900, 5), 0.5),
+    ("deepcluster_odc", "repair_clusters"): lambda: (
+        unit(900, 5), torch.arange(900) % 40, numbers(40, 5), 23, 0, 0),
+    ("cae", "vae_words"): lambda: (
+        numbers(8, 3, 64, 64), words, [0.0] * 3, [1.0] * 3, (16, 16)),
 }
 
 
@@ -340,9 +351,10 @@ def test_pasted_into_an_autocast_region_a_loss_keeps_its_precision(script, name)
         args[0].requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             value = function(*args)
-        if value.is_floating_point():
+        if value is not None and value.requires_grad:
             value.sum().backward()
-        found.append((value.detach(), torch.zeros(()) if args[0].grad is None else args[0].grad))
+        given = [x.detach() for x in args if isinstance(x, torch.Tensor)]  # some write to it
+        found.append([value if value is None else value.detach(), args[0].grad, *given])
     assert equal(*found)
 
 

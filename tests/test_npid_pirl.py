@@ -335,7 +335,7 @@ def test_losses_are_computed_in_float32_at_least(dtype):
     z, memory, index, negatives = map(torch.from_numpy, tensors())
     z = npid_pirl.unit_rows(z.to(dtype))
     assert z.dtype == torch.float32
-    logits = npid_pirl.memory_logits(z, memory.float(), index, negatives, 0.07)
+    logits = npid_pirl.memory_logits(z.to(dtype), memory.float(), index, negatives, 0.07)
     assert logits.dtype == npid_pirl.nce_loss(logits.to(dtype), 40, 100.0).dtype == torch.float32
 
 
