@@ -459,7 +459,7 @@ def main(args):
                 also = [(images, source.split(backbone, images)) for images in source.also]
                 runs.append(auto_probe(found, also, args, world))
             after = weights.fingerprint(backbone)
-            if before:
+            if before and len(runs) == 1:  # of untrained ones the first
                 comm.print_main(f"{source.name}: hash of the backbone {before} before, "
                                 f"{after} after")
             if any(comm.any_rank(before != after)):

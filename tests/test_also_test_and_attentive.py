@@ -121,6 +121,7 @@ def test_several_folders_and_checkpoints_are_a_row_each(shifted, capsys):
     printed = capsys.readouterr().out
     assert printed.count(f"\n  {shifted} (4 classes)   ") == 4
     assert f"class folders of {shifted} without an image: 9" in printed
+    assert printed.count("hash of the backbone") == 1  # of five untrained ones
 
 
 def test_processes_agree_on_further_images(shifted, vit, pool):
