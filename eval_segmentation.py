@@ -448,12 +448,10 @@ def tasks(args, world):
         protocol = (f"{settings['data']}: {len(train)} training and {len(test)} test images, "
                     f"{images.num_classes} classes, shorter side {resize} px, {seen}, patches of "
                     f"{side}")
-        if protocol not in said:
-            comm.print_main(protocol)
-            said.add(protocol)
         arch = f" ({settings['arch']})" if checkpoint.name == "random" else ""
         source = features.Source(checkpoint.name + arch, args, world, checkpoint, settings, train,
-                                 test)
+                                 test, said=said)
+        source.say(protocol)
         layer = "patches" if settings["arch"] in backbones.VITS else args.layer
         layer = "pixels" if checkpoint.name == "pixels" else layer
         yield source.name, (Task(source, images, backbone, layer, window, stride, resize, side)
