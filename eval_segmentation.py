@@ -497,7 +497,7 @@ def main(args):
     features.print_table(["checkpoint", "mean IoU", "pixels right"], [
         [row["checkpoint"], f"{row['miou']:.3f}", f"{row['accuracy']:.3f}"] for row in table])
     features.print_table(["IoU", *(row["checkpoint"] for row in table)], [
-        [name, *(f"{row['per_class'][name]:.3f}".replace("nan", "-") for row in table)]
+        [name, *(f"{row['per_class'][name]:.3f}" for row in table)]
         for name in table[0]["per_class"]])
     features.print_json({"eval": "segmentation", "method": args.method, **table[-1],
                          "checkpoints": table})

@@ -491,6 +491,7 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
     rows = [header, *rows] if rows else []
     widths = [max(map(len, column)) for column in itertools.zip_longest(*rows, fillvalue="")]
     for name, *cells in rows:
+        cells = ["-" if cell == "nan" else cell for cell in cells]
         comm.print_main("   ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]))
 
 
