@@ -72,6 +72,9 @@ class WholeImage(augment.CenterCrop):
         plane = augment.shorter_side_to(self.resize, plane, self.interpolation)
         return plane.resize(size[::-1], augment.INTERPOLATION[self.interpolation])
 
+    def __str__(self):
+        return f"shorter side to {self.resize} px ({self.interpolation}), then to a square"
+
 
 # ---------------------------------------------------------------------------------- precision, fits
 
