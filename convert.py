@@ -110,6 +110,9 @@ def main(args):
     only = "timm" if arch in backbones.VITS else arch.partition(":")[0] if ":" in arch else args.to
     if args.to != only:
         raise comm.RunError(f"{arch} goes --to {only} only: {args.to} has no model in its layout")
+    if arch in backbones.SMALL:
+        raise comm.RunError(f"{arch} does not go to {args.to}, which has no such model; take "
+                            "common/backbones.py along, which builds it, or train a resnet18")
     plain = re.fullmatch(r"resnet(18|34|50|101|152)", arch)
     if args.to == "detectron2" and (not plain or settings["stem"] != "imagenet"):
         raise comm.RunError(f"{arch} with the {settings['stem']} stem does not go to detectron2: "

@@ -325,7 +325,7 @@ def accuracies(logits_of, images, source: features.Source, num_classes: int,
 
     Args:
         logits_of: images (n, channels, H, W) to logits (n, C), by layer.
-        present: the classes that are predicted, if not all.
+        present: the classes that are predicted, if not all; of five or fewer top-5 is NaN.
     """
     truth = torch.from_numpy(np.asarray(images.labels, dtype=np.int64))
     present = np.arange(num_classes) if present is None else present
@@ -340,7 +340,7 @@ def accuracies(logits_of, images, source: features.Source, num_classes: int,
         top1, top5 = rows.double().mean(0).tolist()
         right = torch.zeros(num_classes, dtype=torch.float64)
         right.index_add_(0, truth, rows[:, 0].double())
-        found[name] = {"top1": top1, "top5": top5,
+        found[name] = {"top1": top1, "top5": top5 if len(present) > 5 else math.nan,
                        "mean_per_class": labelled.mean_per_class(right, images.labels)}
     return found
 
@@ -459,14 +459,16 @@ def main(args):
                 also = [(images, source.split(backbone, images)) for images in source.also]
                 runs.append(auto_probe(found, also, args, world))
             after = weights.fingerprint(backbone)
-            if before:
+            if before and len(runs) == 1:  # of untrained ones the first
                 comm.print_main(f"{source.name}: hash of the backbone {before} before, "
                                 f"{after} after")
             if any(comm.any_rank(before != after)):
                 raise comm.RunError(f"{source.name}: the backbone has changed")
         table.append({"checkpoint": source.name, **features.mean_of(runs)})
 
-    columns = {"top-1": "{top1:.3f}", "top-5": "{top5:.3f}"}
+    columns = {"top-1": "{top1:.3f}"}
+    if any(r["top5"] == r["top5"] for row in table for r in row["results"]):
+        columns |= {"top-5": "{top5:.3f}"}
     if all("mean_per_class" in r for row in table for r in row["results"]):
         columns |= {"mean per class": "{mean_per_class:.3f}"}
     shared = list(columns.values())

@@ -292,8 +292,8 @@ def whitening_of(take, source: features.Source, args) -> dict[str, tuple[Tensor,
             raise comm.RunError(f"--whiten-dim {dim}: {args.whiten} gives {len(x)} vectors of "
                                 f"{x.shape[1]} numbers ({name}); dimensions are at most {largest}")
         if dim < x.shape[1] and not args.whiten_dim:
-            source.warn(f"--whiten {args.whiten} gives {len(x)} vectors ({name}), so {dim} "
-                        "dimensions are kept, the last ones mostly noise; give more images")
+            source.say(f"warning: --whiten {args.whiten} gives {len(x)} vectors ({name}), so {dim} "
+                       "dimensions are kept, the last ones mostly noise; give more images")
         found[name] = whitening(x, dim)
     return found
 
@@ -435,8 +435,8 @@ def evaluate(found: features.Features, source: features.Source) -> dict:
                 "precision": dict(zip(k, shares[len(k):], strict=True)),
                 "num_queries": len(values)})
     if not truth and len(values) < m:
-        source.warn(f"{found.checkpoint}: {m - len(values)} of {m} queries have no relevant one "
-                    f"among the {n} images and do not count")
+        source.say(f"warning: {found.checkpoint}: {m - len(values)} of {m} queries have no "
+                   f"relevant one among the {n} images and do not count")
     return {"map": results[0]["map"], "results": results, "num_train": n, "num_test": m}
 
 

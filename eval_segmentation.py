@@ -448,12 +448,10 @@ def tasks(args, world):
         protocol = (f"{settings['data']}: {len(train)} training and {len(test)} test images, "
                     f"{images.num_classes} classes, shorter side {resize} px, {seen}, patches of "
                     f"{side}")
-        if protocol not in said:
-            comm.print_main(protocol)
-            said.add(protocol)
         arch = f" ({settings['arch']})" if checkpoint.name == "random" else ""
         source = features.Source(checkpoint.name + arch, args, world, checkpoint, settings, train,
-                                 test)
+                                 test, said=said)
+        source.say(protocol)
         layer = "patches" if settings["arch"] in backbones.VITS else args.layer
         layer = "pixels" if checkpoint.name == "pixels" else layer
         yield source.name, (Task(source, images, backbone, layer, window, stride, resize, side)
@@ -499,7 +497,7 @@ def main(args):
     features.print_table(["checkpoint", "mean IoU", "pixels right"], [
         [row["checkpoint"], f"{row['miou']:.3f}", f"{row['accuracy']:.3f}"] for row in table])
     features.print_table(["IoU", *(row["checkpoint"] for row in table)], [
-        [name, *(f"{row['per_class'][name]:.3f}".replace("nan", "-") for row in table)]
+        [name, *(f"{row['per_class'][name]:.3f}" for row in table)]
         for name in table[0]["per_class"]])
     features.print_json({"eval": "segmentation", "method": args.method, **table[-1],
                          "checkpoints": table})

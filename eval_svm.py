@@ -72,6 +72,9 @@ class WholeImage(augment.CenterCrop):
         plane = augment.shorter_side_to(self.resize, plane, self.interpolation)
         return plane.resize(size[::-1], augment.INTERPOLATION[self.interpolation])
 
+    def __str__(self):
+        return f"shorter side to {self.resize} px ({self.interpolation}), then to a square"
+
 
 # ---------------------------------------------------------------------------------- precision, fits
 
@@ -233,12 +236,15 @@ def low_shot(run, k: int, labels, test, costs: list[float], draws: int, seed: in
     return found | {"map_11point": by_cost[costs.index(chosen), 1, 1].item()}
 
 
-def evaluate(found: features.Features, args, fits: Fits, names: list[str] | None) -> dict:
+def evaluate(found: features.Features, source: features.Source, fits: Fits) -> dict:
     """Precisions of one backbone's features."""
+    args, names = source.args, getattr(source.train, "classes", None)
     splits, n = (found.train, found.test), len(found.train.labels)
     labels = np.concatenate([split.labels for split in splits])
     if labels.ndim == 1:  # class numbers
         labels = (labels[:, None] == np.arange(1 + labels.max())).astype(int)
+    if labels.min() < 0:
+        source.say(f"difficult images {'absent' if args.vissl_labels else 'ignored'}")
     names = names or [str(number) for number in range(labels.shape[1])]
     train = [labelled_rows(column[:n], args.vissl_labels) for column in labels.T]
     test = [labelled_rows(np.append([-1] * n, column[n:]), False) for column in labels.T]
@@ -265,14 +271,14 @@ def evaluate(found: features.Features, args, fits: Fits, names: list[str] | None
     best = max(layers, key=lambda layer: np.nan_to_num(layer["validation_map"], nan=-1))
 
     if len(layers) > 1:
-        comm.print_main(f"{found.checkpoint}: {best['layer']} counts, best in the cross-validation")
+        source.say(f"{found.checkpoint}: {best['layer']} counts, best in the cross-validation")
 
     # 4. Low-shot, of the layer that counts
     run, few = run_on(best["layer"]), {}
     fewest = min(filter(None, (labels[:n] == 1).sum(0)), default=0)
     for k in args.low_shot:
         if fewest < k:
-            comm.print_main(f"low-shot {k}: left out, a class has {fewest} training images")
+            source.say(f"low-shot {k}: left out, a class has {fewest} training images")
         else:
             few[str(k)] = low_shot(run, k, labels[:n], test, costs, args.draws, args.seed)
     return {"map": best["map"], "map_11point": best["map_11point"], "low_shot": few,
@@ -284,15 +290,14 @@ def evaluate(found: features.Features, args, fits: Fits, names: list[str] | None
 
 def main(args):
     world = comm.setup(args.device, deterministic=True)  # the same bits find their cached fits
-    comm.print_main(
-        f"linear SVM of each class against the rest, unit-norm features; {len(args.costs)} costs, "
-        f"{args.folds} folds; difficult images {'absent' if args.vissl_labels else 'ignored'}")
+    comm.print_main("linear SVM of each class against the rest, unit-norm features; "
+                    f"{len(args.costs)} costs, {args.folds} folds")
     fit_once, table = cached_fit(args.output, world) if args.output else fit, []
     for source in features.sources(args, world, interpolation="bilinear",
                                    crop=augment.CenterCrop if args.resize else WholeImage,
                                    several_classes=True):
-        fits, names = Fits(fit_once, args, world), getattr(source.train, "classes", None)
-        runs = [evaluate(source.features(backbone), args, fits, names)
+        fits = Fits(fit_once, args, world)
+        runs = [evaluate(source.features(backbone), source, fits)
                 for backbone in source.backbones()]
         table.append({"checkpoint": source.name, **features.mean_of(runs)})
         if fits.stopped:

@@ -265,6 +265,9 @@ class CenterCrop(Step):
         left, top = (round(x / 2) if x > 0 else -(-x // 2) for x in extra)
         return plane.crop((left, top, left + size[1], top + size[0]))
 
+    def __str__(self):
+        return f"shorter side to {self.resize} px ({self.interpolation}), centre crop"
+
 
 @dataclass
 class RandomCrop(Step):
@@ -296,6 +299,9 @@ class Resize(Step):
     def apply(self, plane, _, size):
         return plane.resize(size[::-1], INTERPOLATION[self.interpolation])
 
+    def __str__(self):
+        return f"the whole image resized ({self.interpolation})"
+
 
 @dataclass
 class LongerSide(Step):
@@ -311,6 +317,9 @@ class LongerSide(Step):
             return plane
         return plane.resize([max(1, round(factor * side)) for side in plane.size],
                             INTERPOLATION[self.interpolation])
+
+    def __str__(self):
+        return f"longer side at most {self.max_side} px ({self.interpolation})"
 
 
 def shorter_side_to(resize: int, plane: Image.Image, interpolation: str) -> Image.Image:

@@ -279,7 +279,7 @@ class Source:
     also: tuple = ()  # further images to test on
     view: augment.View | None = None  # without random numbers
     protocol: str = ""  # what the images are, in words
-    warned: set = field(default_factory=set)
+    said: set = field(default_factory=set)  # lines, of all sources
 
     def backbones(self):
         """Yield the frozen backbone: five untrained ones of `random`, None of a feature file."""
@@ -296,11 +296,11 @@ class Source:
             print_doubts(checkpoint, settings)
             yield freeze(build(settings), checkpoint.weights, self.world)
 
-    def warn(self, message: str) -> None:
-        """Print a warning, of several backbones once."""
-        if message not in self.warned:
-            self.warned.add(message)
-            comm.print_main(f"warning: {message}")
+    def say(self, line: str) -> None:
+        """Print a line, of several backbones and sources once."""
+        if line not in self.said:
+            self.said.add(line)
+            comm.print_main(line)
 
     @property
     def precision(self):
@@ -393,9 +393,9 @@ def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
     Raises:
         RunError: something named is not there, does not fit or has no labels.
     """
+    opened, said = {}, set()  # both splits by how they are read; what is printed once
     for path in args.features or ():
-        yield Source(path, args, world)
-    opened, said = {}, set()  # both splits by how they are read; protocols
+        yield Source(path, args, world, said=said)
     for checkpoint, settings in checkpoints_of(args):
         channels, size = settings["in_chans"], settings["image_size"]
         how = reading(args, settings)
@@ -416,15 +416,14 @@ def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
             protocol += ", features in float32 (tf32 is CUDA's)"
         elif args.amp != "none":
             protocol += f", features in {args.amp}"
-        if protocol not in said:
-            comm.print_main(protocol)
-            for path, images in zip(also_test, also, strict=True):
-                comm.print_main(f"also tested: {len(images)} images of {path}, of "
-                                f"{len(images.present)} classes; no other is predicted")
-            said.add(protocol)
         arch = f" ({settings['arch']})" if checkpoint.name == "random" else ""
-        yield Source(checkpoint.name + arch, args, world, checkpoint, settings, train, test, also,
-                     view, protocol)
+        source = Source(checkpoint.name + arch, args, world, checkpoint, settings, train, test,
+                        also, view, protocol, said)
+        source.say(protocol)
+        for path, images in zip(also_test, also, strict=True):
+            source.say(f"also tested: {len(images)} images of {path}, of {len(images.present)} "
+                       "classes; no other is predicted")
+        yield source
 
 
 def central_view(settings: dict, crop, interpolation: str, resize: int | None = None):
@@ -492,6 +491,7 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
     rows = [header, *rows] if rows else []
     widths = [max(map(len, column)) for column in itertools.zip_longest(*rows, fillvalue="")]
     for name, *cells in rows:
+        cells = ["-" if cell == "nan" else cell for cell in cells]
         comm.print_main("   ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]))
 
 

@@ -334,12 +334,12 @@ def sweep(args: argparse.Namespace, images, accuracy) -> list[dict] | None:
         try:
             found = accuracy(argparse.Namespace(**vars(args) | tried | options), kept, held)
         except Diverged as error:
-            comm.print_main(f"sweep: {tried}: {error}")
+            comm.print_main(f"sweep: lr {lr:g}, head {lr * factor:g}: {error}")
             continue
         if found is None:
             return None
         results.append(tried | {"validation": found})
-        comm.print_main(f"sweep: {results[-1]}")
+        comm.print_main(f"sweep: lr {lr:g}, head {lr * factor:g}: validation {found:.3f}")
     if not results:
         raise RunError(f"--sweep {' '.join(map(str, args.sweep))}: no rate trains to its end")
     return sorted(results, key=lambda result: -result["validation"])

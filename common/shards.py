@@ -109,7 +109,8 @@ def read_index(path: str, folder: str | None, is_data) -> Tar:
     kept = os.path.join(folder, f"{os.path.basename(path)}-{place:08x}.npz")
     if tar := load_index(kept, path, *known):
         return tar
-    comm.print_main(f"{path}: indexing {found.st_size / 1e6:,.0f} MB" + (
+    size = f" {found.st_size / 1e6:,.0f} MB" if found.st_size >= 1e6 else ""
+    comm.print_main(f"{path}: indexing{size}" + (
         ", for it has changed since it was indexed" if os.path.exists(kept) else ""))
     try:
         os.makedirs(folder, exist_ok=True)

@@ -30,8 +30,8 @@ def cross_validated(train, labels, test, truth, *, decays: list[float], folds: i
         also: further (rows, truth, classes) to count on; no class but these is predicted.
 
     Returns:
-        "top1", "top5", "mean_per_class", "validation", "weight_decay"; and in "also" the first
-        three of each of the further ones.
+        "top1", "top5" (NaN of five classes or fewer), "mean_per_class", "validation",
+        "weight_decay"; and in "also" the first three of each of the further ones.
     """
     # 1. Standardise; on the CPU in float64, so that no sum's order decides near a border
     dtype = torch.float64 if world.device.type == "cpu" else torch.float32
@@ -64,7 +64,7 @@ def cross_validated(train, labels, test, truth, *, decays: list[float], folds: i
     shares = x.new_full((len(x), 1), 1 / len(labels))
     points = fit(x, y, shares, x.new_tensor([decay]), variances, num_classes)
 
-    def accuracies(points, rows, truth) -> dict:
+    def accuracies(points, rows, truth, count) -> dict:
         _, x, y = local(rows, truth)
         x, every = x @ axes.to(x), torch.ones(len(y), 1, device=world.device)
         by_class = torch.zeros(num_classes, dtype=torch.float64, device=world.device)
@@ -72,15 +72,15 @@ def cross_validated(train, labels, test, truth, *, decays: list[float], folds: i
             (count_correct(points, x, y, every, k, num_classes, right) / len(truth)).item()
             for k, right in ((1, by_class), (5, None)))
         per_class = labelled.mean_per_class(comm.sum_over_processes(by_class), truth)
-        return {"top1": top1, "top5": top5, "mean_per_class": per_class}
+        return {"top1": top1, "top5": top5 if count > 5 else np.nan, "mean_per_class": per_class}
 
     found = []
     for rows, theirs, present in also:
         masked = points.clone().view(-1, num_classes)
         masked[-1, labelled.absent(present, num_classes)] = -torch.inf  # the offsets
-        found.append(accuracies(masked.view_as(points), rows, theirs))
-    return {**accuracies(points, test, truth), "validation": validation, "weight_decay": decay,
-            "also": found}
+        found.append(accuracies(masked.view_as(points), rows, theirs, len(present)))
+    return {**accuracies(points, test, truth, num_classes), "validation": validation,
+            "weight_decay": decay, "also": found}
 
 
 def assign_folds(labels: np.ndarray, folds: int, seed: int) -> np.ndarray:

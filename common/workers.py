@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import ctypes
+import datetime
 import gc
 import multiprocessing
 import multiprocessing.queues
@@ -15,6 +16,8 @@ import torch
 
 from common import distributed as comm
 from common.distributed import RunError
+
+PROGRESS_SECONDS = 10  # between two lines of a pass over images
 
 
 def default_workers() -> int:
@@ -69,14 +72,20 @@ class Made(torch.utils.data.Dataset):
 def made_ahead(function, images, items, workers: int | None, device: torch.device, start_worker):
     """Yield function(images, item) of some items, made by loader processes; errors are RunErrors.
 
-    Without a number of them, it is this process's share of the cores if there are files.
+    Without a number of them, it is this process's share of the cores if there are files. A line
+    every few seconds tells how far the pass is.
     """
     workers = workers_for(images, workers)
-    for made in read_ahead(Made(function, images), items, workers, device,
-                           start_worker=start_worker):
+    start = told = time.monotonic()
+    for number, made in enumerate(read_ahead(Made(function, images), items, workers, device,
+                                             start_worker=start_worker), start=1):
         if isinstance(made, str):
             raise RunError(made)
         yield made
+        if (now := time.monotonic()) - told >= PROGRESS_SECONDS:
+            told, share = now, number / len(items)
+            left = datetime.timedelta(seconds=round((now - start) * (1 / share - 1)))
+            comm.print_main(f"{share:.0%} of {len(images):,} images, eta {left}", transient=True)
 
 
 def worker_context(patience: float = 5.0):

@@ -242,7 +242,7 @@ def test_an_index_is_made_once_and_again_for_a_changed_one(tmp_path, monkeypatch
     index = tmp_path / "index"
     for _ in range(2):
         assert len(pretrain(path, index=str(index))) == 2
-    assert len(made) == 1
+    assert len(made) == 1 and f"{path}: indexing\n" in capsys.readouterr().out  # no 0 MB
     make_tar(path, [("0.jpg", jpeg(0))])
     assert len(pretrain(path, index=str(index))) == 1
     assert len(made) == 2 and "it has changed since" in capsys.readouterr().out

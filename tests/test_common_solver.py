@@ -263,7 +263,7 @@ def test_the_decay_is_chosen_by_cross_validation_and_counted_by_hand():
         shares[decay] = right / 90
     assert got["validation"] == pytest.approx(max(shares.values()), abs=1e-12)
     assert got["weight_decay"] == max(d for d, s in shares.items() if s == max(shares.values()))
-    assert got["top5"] == 1 and 0.6 < got["top1"] < 1
+    assert math.isnan(got["top5"]) and 0.6 < got["top1"] < 1  # three classes
 
 
 def test_the_test_images_choose_nothing():

@@ -180,6 +180,15 @@ def test_what_detectron2_does_not_have_is_refused(settings, tmp_path):
 # ------------------------------------------------------------------------------------------- errors
 
 
+@pytest.mark.parametrize("to", ["torchvision", "timm"])
+@pytest.mark.parametrize("arch", ["resnet_tiny", "resnet18_quarter"])
+def test_small_networks_of_our_own_are_refused(arch, to, tmp_path):
+    folder, _ = run_folder(tmp_path, arch=arch)
+    with pytest.raises(RunError, match=f"{arch} does not go to {to}.*train a resnet18"):
+        converted(folder, to, tmp_path / "out.pth")
+    assert not (tmp_path / "out.pth").exists()
+
+
 def test_a_file_that_is_there_is_kept_unless_told_otherwise(tmp_path):
     folder, weights = run_folder(tmp_path)
     out = tmp_path / "out.pth"

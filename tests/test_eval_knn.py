@@ -695,15 +695,15 @@ def test_the_state_of_a_run_is_told_from_its_product(tmp_path):
 
 
 @pytest.mark.parametrize("name, flags, seen", [
-    ("eval_knn", [], "CenterCrop(resize=256, interpolation='bicubic')"),
-    ("eval_knn", ["--image-size", "96"], "CenterCrop(resize=96, interpolation='bicubic')"),
-    ("eval_knn", ["--resize", "240"], "CenterCrop(resize=240, interpolation='bicubic')"),
-    ("eval_linear", [], "CenterCrop(resize=256, interpolation='bicubic')"),
-    ("eval_linear", ["--protocol", "dino"], "CenterCrop(resize=256, interpolation='bicubic')"),
-    ("eval_linear", ["--protocol", "moco"], "CenterCrop(resize=256, interpolation='bilinear')"),
-    ("eval_svm", [], "WholeImage(resize=256, interpolation='bilinear')"),
-    ("eval_svm", ["--resize", "240"], "CenterCrop(resize=240, interpolation='bilinear')"),
-    ("eval_retrieval", [], "CenterCrop(resize=256, interpolation='bicubic')"),
+    ("eval_knn", [], "shorter side to 256 px (bicubic), centre crop"),
+    ("eval_knn", ["--image-size", "96"], "shorter side to 96 px (bicubic), centre crop"),
+    ("eval_knn", ["--resize", "240"], "shorter side to 240 px (bicubic), centre crop"),
+    ("eval_linear", [], "shorter side to 256 px (bicubic), centre crop"),
+    ("eval_linear", ["--protocol", "dino"], "shorter side to 256 px (bicubic), centre crop"),
+    ("eval_linear", ["--protocol", "moco"], "shorter side to 256 px (bilinear), centre crop"),
+    ("eval_svm", [], "shorter side to 256 px (bilinear), then to a square"),
+    ("eval_svm", ["--resize", "240"], "shorter side to 240 px (bilinear), centre crop"),
+    ("eval_retrieval", [], "shorter side to 256 px (bicubic), centre crop"),
 ])
 def test_images_are_seen_as_the_protocol_says(name, flags, seen, monkeypatch, capsys):
     def refuse(_):

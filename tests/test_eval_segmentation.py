@@ -14,7 +14,7 @@ from torch import nn
 
 import drill
 import eval_segmentation
-from common import augment, backbones, checkpoint, features, images, label_maps
+from common import augment, backbones, checkpoint, features, images, label_maps, workers
 from common.distributed import RunError, World
 from common.loader import Loader
 from common.windows import enlarged, enlarged_argmax, scores_of_pixels, starts
@@ -740,6 +740,13 @@ def test_a_trained_resnet_is_above_an_untrained_one(weights, monkeypatch):
     assert line["eval"] == "segmentation" and line["miou"] == trained["miou"]
     assert trained["miou"] == pytest.approx(
         np.nanmean([x for x in trained["per_class"].values() if x is not None]))
+
+
+def test_how_far_a_pass_is_is_told(monkeypatch):
+    monkeypatch.setattr(workers, "PROGRESS_SECONDS", 0, raising=False)
+    _, printed = evaluate("--checkpoint", "pixels", "--limit", 4)
+    passes = printed.split("shorter side 48 px")[1]  # to remember and to test
+    assert passes.count("\n50% of 4 images, eta 0:00:0") == 2
 
 
 def test_windows_and_the_whole_image_are_two_ways_to_look(weights, tmp_path):

@@ -651,6 +651,15 @@ def test_images_without_labels_are_refused(tmp_path):
         evaluate("--checkpoint", "pixels", "--data", tmp_path, *SMALL)
 
 
+def test_difficult_images_are_told_of_once_and_where_there_are_some(voc, image_folder, capsys):
+    for data, times in ((voc, 1), (image_folder, 0)):
+        flags = ["--data", data, "--checkpoint", "pixels", "pixels", *SMALL, "--low-shot", 96]
+        eval_svm.main(eval_svm.parse_args(list(map(str, flags))))
+        printed = capsys.readouterr().out
+        assert printed.count("difficult") == times
+        assert printed.count("low-shot 96: left out") == 1
+
+
 def test_the_table_names_the_oracle(voc, capsys):
     eval_svm.main(eval_svm.parse_args([str(f) for f in (*VOC, "--data", voc)]))
     printed = capsys.readouterr().out

@@ -651,7 +651,7 @@ def test_a_sweep_chooses_on_images_that_it_leaves_out(tmp_path):
     assert trained == [(tmp_path / name / "checkpoint.pt").stat().st_mtime_ns for name in folders]
 
 
-def test_a_sweep_leaves_out_rates_that_diverge_and_stops_at_other_errors(tmp_path):
+def test_a_sweep_leaves_out_rates_that_diverge_and_stops_at_other_errors(tmp_path, capsys):
     args = parsed("--protocol", "semi_swav", "--sweep", 1, 2, 3, "--output", tmp_path)
     images, _, _ = labelled.labelled_images(args)
 
@@ -663,6 +663,7 @@ def test_a_sweep_leaves_out_rates_that_diverge_and_stops_at_other_errors(tmp_pat
 
     found = labelled.sweep(args, images, accuracy)
     assert [tried["lr"] for tried in found] == [3, 1]
+    assert "sweep: lr 3, head 750: validation 0.300\n" in capsys.readouterr().out
     assert [tried["head_lr"] for tried in found] == pytest.approx([750, 250])  # 5 / .02 as much
     assert labelled.sweep(args, images, lambda *given: None) is None
     held = []
