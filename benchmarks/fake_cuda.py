@@ -84,8 +84,6 @@ CASES = {  # name: script, processes, flags; sizes are of one process
                           "--batch-size 2048 --limit 6144 --num-clusters 3000 3000 3000"),
     "deepcluster-x8": ("deepcluster_odc", 8,
                        "--batch-size 512 --limit 4096 --num-clusters 300"),
-    "odc-x8": ("deepcluster_odc", 8,
-               "--method odc --batch-size 512 --limit 4096 --num-clusters 200"),
     "simsiam-x8": ("simsiam", 8, "--batch-size 512"),
     "byol-x8": ("byol", 8, "--batch-size 4096"),
     "moco_v3-x8": ("moco_v3", 8, "--batch-size 4096"),
