@@ -743,7 +743,7 @@ def test_a_trained_resnet_is_above_an_untrained_one(weights, monkeypatch):
 
 
 def test_how_far_a_pass_is_is_told(monkeypatch):
-    monkeypatch.setattr(workers, "PROGRESS_SECONDS", 0, raising=False)
+    monkeypatch.setattr(workers, "PROGRESS_SECONDS", 0)
     _, printed = evaluate("--checkpoint", "pixels", "--limit", 4)
     passes = printed.split("shorter side 48 px")[1]  # to remember and to test
     assert passes.count("\n50% of 4 images, eta 0:00:0") == 2
