@@ -365,7 +365,7 @@ def test_amp_bf16_stays_near_float32(script, tmp_path):
         module, args = parsed(script, "--amp", amp, "--output", tmp_path / amp)
         module.main(args)
         losses.append([line["loss"] for line in lines(tmp_path / amp)])
-    np.testing.assert_allclose(losses[1], losses[0], rtol=0.05, atol=0.005)  # SimSiam's are near 0
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0.05, atol=0.01)  # SimSiam's are near 0
 
 
 def losses_of(script, folder, *flags):
