@@ -168,7 +168,8 @@ def sigreg(z: Tensor, directions: Tensor) -> Tensor:
 
     Of each view and direction the statistic of Epps and Pulley: the squared distance of the
     characteristic functions, integrated over t under exp(-t^2 / 2), times the number of images.
-    Every process returns the number of the joined batch; DDP averages to its gradient.
+    Every process returns the number of the joined batch; DDP averages to its gradient. Uses
+    `normal_cf`.
 
     Args:
         z: embeddings (V, N, D).
