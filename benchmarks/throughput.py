@@ -46,7 +46,8 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 PARTS = ("data", "step", "both")
 HEAD = ["--", "--optimizer", "adamw", "--hidden-dim", "2048", "--bottleneck-dim", "256",
         "--num-outputs", "4096", "--no-bn-in-head"]  # of DINO, as the peer's
-ALL = {  # what `all` measures: script, flags; the last ones have no peer
+VIT = ["--arch", "vit_tiny"]
+PAIRED = {  # what `all` measures beside the peer: script, flags
     "SimCLR": ["simclr"],
     "MoCo v2": ["moco", "--", "--bn-groups", "1", "--mlp-head"],
     "MoCo v3": ["moco_v3"],
@@ -58,17 +59,27 @@ ALL = {  # what `all` measures: script, flags; the last ones have no peer
     "SwAV 2x32": ["swav"],
     "SwAV 2x32 + 4x16": ["swav", "--small-crops", "4"],
     "DINO ResNet-18, 2x32 + 4x16": ["dino", "--small-crops", "4", *HEAD],
-    "DINO ViT-tiny/4, 2x32 + 4x16": ["dino", "--arch", "vit_tiny", "--small-crops", "4",
-                                     "--warmup", "1", "--steps", "3", *HEAD],
-    "MAE ViT-tiny/4": ["mae", "--arch", "vit_tiny", "--warmup", "1", "--steps", "4", "--",
+    "DINO ViT-tiny/4, 2x32 + 4x16": ["dino", *VIT, "--batch-size", "64", "--small-crops", "4",
+                                     *HEAD],
+    "MAE ViT-tiny/4": ["mae", *VIT, "--warmup", "1", "--steps", "4", "--",
                        "--decoder-dim", "192", "--decoder-depth", "4", "--decoder-heads", "3"],
+}
+ALONE = {  # and by itself, once
+    "SimMIM ViT-tiny/4": ["simmim", *VIT],
+    "CAE ViT-tiny/4": ["cae", *VIT],
+    "I-JEPA ViT-tiny/4": ["ijepa", *VIT],
+    "iBOT ViT-tiny/4": ["dinov2", *VIT, "--batch-size", "64", "--", "--method", "ibot"],
+    "DINOv2 ViT-tiny/4": ["dinov2", *VIT, "--batch-size", "64"],
+    "DenseCL": ["densecl", "--", "--bn-groups", "1"],
     "DeepCluster v2 2x32": ["deepcluster_v2", "--", "--limit", "12800"],
+    "DeepCluster": ["deepcluster_odc", "--", "--limit", "12800", "--num-clusters", "100"],
+    "ODC": ["deepcluster_odc", "--", "--method", "odc", "--limit", "12800",
+            "--num-clusters", "100"],
     "NPID": ["npid_pirl"],
     "PIRL": ["npid_pirl", "--", "--method", "pirl"],
     "Rotation": ["pretext"],
     "Jigsaw": ["pretext", "--", "--task", "jigsaw"],
 }
-ALONE = ("DeepCluster v2 2x32", "NPID", "PIRL", "Rotation", "Jigsaw")
 SMALL_CROP_SCALES = {  # of the full and of the small crops, as the peer's
     "swav": (0.14, 1, 0.05, 0.14), "deepcluster_v2": (0.14, 1, 0.05, 0.14),
     "dino": (0.4, 1, 0.05, 0.4), "simclr_multicrop": (0.08, 1, 0.05, 0.14),
@@ -149,7 +160,7 @@ def run_script(args, part: str, feed) -> None:
 
     module, steps = importlib.import_module(args.script), Training.steps
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(
-            Training, "steps", lambda run, export: feed(run, steps(run, export))):
+            Training, "steps", lambda run, **rest: feed(run, steps(run, **rest))):
         module.main(module.parse_args(script_flags(args, part, folder)))
 
 
@@ -423,12 +434,11 @@ def utilisation(args, argv: list[str], steps: list[dict]) -> dict:
 def run_all(args, given: list[str]):
     """Measure every method with the same settings in turn; one table at the end."""
     rows = []
-    for name, (script, *own) in ALL.items():
-        shared = [flag for flag in given if flag != "all"]
-        if name in ALONE and args.peer:
-            at = shared.index("--peer")
-            del shared[at : at + 2]
-        done = subprocess.run([sys.executable, __file__, script, *shared, *own],
+    shared = [flag for flag in given if flag not in ("all", "--peer", args.peer)]
+    paired = ["--peer", args.peer] if args.peer else []
+    for name, (script, *own) in (PAIRED | ALONE).items():
+        beside = paired if name in PAIRED else ["--pairs", "1"]
+        done = subprocess.run([sys.executable, __file__, script, *shared, *beside, *own],
                               stdout=subprocess.PIPE, text=True)
         if done.returncode:
             rows.append(f"| {name} | failed |")
