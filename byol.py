@@ -49,6 +49,7 @@ RECIPES = {
     "imagenet_100": IMAGENET | dict(epochs=100, lr=0.45, weight_decay=1e-6, momentum=0.99),
     # Sizes, batch, rate and decay of solo-learn's CIFAR-10 run. Its 92.6 linear is not promised:
     # its LARS takes steps of .02 |p| at any rate, but no longer than SGD's; ours are .001 lr |p|.
+    # Its stem pads by 2 pixels.
     "cifar10": IMAGENET | dict(
         arch="resnet18", stem="small", image_size=32,
         mean=[0.4914, 0.4822, 0.4465], std=[0.247, 0.2435, 0.2616], blur=False,
@@ -162,6 +163,8 @@ def update_ema(target: nn.Module, online: nn.Module, momentum: float) -> None:
 
     They keep a share `momentum` of their own. Buffers stay as they are: the target's batch
     statistics come from its own forwards.
+
+    Reference: equation 1.
     """
     old = dict(target.named_parameters())
     torch._foreach_lerp_([*old.values()], [*map(online.get_parameter, old)], 1 - momentum)

@@ -1,7 +1,8 @@
 """CAE: Context Autoencoder for Self-Supervised Representation Learning, arXiv 2202.03026.
 
 1. Make one view of every image, a crop, and cut it into patches; mask blocks of about half of them.
-2. A tokenizer names the word of each masked patch: patches have a vocabulary as texts have.
+2. A tokenizer gives each masked patch its visual token, here called word: patches have a vocabulary
+   as texts have.
 3. Encode the visible patches alone.
 4. The regressor predicts the latents of the masked patches: mask tokens at their places look at the
    visible latents by cross-attention, and do not change them.
@@ -15,8 +16,8 @@ and M masked, D width of all networks, K words of the vocabulary.
 
 `--tokenizer FILE` is the paper's: the encoder of DALL-E's discrete VAE, of which FILE is the state
 dict (MMSelfSup's dalle_encoder.pth is one). It could not be tried here with the released weights.
-`--tokenizer kmeans` needs no file: words are k-means centroids of normalised patches of whole
-training images, made before the first step. No published number belongs to it.
+`--tokenizer kmeans` needs no file: words are k-means centroids of normalised patches of central
+crops of training images, made before the first step. No published number belongs to it.
 
 Evaluate `--layers patches`: nothing trains the class token but attention, though it is what the
 authors' linear probe reads.
@@ -24,7 +25,8 @@ authors' linear probe reads.
 Differs from the official code (Atten4Vis/CAE): which patches are masked depends on seed, epoch and
 image alone, and where blocks fail to fill up the number, single patches do; the discrete VAE, in
 float32, sees the view reduced to 8 pixels a patch, there a crop of its own of the same box, in
-float16; keys have a bias, which changes nothing. As there: the regressor's perceptron adds to what
+float16; keys have a bias, which changes nothing; columns come first in the positions, there rows.
+As there: the regressor's perceptron adds to what
 is normalised, not to what comes before; the second pass drops depth as well.
 
     python cae.py
@@ -61,7 +63,7 @@ RECIPES = {
     # Ours, not promised; backbone, patch, batch and epochs as mae.py has them.
     "cifar10": IMAGENET | dict(
         arch="vit_small", patch_size=4, image_size=32,
-        mean=[0.4914, 0.4822, 0.4465], std=[0.2470, 0.2435, 0.2616],
+        mean=[0.4914, 0.4822, 0.4465], std=[0.247, 0.2435, 0.2616],
         min_block=4, vocabulary_size=1024, vocabulary_images=5000,
         epochs=1000, batch_size=256, lr=5e-4, final_lr=1e-6, warmup_epochs=10,
     ),
@@ -368,7 +370,8 @@ def main(args):
         args.arch, in_chans=args.in_chans, drop_path=args.drop_path, image_size=args.image_size,
         patch_size=args.patch_size, positions="sincos", layer_scale=args.layer_scale)
     model = CAE(backbone, num_words, args.regressor_depth, args.decoder_depth, args.drop_path,
-                args.layer_scale).to(world.device, memory_format=torch.channels_last)
+                args.layer_scale)
+    model = model.to(world.device, memory_format=torch.channels_last)
     if args.compile:
         backbones.compile(model)
 
@@ -398,9 +401,9 @@ def main(args):
                                          world.device))
         for step, batch in run.steps(export=model.backbone):  # 1. one view
             optim.set_lr(optimizer, lr_of_step[step])
+            optimizer.zero_grad(set_to_none=True)
             view, (visible, masked) = batch.views[0], batch.drawn
             tokens = name_words(view).gather(1, masked)  # 2. words
-            optimizer.zero_grad(set_to_none=True)
             with autocast():
                 logits, latents, targets = ddp_model(view, visible, masked)  # 3., 4., 5.
             losses = {"token_loss": token_loss(logits, tokens),

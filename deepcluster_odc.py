@@ -1,7 +1,8 @@
 """DeepCluster, arXiv 1807.05520, and ODC, arXiv 2006.10645: a network learns its own clusters.
 
-1. Cluster the features of all images, each seen whole, by k-means. DeepCluster does so before every
-   epoch, on whitened features of the backbone; ODC once, on embeddings of the untrained network.
+1. Cluster the features of all images, a central crop of each, by k-means. DeepCluster does so
+   before every epoch, on whitened features of the backbone; ODC once, on embeddings of the
+   untrained network.
 2. A cluster is a class. DeepCluster starts a new top layer for new clusters, and an epoch takes
    images from all clusters equally often; ODC keeps its layer, and weighs small classes more.
 3. Classify a view of every image into the image's cluster.
@@ -22,7 +23,7 @@ of a ResNet-50 these are, since there is no AlexNet here): k-means runs on all p
 empty cluster takes half of one of the largest, there of a random one. Rotation comes before the
 crop. An image that an epoch of DeepCluster takes several times has the same view each time, there
 another one. ODC goes through a permutation of the images each epoch, there it draws with
-replacement; its first clusters are those of unit rows; clusters are split by the same k-means,
+replacement; clusters are split by the same k-means,
 there by scikit-learn's; loss weights are normalised over all processes; dropout is drawn for (seed,
 step, image). The official runs are float32; here CUDA has bf16 unless `--amp none`.
 
@@ -371,9 +372,6 @@ def repair_clusters(memory: Tensor, assignment: Tensor, centroids: Tensor, min_c
     comm.copy_from_first(centroids)
 
 
-# --------------------------------------------------------------------------------------------- main
-
-
 @torch.no_grad()
 def indicators(z: Tensor, logits: Tensor, labels: Tensor, assignment: Tensor, nmi: Tensor
                ) -> dict[str, Tensor]:
@@ -392,6 +390,9 @@ def agreement(one: Tensor, other: Tensor) -> float:
     from sklearn.metrics import normalized_mutual_info_score
 
     return float(normalized_mutual_info_score(one.cpu().numpy(), other.cpu().numpy()))
+
+
+# --------------------------------------------------------------------------------------------- main
 
 
 def build_views(args):

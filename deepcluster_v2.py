@@ -159,7 +159,10 @@ def cluster_loss(scores: Tensor, assignment: Tensor, temperature: float) -> Tens
 @torch.no_grad()
 @comm.outside_autocast
 def nearest_centroids(x: Tensor, centroids: Tensor) -> Tensor:
-    """The row of the centroids (K, D) with the largest dot product, the lowest of equal ones."""
+    """The row (n,) of centroids (K, D) with the largest dot product with each of x (n, D).
+
+    Of equal ones it is the lowest.
+    """
     if x.device.type == "cpu" and x.dtype == torch.float32:
         import faiss  # after torch, and never in a loader process: the other order can hang
 

@@ -36,7 +36,8 @@ from common.images import open_images
 from common.training import Training
 
 IMAGENET = dict(  # paper, section 3.2 and appendix C, with the official README's 300 epochs; its
-    # first command is: --epochs 100 --batch-size 512 --teacher-temperature .04 --norm-last-layer
+    # first command is: --epochs 100 --batch-size 512 --final-lr 5e-7 --teacher-temperature .04
+    # --norm-last-layer
     arch="vit_small", stem="imagenet", patch_size=16, drop_path=0.1, in_chans=3,
     mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225],
     views="photo", num_crops=[2, 8], crop_sizes=[224, 96], crop_scales=[0.4, 1.0, 0.05, 0.4],
@@ -130,6 +131,8 @@ def parse_args(argv=None):
                        help="largest gradient norm of each parameter by itself; 0: none; lower it "
                        "if the loss jumps")
     args = cli.parse(parser, RECIPES, argv)
+    if args.init and cli.peek(argv, "--freeze-last-layer-epochs") is None:
+        args.freeze_last_layer_epochs = 0  # new heads are to fit while the backbone is frozen
     if args.arch not in backbones.VITS and cli.peek(argv, "--drop-path", float):
         parser.error(f"--drop-path is for transformers, and --arch is {args.arch}")
     cli.check_patches(parser, args)
@@ -324,7 +327,7 @@ def main(args):
     model = comm.prepare(model, world, args.sync_bn)
     teacher = make_teacher(model)
     if args.compile:
-        backbones.compile(model.backbone, teacher.backbone)
+        backbones.compile(backbone, teacher.backbone)
     backbone.recompute = args.grad_checkpoint
     center = torch.zeros(args.num_outputs, device=world.device)
 

@@ -108,7 +108,7 @@ SIZES = {  # the papers' other columns; what is not there has ViT-B's numbers
 }
 STARTS = {  # of `random`, beside features.DIGITS and features.FOLDER
     "cifar10": dict(arch="resnet18", stem="small", image_size=32, patch_size=4,
-                    mean=[0.4914, 0.4822, 0.4465], std=[0.2470, 0.2435, 0.2616]),
+                    mean=[0.4914, 0.4822, 0.4465], std=[0.247, 0.2435, 0.2616]),
 }
 TRANSFORMERS = {"digits": "vit_micro", "cifar10": "vit_small"}  # where a protocol wants one
 DIGIT_VIEWS = dict(views="digits", crop_scale=[0.6, 1.0])

@@ -62,7 +62,7 @@ RECIPES = {
     # Ours, not promised: no one has published numbers of small images.
     "cifar10": IMAGENET | dict(
         arch="vit_small", patch_size=4, image_size=32,
-        mean=[0.4914, 0.4822, 0.4465], std=[0.2470, 0.2435, 0.2616],
+        mean=[0.4914, 0.4822, 0.4465], std=[0.247, 0.2435, 0.2616],
         min_keep=4, predictor_dim=192, predictor_depth=6,
         epochs=600, batch_size=256, lr=5e-4, start_lr=1e-4, final_lr=1e-6, warmup_epochs=15,
     ),
@@ -263,7 +263,10 @@ def prediction_loss(predictions: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def update_ema(target: nn.Module, online: nn.Module, momentum: float) -> None:
-    """Move the target's parameters to the online network's of the same names, keeping a share."""
+    """Move the target's parameters to the online network's of the same names.
+
+    They keep a share `momentum` of their own.
+    """
     old = dict(target.named_parameters())
     torch._foreach_lerp_([*old.values()], [*map(online.get_parameter, old)], 1 - momentum)
 
@@ -308,9 +311,9 @@ def main(args):
     images = open_images(args.data, "pretrain", args.in_chans, **cli.sources(args))
 
     # Model
-    backbone = backbones.build_backbone(args.arch, in_chans=args.in_chans, drop_path=0.0,
-                                        image_size=args.image_size, patch_size=args.patch_size,
-                                        positions="sincos", class_token=args.class_token)
+    backbone = backbones.build_backbone(
+        args.arch, in_chans=args.in_chans, drop_path=0.0, image_size=args.image_size,
+        patch_size=args.patch_size, positions="sincos", class_token=args.class_token)
     model = IJEPA(backbone, args.predictor_dim, args.predictor_depth)
     model = model.to(world.device, memory_format=torch.channels_last)
     target = Target(model.backbone)

@@ -12,7 +12,7 @@
 Letters: N images per process, W processes, V crops of an image, G of them global, D embedding size,
 M directions, H backbone width.
 
-Differs from the official code (rbalestr-lab/lejepa): SIGReg is computed in float32 whatever the
+Differs from the official code (rbalestr-lab/lejepa): SIGReg is computed in float32 regardless of
 autocast; in its minimal example a Linear of 512 outputs stands between backbone and projector, the
 mean of all crops is the goal (there all are global), and the rate never falls below 1e-3. Blur is a
 true Gaussian, there one of 7 pixels.

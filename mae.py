@@ -16,6 +16,7 @@ epoch and image alone, not on processes and their order; an epoch is drawn as in
 """
 
 import contextlib
+import functools
 import sys
 
 import numpy as np
@@ -39,7 +40,7 @@ RECIPES = {
     # The authors give none: backbone, patch, rate, batch and epochs of solo-learn's recipe.
     "cifar10": IMAGENET | dict(
         arch="vit_small", patch_size=4, image_size=32,
-        mean=[0.4914, 0.4822, 0.4465], std=[0.2470, 0.2435, 0.2616],
+        mean=[0.4914, 0.4822, 0.4465], std=[0.247, 0.2435, 0.2616],
         epochs=1000, batch_size=256, lr=2e-4, warmup_epochs=10,
     ),
     # Ours, chosen on the built-in digits.
@@ -162,9 +163,11 @@ def random_masking(tokens: Tensor, mask_ratio: float, noise: Tensor
     return kept, mask, restore
 
 
-def mask_noise(index: Tensor, num_patches: int, seed: int, epoch: int) -> Tensor:
-    """Uniform numbers (N, L) of an epoch for the images of index (N,), on whatever process."""
-    rows = [rng.philox(seed, rng.MASK, epoch, i).random(num_patches) for i in index.tolist()]
+def mask_noise(index: Tensor, step: int, *, patches: int, seed: int, steps_per_epoch: int
+               ) -> Tensor:
+    """Uniform numbers (N, L) of a step for the images of index (N,), on whatever process."""
+    epoch = step // steps_per_epoch
+    rows = [rng.philox(seed, rng.MASK, epoch, i).random(patches) for i in index.tolist()]
     return torch.from_numpy(np.stack(rows)).to(torch.get_default_dtype())
 
 
@@ -247,6 +250,12 @@ def build_views(args):
     return augment.normalized(views, args.in_chans, args.mean, args.std)
 
 
+def build_draw(args, steps_per_epoch):
+    patches = (args.image_size // args.patch_size) ** 2
+    return functools.partial(mask_noise, patches=patches, seed=args.seed,
+                             steps_per_epoch=steps_per_epoch)
+
+
 def main(args):
     world = comm.setup(args.device, args.deterministic)
     torch.manual_seed(args.seed)
@@ -255,11 +264,12 @@ def main(args):
     images = open_images(args.data, "pretrain", args.in_chans, **cli.sources(args))
 
     # Model
-    backbone = backbones.build_backbone(args.arch, in_chans=args.in_chans, drop_path=0.0,
-                                        image_size=args.image_size, patch_size=args.patch_size,
-                                        positions="sincos")
+    backbone = backbones.build_backbone(
+        args.arch, in_chans=args.in_chans, drop_path=0.0, image_size=args.image_size,
+        patch_size=args.patch_size, positions="sincos")
     model = MAE(backbone, args.mask_ratio, args.in_chans, args.decoder_dim, args.decoder_depth,
-                args.decoder_heads).to(world.device, memory_format=torch.channels_last)
+                args.decoder_heads)
+    model = model.to(world.device, memory_format=torch.channels_last)
     if args.compile:
         backbones.compile(model)
 
@@ -272,21 +282,19 @@ def main(args):
     autocast, scaler = optim.precision(args.amp, world.device)
 
     # Train
-    with Training(args, world, images, build_views(args),
+    draw = build_draw(args, len(images) // args.batch_size)
+    with Training(args, world, images, build_views(args), draw=draw,
                   chance_loss=1.0 if args.norm_pix else None) as run:
         run.resume(model=model, optimizer=optimizer, scaler=scaler)
         ddp_model = comm.data_parallel(model)
-        num_patches = backbone.grid[0] * backbone.grid[1]
         lr_of_step = optim.warmup_cosine(
             start=0.0, base=lr, final=0.0,
             warmup_steps=args.warmup_epochs * run.steps_per_epoch,
             total_steps=run.total_steps, warmup_endpoint=False)
         for step, batch in run.steps(export=model.backbone):  # 1. one view
             optim.set_lr(optimizer, lr_of_step[step])
-            noise = mask_noise(batch.index, num_patches, args.seed, step // run.steps_per_epoch)
-            parts = [x.chunk(args.accum_steps)
-                     for x in (batch.views[0], comm.send(noise, world.device))]
             optimizer.zero_grad(set_to_none=True)
+            parts = [x.chunk(args.accum_steps) for x in (batch.views[0], batch.drawn)]
             loss = 0.0
             for number, (view, noise) in enumerate(zip(*parts, strict=True), start=1):
                 # Processes add up their gradients once, after the last part.

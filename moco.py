@@ -9,8 +9,8 @@
 
 Letters: N images per process, W processes, D embedding size, K queue length.
 
-Batch-norm statistics would leak which key belongs to a query, because both are normalised in the
-same batch. So both are normalised in groups (`--bn-groups`, over all processes), and the keys'
+Batch-norm statistics would leak which key belongs to a query, because both are normalised beside
+the same images. So both are normalised in groups (`--bn-groups`, over all processes), and the keys'
 groups are drawn anew each step (shuffle-BN). One GPU with `--bn-groups 8` trains as 8 GPUs do; the
 running statistics, which evaluations use, follow the groups of process 0.
 
@@ -218,6 +218,8 @@ def update_ema(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """Move the teacher's parameters to the student's, keeping a share `momentum` of their own.
 
     Buffers stay as they are: the teacher's batch statistics come from its own forwards.
+
+    Reference: equation 2.
     """
     torch._foreach_lerp_([*teacher.parameters()], [*student.parameters()], 1 - momentum)
 

@@ -52,7 +52,7 @@ RECIPES = {
     "imagenet_vit_base": VIT | dict(arch="vit_base"),
     # Sizes, batch, rate and decay of solo-learn's CIFAR-10 run. Its 93.1 linear is not promised:
     # its LARS takes steps of .02 |p| at any rate, but no longer than SGD's; ours are .001 lr |p|.
-    # Its crops are bicubic.
+    # Its crops are bicubic, and its stem pads by 2 pixels.
     "cifar10": IMAGENET | dict(
         arch="resnet18", stem="small", image_size=32, patch_size=4,
         mean=[0.4914, 0.4822, 0.4465], std=[0.247, 0.2435, 0.2616],
@@ -179,15 +179,15 @@ def contrastive_loss(q: Tensor, k: Tensor, temperature: float) -> Tensor:
         temperature: T, divides the cosines.
 
     Returns:
-        Scalar: mean over the own N rows of -log softmax at the own key among WN, times 2 T, which
+        Scalar: mean over the N rows of -log softmax at the positive key among WN, times 2 T, which
         keeps the size of the gradient when T changes.
 
     Reference: equation 1 and algorithm 1.
     """
     q, k = F.normalize(comm.upcast(q), dim=1), F.normalize(comm.upcast(k), dim=1)
     logits = q @ comm.all_gather_no_grad(k).T / temperature  # (N, WN)
-    own = torch.arange(len(q), device=q.device) + comm.rank() * len(q)
-    return 2 * temperature * F.cross_entropy(logits, own)
+    positive = torch.arange(len(q), device=q.device) + comm.rank() * len(q)
+    return 2 * temperature * F.cross_entropy(logits, positive)
 
 
 @torch.no_grad()
@@ -208,7 +208,7 @@ def indicators(q: Tensor, k: Tensor) -> dict[str, Tensor]:
     cosines = q @ k.T
     found = cosines.argmax(1) == torch.arange(len(q), device=q.device)
     return {
-        "contrast_accuracy": found.float().mean(),  # the own key is the nearest in this batch
+        "contrast_accuracy": found.float().mean(),  # the positive key is the nearest in this batch
         "positive_similarity": cosines.diagonal().mean(),
         "z_std": q.std(0, correction=0).mean(),  # 1 / sqrt(D) where they spread, 0 in collapse
     }

@@ -257,14 +257,14 @@ def unit_rows(x: Tensor) -> Tensor:
 
 def draw_negatives(index: Tensor, num_images: int, num_negatives: int, seed: int, step: int,
                    rank: int) -> Tensor:
-    """Draw images other than the own one, uniformly and with replacement.
+    """Draw the negatives of every image: other images, uniformly and with replacement.
 
     Args:
         index: (N,) data-set indices of the rows of process `rank`, on the CPU.
 
     Returns:
-        Data-set indices (N, K), on the CPU: a function of seed, step, own index and place in the
-        global batch.
+        Data-set indices (N, K), on the CPU: a function of seed, step, the image's index and its
+        place in the global batch.
     """
     rows = [
         rng.philox(seed, rng.NEGATIVES, step, rank * len(index) + row).integers(
@@ -272,7 +272,7 @@ def draw_negatives(index: Tensor, num_images: int, num_negatives: int, seed: int
         for row in range(len(index))
     ]
     drawn = torch.from_numpy(np.stack(rows))
-    return drawn + (drawn >= index[:, None])  # the own index is passed over
+    return drawn + (drawn >= index[:, None])  # skips the image itself
 
 
 @comm.outside_autocast
@@ -283,12 +283,12 @@ def memory_logits(z: Tensor, memory: Tensor, index: Tensor, negatives: Tensor | 
     Args:
         z: unit embeddings (V, N, D).
         memory: unit rows (n, D), detached.
-        index: (N,) the own rows.
-        negatives: (N, K) the others, or None for all.
+        index: (N,) the positive rows.
+        negatives: (N, K) the negative rows, or None for all.
         temperature: divides the cosines.
 
     Returns:
-        Logits (V, N, 1 + K), the own row in column 0; without negatives (V, N, n) in the bank's
+        Logits (V, N, 1 + K), the positive in column 0; without negatives (V, N, n) in the bank's
         order.
     """
     z = comm.upcast(z)
@@ -315,7 +315,7 @@ def estimate_z(logits: Tensor, num_images: int) -> Tensor:
 
 
 def nce_loss(logits: Tensor, num_images: int, z: Tensor | float) -> Tensor:
-    """Compute the noise-contrastive estimation of the own row among K drawn ones.
+    """Compute the noise-contrastive estimation of the positive row among K drawn ones.
 
     Args:
         logits: (N, 1 + K), the positive in column 0, divided by the temperature.

@@ -53,7 +53,7 @@ RECIPES = {  # of rotation
     "imagenet": IMAGENET,
     "imagenet_all": IMAGENET | dict(  # MMSelfSup
         angles="all", epochs=70, batch_size=128, lr=0.4, lr_drops=[0.429, 0.714],
-        decay_norms=True, sync_bn=True,
+        warmup_epochs=5, warmup_start=0.1, decay_norms=True, sync_bn=True,
     ),
     # RotNet's code for CIFAR-10, there with a network in network; rate .1 for 128 images.
     "cifar10": IMAGENET | dict(
@@ -226,7 +226,7 @@ def cut_patches(images: Tensor, places: Tensor, side: int) -> Tensor:
 
 
 def rotation_puzzles(images: Tensor, drawn: Tensor, angles: str) -> tuple[Tensor, Tensor]:
-    """Images turned by the quarters that are drawn, or by "all" four; answers."""
+    """Images (N, C, S, S) turned by drawn[:, 0] quarters, or (4N, ...) by "all" four; answers."""
     turned, answers = rotations(images)
     if angles == "one":
         answers = drawn[:, 0]
@@ -236,14 +236,25 @@ def rotation_puzzles(images: Tensor, drawn: Tensor, angles: str) -> tuple[Tensor
 
 def jigsaw_puzzles(images: Tensor, drawn: Tensor, side: int, permutations: Tensor
                    ) -> tuple[Tensor, Tensor]:
-    """Patches (9N, C, s, s), the j-th of an image from cell permutations[answer, j]; answers."""
+    """Shuffle nine patches of each image (N, C, S, S): drawn (N, 19) are answer and corners.
+
+    Args:
+        permutations: (K, 9), one an answer.
+
+    Returns:
+        Patches (9N, C, s, s), the j-th of an image from cell permutations[answer, j]; answers (N,).
+    """
     patches, answers = cut_patches(images, drawn[:, 1:].view(-1, 9, 2), side), drawn[:, 0]
     image = torch.arange(len(images), device=images.device)[:, None]
     return patches[image, permutations[answers]].flatten(0, 1), answers
 
 
 def location_puzzles(images: Tensor, drawn: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """Patches (9N, C, s, s), cells row by row; answers (8N,), those cells but the middle."""
+    """Cut nine patches from each image (N, C, S, S), at the corners drawn[:, 1:] (N, 18).
+
+    Returns:
+        Patches (9N, C, s, s), cells row by row; answers (8N,), those cells but the middle.
+    """
     patches = cut_patches(images, drawn[:, 1:].view(-1, 9, 2), side)
     return patches.flatten(0, 1), torch.arange(8, device=images.device).repeat(len(images))
 
@@ -307,8 +318,8 @@ def build_head(task: str, width: int, hidden: int | None, answers: int, dropout:
         )
     head = nn.Sequential(
         Pairs(),
-        nn.Linear(2 * width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True),
-        nn.Dropout(dropout), nn.Linear(hidden, answers),
+        nn.Linear(2 * width, hidden, bias=False), nn.BatchNorm1d(hidden, momentum=0.003),
+        nn.ReLU(inplace=True), nn.Dropout(dropout), nn.Linear(hidden, answers),
     )
     nn.init.normal_(head[1].weight, std=0.01)
     nn.init.normal_(head[5].weight, std=0.005)

@@ -196,7 +196,7 @@ def grad_cache_backward(model: nn.Module, views: list[Tensor], chunk: int, tempe
 
 @torch.no_grad()
 def indicators(z1: Tensor, z2: Tensor) -> dict[str, Tensor]:
-    """Collapse indicators, logged: on this process's embeddings (N, D) of the two views."""
+    """Collapse indicators, logged: on this process's embeddings (N, D) of the first two crops."""
     z1, z2 = (F.normalize(comm.upcast(z), dim=1) for z in (z1, z2))
     cosines = z1 @ z2.T
     found = cosines.argmax(1) == torch.arange(len(z1), device=z1.device)

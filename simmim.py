@@ -50,7 +50,7 @@ RECIPES = {
     # Ours, not promised; backbone, patch, batch and epochs as mae.py has them.
     "cifar10": IMAGENET | dict(
         arch="vit_small", patch_size=4, image_size=32, cell_size=8, relative_positions=False,
-        mean=[0.4914, 0.4822, 0.4465], std=[0.2470, 0.2435, 0.2616],
+        mean=[0.4914, 0.4822, 0.4465], std=[0.247, 0.2435, 0.2616],
         epochs=1000, batch_size=256, lr=2e-4, start_lr=1e-6, final_lr=1e-6, drop_epoch=0,
     ),
     # Ours, chosen on the built-in digits.
@@ -250,13 +250,14 @@ def main(args):
         backbones.compile(model)
 
     # Optimiser
-    scale = args.batch_size / 256
+    lr, start_lr, final_lr = (rate * args.batch_size / 256
+                              for rate in (args.lr, args.start_lr, args.final_lr))
     weights, others = optim.split_by_dimension(model)
     spared = {backbone.cls_token, backbone.pos_embed}  # officially mask token and table decay
     groups = [{"params": [p for p in weights if p not in spared]},
               {"params": others + [p for p in weights if p in spared], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr * scale, betas=(0.9, 0.999),
-                                  weight_decay=args.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), weight_decay=args.weight_decay,
+                                  fused=True)
     autocast, scaler = optim.precision(args.amp, world.device)
 
     # Train
@@ -265,14 +266,13 @@ def main(args):
         run.resume(model=model, optimizer=optimizer, scaler=scaler)
         ddp_model = comm.data_parallel(model)
         lr_of_step = learning_rates(
-            args.start_lr * scale, args.lr * scale, args.final_lr * scale,
-            args.warmup_epochs * run.steps_per_epoch, args.drop_epoch * run.steps_per_epoch,
-            run.total_steps)
+            start_lr, lr, final_lr, args.warmup_epochs * run.steps_per_epoch,
+            args.drop_epoch * run.steps_per_epoch, run.total_steps)
         for step, batch in run.steps(export=model.backbone):  # 1. one view
             optim.set_lr(optimizer, lr_of_step[step])
+            optimizer.zero_grad(set_to_none=True)
             view = batch.views[0]
             mask = cell_mask(batch.drawn, args.mask_ratio, args.cell_size // args.patch_size)  # 2.
-            optimizer.zero_grad(set_to_none=True)
             with autocast():
                 pred = ddp_model(view, mask)  # 3. encode
             loss = masked_l1(pred, view, mask)  # 4. compare

@@ -309,7 +309,7 @@ def main(args):
     if args.teacher_momentum:
         teacher = copy.deepcopy(model).requires_grad_(False).eval()
     if args.compile:
-        backbones.compile(model.backbone, teacher.backbone)
+        backbones.compile(backbone, teacher.backbone)
     num_global = args.num_crops[0]
     queue = torch.zeros(num_global, args.queue_length, args.embedding_dim, device=world.device)
 

@@ -11,8 +11,8 @@ Letters: N images per process, W processes, D embedding size, H backbone width.
 
 Differs from the paper, as the official code (facebookresearch/vicreg) does: the invariance is
 divided by D, the two terms of variance by 2. Differs from the official code: the loss is computed
-in float32 whatever the autocast; the last, short batch of an epoch is kept there. Blur is a true
-Gaussian, there Pillow's chain of box filters.
+in float32 regardless of autocast.
+An epoch's last, short batch is kept there. Blur is a true Gaussian, there Pillow's box filters.
 
     python vicreg.py
     torchrun --nproc_per_node=8 vicreg.py --data /path/to/imagenet --output runs/vicreg
@@ -41,7 +41,8 @@ RECIPES = {
     "imagenet_100": IMAGENET | dict(epochs=100, lr=0.3),  # the author, when asked (issue 13)
     # Sizes, views, weights, batch, rate and decay of solo-learn's CIFAR-10 run. Its 92.1 linear
     # is not promised: its LARS takes steps of .02 |p| at any rate, but no longer than SGD's; ours
-    # are .001 lr |p|. It does not halve the terms of variance: its weight 25 is 50 here.
+    # are .001 lr |p|. It does not halve the terms of variance: its weight 25 is 50 here. Its stem
+    # pads by 2 pixels.
     "cifar10": IMAGENET | dict(
         arch="resnet18", stem="small", image_size=32,
         mean=[0.4914, 0.4822, 0.4465], std=[0.247, 0.2435, 0.2616],

@@ -407,8 +407,8 @@ def reconstruction_picture(args) -> Image.Image:
                     settings["decoder_dim"], settings["decoder_depth"], settings["decoder_heads"])
     model.load_state_dict(state)
     images = some_images(args, settings)
-    noise = mae.mask_noise(torch.arange(len(images)), len(backbone.pos_embed[0]) - 1,
-                           seed=0, epoch=0)
+    noise = mae.mask_noise(torch.arange(len(images)), 0, seed=0, steps_per_epoch=1,
+                           patches=len(backbone.pos_embed[0]) - 1)
     predicted, mask = model.eval()(images, noise)
     target = mae.patchify(images, patch)
     if settings["norm_pix"]:

@@ -148,13 +148,15 @@ def test_of_equal_noise_the_first_patches_are_kept():
 
 def test_noise_belongs_to_an_image_of_an_epoch():
     index = torch.tensor([7, 3, 1000])
-    noise = mae.mask_noise(index, 16, seed=0, epoch=2)
+    key = dict(patches=16, seed=0, steps_per_epoch=5)
+    noise = mae.mask_noise(index, 10, **key)
     assert noise.shape == (3, 16) and noise.min() >= 0 and noise.max() <= 1
-    assert torch.equal(mae.mask_noise(index.flip(0), 16, 0, 2), noise.flip(0))
-    assert torch.equal(mae.mask_noise(index[1:2], 16, 0, 2), noise[1:2])
-    for other in (mae.mask_noise(index, 16, 1, 2), mae.mask_noise(index, 16, 0, 3), noise.roll(1)):
+    assert torch.equal(mae.mask_noise(index.flip(0), 14, **key), noise.flip(0))
+    assert torch.equal(mae.mask_noise(index[1:2], 10, **key), noise[1:2])
+    for other in (mae.mask_noise(index, 10, **key | dict(seed=1)),
+                  mae.mask_noise(index, 15, **key), noise.roll(1)):
         assert (other != noise).all()
-    many = mae.mask_noise(torch.arange(2000), 16, 0, 0)
+    many = mae.mask_noise(torch.arange(2000), 0, **key)
     removed = mae.random_masking(torch.zeros(2000, 16, 1), 0.75, many)[1].mean(0)
     assert (removed - 0.75).abs().max() < 5 * math.sqrt(0.75 * 0.25 / 2000)
 

@@ -156,8 +156,8 @@ def run(name, folder):
         numbers = philox("shuffle", key[0])
         return mock.Mock(permutation=lambda n: np.argsort(numbers.random(n), kind="stable"))
 
-    def mask_noise(index, patches, *_):
-        noise = philox("mask", len(losses)).random((trace["batch_size"], patches))
+    def mask_noise(_, step, *, patches, **__):
+        noise = philox("mask", step).random((trace["batch_size"], patches))
         return here(torch.from_numpy(noise))
 
     def draw_masks(index, step, **_):
