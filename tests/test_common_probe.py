@@ -1,3 +1,4 @@
+import importlib
 import json
 import shutil
 import signal
@@ -90,6 +91,16 @@ def test_all_rates_of_a_recipe_are_divided_and_a_given_one_is_not():
         for name in names:
             assert getattr(divided, name) == pytest.approx(getattr(usual, name) / 10)
         assert given.lr == 0.5 and getattr(given, names[1]) == getattr(usual, names[1])
+
+
+@pytest.mark.parametrize("script", ["dino", "dinov2"])
+def test_new_heads_learn_while_given_weights_are_frozen(script):
+    def frozen(*flags):
+        args = importlib.import_module(script).parse_args(["--data", "x", *flags])
+        return args.freeze_last_layer_epochs
+
+    assert frozen() > 0 and frozen("--init", "x") == 0
+    assert frozen("--init", "x", "--freeze-last-layer-epochs", "2") == 2
 
 
 def test_a_run_does_not_start_from_what_it_would_replace(tmp_path):
