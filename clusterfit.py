@@ -19,7 +19,7 @@ cluster; which large cluster is split is drawn at random there. 16,000 clusters 
 GPU.
 
     python clusterfit.py --checkpoint runs/simclr --num-clusters 16000 --output runs/clusterfit
-    python clusterfit.py --checkpoint runs/simclr-digits --num-clusters 30 --output runs/clusters
+    python clusterfit.py --checkpoint runs/simclr-digits-resnet_tiny --num-clusters 30 --output out
 """
 
 import os

@@ -20,8 +20,8 @@ curves: the numbers in the logs of runs, finished or not, one panel each (needs 
     python visualize.py masks dinov2 --image masks.png
     python visualize.py neighbours --checkpoint runs/simclr-digits-resnet_tiny --image near.png
     python visualize.py embedding --checkpoint pixels runs/simclr-digits-resnet_tiny --image map.png
-    python visualize.py attention --checkpoint runs/dino-digits-vit_micro --image attention.png
-    python visualize.py patches --checkpoint runs/dino-digits-vit_micro --image patches.png
+    python visualize.py attention --checkpoint runs/dinov2-digits-vit_micro --image attention.png
+    python visualize.py patches --checkpoint runs/dinov2-digits-vit_micro --image patches.png
     python visualize.py reconstruction --checkpoint runs/mae-digits-vit_micro --image mae.png
     python visualize.py curves runs/simclr runs/moco --image curves.png
 """
