@@ -256,6 +256,14 @@ def build_draw(args, steps_per_epoch):
                              steps_per_epoch=steps_per_epoch)
 
 
+def visible_patches(args, index: Tensor) -> list[tuple[int, Tensor]]:
+    """For a picture: the view's number, and bool (N, H / P, W / P) of what is not removed."""
+    noise = build_draw(args, 1)(index, 0)
+    side = args.image_size // args.patch_size
+    mask = random_masking(noise[:, :, None], args.mask_ratio, noise)[1]
+    return [(0, mask.unflatten(1, (side, side)) == 0)]
+
+
 def main(args):
     world = comm.setup(args.device, args.deterministic)
     torch.manual_seed(args.seed)

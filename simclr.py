@@ -13,11 +13,10 @@ directions and is twice ours, which is the paper's mean over the 2N rows. LARS h
 weights, but their decay counts twice here, and biases and norms move half as fast. Its learning
 rate is inside the momentum buffer, so a changed rate acts with a delay. The backbone starts as
 torchvision's does, there as TensorFlow's; contrast changes about the mean gray of an image, there
-about each channel's mean; saturation blends with gray, there it is a factor in HSV; brightness is a
-factor, in their first version it is added; blur reaches 8 pixels to each side, there 11. Left out:
-the square-root rule for the learning rate, .075 sqrt(batch size), which the paper prefers for short
-runs of small batches (pass its value times 256 / batch size as --lr). Multi-crop and gradient
-caching: `simclr_multicrop.py`.
+about each channel's mean; saturation blends with gray, there it is a factor in HSV; blur reaches 8
+pixels to each side, there 11. Left out: the square-root rule for the learning rate, .075 sqrt(batch
+size), which the paper prefers for short runs of small batches (pass its value times 256 / batch
+size as --lr). Multi-crop and gradient caching: `simclr_multicrop.py`.
 
     python simclr.py
     torchrun --nproc_per_node=8 simclr.py --data /path/to/imagenet --output runs/simclr

@@ -208,7 +208,7 @@ def views_picture(args) -> Image.Image:
     module = method(args.script)
     if args.kind == "masks" and not hasattr(module, "visible_patches"):
         raise comm.RunError(f"{args.script} masks no patches of its views; cae, dinov2, "
-                            "ijepa and simmim do (of MAE: reconstruction)")
+                            "ijepa, mae and simmim do")
     given = module.parse_args(args.flags)
     images = open_images(given.data, "pretrain", given.in_chans, **cli.sources(given))
     rows = min(args.rows, len(images))

@@ -341,3 +341,12 @@ def test_the_log_says_what_predicting_nothing_scores(tmp_path):
     train(mae, tmp_path, "--limit", "64", "--batch-size", "64", dtype="float32")
     (line,) = lines(tmp_path)
     assert 0.5 < line["zero_loss"] <= 47 / 48 < line["loss"]
+
+
+def test_a_picture_shows_what_the_first_epoch_leaves():
+    args, index = mae.parse_args(["--seed", "3"]), torch.tensor([4, 9])
+    ((view, visible),) = mae.visible_patches(args, index)
+    noise = mae.mask_noise(index, 0, patches=16, seed=3, steps_per_epoch=11)
+    assert view == 0 and visible.shape == (2, 4, 4) and visible.dtype == torch.bool
+    assert (noise[visible.flatten(1)].view(2, 4).amax(1)
+            < noise[~visible.flatten(1)].view(2, 12).amin(1)).all()
