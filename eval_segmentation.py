@@ -333,9 +333,8 @@ def train_head(task: "Task", mark: str, args) -> Head | None:
                     f"{'mirrored' if flip else 'unmirrored'} crops of {size} px")
     changing = dict(
         PROTOCOL, checkpoint=mark, layer=task.layer, epochs=epochs, lr=base_lr, flip=flip,
-        train_batch_size=batch_size, seed=args.seed, resize=task.resize, image_size=size,
-        labels=task.images.digest, **{name: settings[name] for name in ("in_chans", "mean", "std")},
-        **({} if args.amp == "none" else {"amp": args.amp}))
+        train_batch_size=batch_size, seed=args.seed, resize=task.resize, side=task.side,
+        labels=task.images.digest, **task.source.seen_as)
     data = os.path.basename(os.path.normpath(settings["data"]))
     run_args = argparse.Namespace(**vars(args) | dict(
         output=os.path.join(args.output, f"{data}-{task.layer}-{mark}"), batch_size=batch_size,

@@ -303,6 +303,15 @@ class Source:
             comm.print_main(line)
 
     @property
+    def seen_as(self) -> dict:
+        """The settings that change the features of the same weights, which a head must repeat."""
+        names = ["image_size", "in_chans", "mean", "std", "bits", "exif_orientation"]
+        if self.name != "pixels":
+            names += ["arch", *of_this_kind(self.settings)]
+        seen = {name: self.settings[name] for name in names}
+        return seen if self.args.amp == "none" else seen | {"amp": self.args.amp}
+
+    @property
     def precision(self):
         """`precision` as the command line has it."""
         return precision(self.args.amp, self.world.device)

@@ -447,7 +447,7 @@ def test_other_settings_are_refused_and_a_finished_run_is_only_tested(weights, t
     assert evaluate(*flags, "--epochs", 2) == line
     assert (folder / "checkpoint.pt").stat().st_mtime_ns == written
     for name, *value in (("--lr", 9), ("--seed", 1), ("--flip",), ("--image-size", 20),
-                         ("--std", 0.3)):
+                         ("--std", 0.3), ("--stem", "small-pad2"), ("--exif-orientation",)):
         with pytest.raises(RunError, match=f"{name} is .* and was .*--no-resume"):
             evaluate(*flags, "--epochs", 2, name, *value)
     evaluate(*flags, "--epochs", 2, "--lr", 9, "--no-resume")

@@ -784,9 +784,12 @@ def test_the_same_command_again_trains_nothing(weights, tmp_path):
     assert evaluate(*flags)[0] == line
     assert (folder / "checkpoint.pt").stat().st_mtime_ns == written
     for name, *value in (("--lr", 9), ("--seed", 1), ("--flip",), ("--resize", 50),
-                         ("--std", 0.3)):
+                         ("--std", 0.3), ("--stem", "small-pad2"), ("--exif-orientation",)):
         with pytest.raises(RunError, match=f"{name} is .* and was .*--no-resume"):
             evaluate(*flags, name, *value)
+    evaluate("--checkpoint", "pixels", *flags[2:])
+    with pytest.raises(RunError, match="--side is 2 and was 4"):
+        evaluate("--checkpoint", "pixels", *flags[2:], "--layer", "res3")
 
 
 def test_other_label_maps_of_the_same_names_are_another_training(pictures, tmp_path):
