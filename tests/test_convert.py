@@ -265,10 +265,14 @@ def test_the_class_tokens_position_goes_into_the_token_beside_registers(tmp_path
     found = torch.load(out, weights_only=True)
     assert found["pos_embed"].shape == (1, 16, 96)
     assert torch.equal(found["cls_token"], meta.cls_token + meta.pos_embed[:, :1])
-    timms, images = build("vit_micro", patch_size=8), torch.rand(2, 3, 32, 32)
+    timms, read = build("vit_micro", patch_size=8), build("vit_micro", patch_size=8)
     load_backbone(timms, str(out))
+    load_backbone(read, str(tmp_path / "meta.pth"))
+    images = torch.rand(2, 3, 32, 32)
+    small = images[:, :, :16, :16]  # of other positions, with Meta's antialiasing
     with torch.no_grad():
         torch.testing.assert_close(timms(images), meta(images))
+        torch.testing.assert_close(timms(small), read(small))
 
 
 def test_another_librarys_trunk_goes_to_that_library_alone(tmp_path, capsys):
