@@ -13,8 +13,10 @@ After Balazevic et al., arXiv 2306.01667, section 3, where what is remembered is
 weight on rare classes, and in augmented crops; here evenly, as the images are.
 
 `--method linear` trains batch norm and a 1x1 convolution on the map with cross-entropy of pixels,
-by the protocol of DINOv3's linear segmentation (`PROTOCOL`; arXiv 2508.10104). It stops, saves and
-resumes as the methods do. Nothing is chosen on the test images: the last step counts.
+by the protocol of DINOv3's linear segmentation (`PROTOCOL`; arXiv 2508.10104). Left out are its
+photometric distortion, and that it draws a crop again which one class fills to three quarters. It
+stops, saves and resumes as the methods do. Nothing is chosen on the test images: the last step
+counts.
 
 Counted are all pixels of the test images together: a class's IoU (intersection over union) is the
 number of pixels that are right / (predicted or true). Pixels of `--ignore` count nowhere. Baselines
@@ -92,7 +94,7 @@ def parse_args(argv=None):
     group.add_argument("--temperature", type=cli.positive, help="knn: of the votes [0.02]")
     group.add_argument("--memory", type=cli.pos_int,
                        help="knn: patches to remember at most, equally many of each image [2**20]")
-    group = parser.add_argument_group("method linear (default: as published, {steps:,} steps of "
+    group = parser.add_argument_group("method linear (default: DINOv3's {steps:,} steps of "
                                       "{batch_size}, lr {lr})".format_map(PROTOCOL))
     features.head_flags(group, "runs/eval_segmentation")
     features.run_flags(parser.add_argument_group("run"))
