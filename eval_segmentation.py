@@ -455,8 +455,8 @@ def tasks(args, world):
         source.say(protocol)
         layer = "patches" if settings["arch"] in backbones.VITS else args.layer
         layer = "pixels" if checkpoint.name == "pixels" else layer
-        yield source.name, (Task(source, images, backbone, layer, window, stride, resize, side)
-                            for backbone in source.backbones())
+        yield source.name, map(partial(Task, source, images, layer=layer, window=window, side=side,
+                                       stride=stride, resize=resize), source.backbones())
 
 
 def evaluate(task: Task, args) -> dict | None:
@@ -488,7 +488,7 @@ def main(args):
                     if args.method == "knn" else
                     "linear, DINOv3's protocol: batch norm and 1x1 convolution, AdamW")
     table = []
-    for name, of_backbones in tasks(args, world):
+    for name, of_backbones in list(tasks(args, world)):  # before results of the first can be lost
         runs = []
         for task in of_backbones:
             runs.append(evaluate(task, args))

@@ -607,9 +607,11 @@ def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
     assert f"--checkpoint {missing}" in refused("--checkpoint", "pixels", missing)
 
 
-def test_weights_of_another_backbone_are_refused(tmp_path):
+def test_weights_of_another_backbone_are_refused(tmp_path, monkeypatch):
     weights = save_backbone(tmp_path / "weights.pth", 1, "resnet18_quarter")
     assert str(weights) in refused("--checkpoint", weights, *FEW)
+    monkeypatch.setattr(eval_knn, "evaluate", None)  # nor is one before it evaluated
+    assert str(weights) in refused("--checkpoint", "pixels", weights, *FEW)
 
 
 def test_a_transformer_is_fed_with_the_patches_and_any_size_that_fits(tmp_path):

@@ -563,6 +563,19 @@ def test_images_without_maps_and_backbones_without_a_map_are_refused():
         evaluate("--checkpoint", "random", "--arch", "torchvision:alexnet", "--image-size", 64)
 
 
+def test_what_does_not_fit_is_refused_before_the_first_is_measured(tmp_path, monkeypatch):
+    net = backbones.build_backbone("resnet_tiny", in_chans=3, stem="small",
+                                   zero_init_residual=False)
+    files = [tmp_path / f"{bits}.pth" for bits in (8, 16)]
+    for bits, file in zip((8, 16), files, strict=True):
+        torch.save(checkpoint.described(net.state_dict(), {"bits": bits}), file)
+    line, _ = evaluate("--checkpoint", "pixels", files[0], "--limit", 2)
+    assert [row["layer"] for row in line["checkpoints"]] == ["pixels", "res5"]  # each its own
+    monkeypatch.setattr(eval_segmentation, "evaluate", None)
+    with pytest.raises(RunError, match=f"{files[1]}: --bits 16"):
+        evaluate("--checkpoint", *files, "--limit", 2)
+
+
 def test_a_class_that_no_training_pixel_has_is_told_and_never_predicted(pictures):
     Image.fromarray(np.full((24, 32), 3, np.uint8)).save(broken(pictures, "labels", "val"))
     flags = ["--checkpoint", "pixels", "--arch", "vit_micro", "--patch-size", 4, "--image-size", 16,
