@@ -809,7 +809,10 @@ def test_other_label_maps_of_the_same_names_are_another_training(pictures, tmp_p
     flags = ["--checkpoint", "pixels", "--image-size", 32, "--method", "linear", "--epochs", 1,
              *given(pictures, "--output", tmp_path / "out")]
     evaluate(*flags)
-    Image.fromarray(np.zeros((24, 32), np.uint8)).save(broken(pictures, "labels"))
+    one, other = (broken(pictures, "labels", number=number) for number in (2, 3))
+    whole = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(whole)  # of as many pixels of every class
     with pytest.raises(RunError, match=r"--labels is .* and was "):
         evaluate(*flags)
 
