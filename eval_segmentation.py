@@ -93,7 +93,8 @@ def parse_args(argv=None):
     group.add_argument("--k", type=cli.pos_int, help="knn: neighbours [30]")
     group.add_argument("--temperature", type=cli.positive, help="knn: of the votes [0.02]")
     group.add_argument("--memory", type=cli.pos_int,
-                       help="knn: patches to remember at most, equally many of each image [2**20]")
+                       help="knn: patches to remember at most, equally many of each image, but one "
+                       "at least [2**20]")
     group = parser.add_argument_group("method linear (default: DINOv3's {steps:,} steps of "
                                       "{batch_size}, lr {lr})".format_map(PROTOCOL))
     features.head_flags(group, "runs/eval_segmentation")
@@ -484,7 +485,7 @@ def evaluate(task: Task, args) -> dict | None:
 def main(args):
     world = comm.setup(args.device, deterministic=True)
     comm.print_main(f"k-NN by cosine of patches, k {args.k}, votes softmax(cosine / "
-                    f"{args.temperature:g}), of at most {args.memory:,} patches"
+                    f"{args.temperature:g}), --memory {args.memory:,}"
                     if args.method == "knn" else
                     "linear, DINOv3's protocol: batch norm and 1x1 convolution, AdamW")
     table = []
