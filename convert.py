@@ -4,7 +4,8 @@ The source is a run folder, a `backbone.pth`, or a file in any layout that the e
 (README); every tensor of the backbone must be there. Heads stay behind. What is written:
 
 - torchvision: a state dict of a ResNet; `load_state_dict(..., strict=False)` misses `fc.*` alone.
-- timm: a state dict of a ResNet or a vision transformer; strict with `num_classes=0`.
+- timm: a state dict of a ResNet or a vision transformer; strict with `num_classes=0`, and with the
+  options that are printed.
 - detectron2: a `.pkl` of a ResNet for `MODEL.WEIGHTS`, in detectron2's names; the settings that go
   with it are printed, since detectron2's defaults (BGR, other means) are those of other weights.
 
@@ -73,7 +74,7 @@ def fold_class_position(state: dict[str, Tensor], backbone: nn.Module) -> None:
         state["pos_embed"] = state["pos_embed"][:, first:]
 
 
-def advice(to: str, settings: dict) -> list[str]:
+def advice(to: str, settings: dict, backbone: nn.Module) -> list[str]:
     """What to do with the file, and what it needs beside itself."""
     mean, std = (list(settings[name]) * (settings["in_chans"] if len(settings[name]) == 1 else 1)
                  for name in ("mean", "std"))
@@ -92,11 +93,20 @@ def advice(to: str, settings: dict) -> list[str]:
         kernel, stride, padding = backbones.STEMS[settings["stem"]]
         lines.append(f"conv1 is {kernel}x{kernel} with stride {stride} and padding {padding}, and "
                      "there is no max-pool: change the model's")
-    if settings["arch"] == "vit_small_12heads":
-        lines.append("it has 12 attention heads: num_heads=12")
-    if settings.get("relative_positions"):
-        lines.append("it is timm's VisionTransformerRelPos: class_token=True, shared_rel_pos=True, "
-                     "rel_pos_type='bias', global_pool='token'")
+    if settings["arch"] in backbones.VITS:
+        relative, scaled = backbone.pos_embed is None, hasattr(backbone.blocks[0].ls1, "gamma")
+        options = ["num_heads=12"] * (settings["arch"] == "vit_small_12heads")
+        if relative:
+            options += ["class_token=True", "shared_rel_pos=True", "rel_pos_type='bias'",
+                        "global_pool='token'"]
+        if backbone.cls_token is None:
+            options += ["class_token=False", "global_pool='avg'", "fc_norm=False"]
+        if backbone.reg_token is not None:
+            options += [f"reg_tokens={backbone.reg_token.shape[1]}", "no_embed_class=True"]
+        if relative or scaled:
+            options.append(f"init_values={1.0 if scaled else None}")
+        if options:
+            lines.append(f"timm's VisionTransformer{'RelPos' * relative}: {', '.join(options)}")
     if settings["in_chans"] != 3:
         lines.append(f"the first layer takes {settings['in_chans']} channels: change the model's")
     return lines
@@ -140,8 +150,9 @@ def main(args):
                          "matching_heuristics": True}, file)
         else:
             torch.save(state, file)
-    comm.print_main("\n  ".join([f"{args.out}: {arch} for {args.to}", *advice(args.to, settings),
-                                *filter(None, [features.assumed(source, settings)])]))
+    comm.print_main("\n  ".join([
+        f"{args.out}: {arch} for {args.to}", *advice(args.to, settings, backbone),
+        *filter(None, [features.assumed(source, settings)])]))
 
 
 if __name__ == "__main__":

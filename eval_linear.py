@@ -36,6 +36,7 @@ import argparse
 import math
 import os
 import sys
+import zlib
 from functools import partial
 
 import numpy as np
@@ -386,7 +387,7 @@ def paper_probe(source: features.Source, backbone, mark: str, args, world) -> di
     changing = dict(
         protocol, protocol=args.protocol, checkpoint=mark, layers=names, epochs=epochs, lr=base_lr,
         train_batch_size=batch_size, flip=flip, train_fraction=args.train_fraction, seed=args.seed,
-        num_classes=num_classes, **shown, **({} if args.amp == "none" else {"amp": args.amp}))
+        num_classes=num_classes, labels=zlib.crc32(train_labels.numpy()), **source.seen_as)
     fraction = "" if args.train_fraction == 1 else f"-{args.train_fraction:g}"
     fraction += f"-{args.limit_per_class}-a-class" if args.limit_per_class else ""
     folder = os.path.join(args.output, f"{args.protocol}{fraction}-{mark}")

@@ -13,8 +13,10 @@ After Balazevic et al., arXiv 2306.01667, section 3, where what is remembered is
 weight on rare classes, and in augmented crops; here evenly, as the images are.
 
 `--method linear` trains batch norm and a 1x1 convolution on the map with cross-entropy of pixels,
-by the protocol of DINOv3's linear segmentation (`PROTOCOL`; arXiv 2508.10104). It stops, saves and
-resumes as the methods do. Nothing is chosen on the test images: the last step counts.
+by the protocol of DINOv3's linear segmentation (`PROTOCOL`; arXiv 2508.10104). Left out are its
+photometric distortion, and that it draws a crop again which one class fills to three quarters. It
+stops, saves and resumes as the methods do. Nothing is chosen on the test images: the last step
+counts.
 
 Counted are all pixels of the test images together: a class's IoU (intersection over union) is the
 number of pixels that are right / (predicted or true). Pixels of `--ignore` count nowhere. Baselines
@@ -91,8 +93,9 @@ def parse_args(argv=None):
     group.add_argument("--k", type=cli.pos_int, help="knn: neighbours [30]")
     group.add_argument("--temperature", type=cli.positive, help="knn: of the votes [0.02]")
     group.add_argument("--memory", type=cli.pos_int,
-                       help="knn: patches to remember at most, equally many of each image [2**20]")
-    group = parser.add_argument_group("method linear (default: as published, {steps:,} steps of "
+                       help="knn: patches to remember at most, equally many of each image, but one "
+                       "at least [2**20]")
+    group = parser.add_argument_group("method linear (default: DINOv3's {steps:,} steps of "
                                       "{batch_size}, lr {lr})".format_map(PROTOCOL))
     features.head_flags(group, "runs/eval_segmentation")
     features.run_flags(parser.add_argument_group("run"))
@@ -333,9 +336,8 @@ def train_head(task: "Task", mark: str, args) -> Head | None:
                     f"{'mirrored' if flip else 'unmirrored'} crops of {size} px")
     changing = dict(
         PROTOCOL, checkpoint=mark, layer=task.layer, epochs=epochs, lr=base_lr, flip=flip,
-        train_batch_size=batch_size, seed=args.seed, resize=task.resize, image_size=size,
-        labels=task.images.digest, **{name: settings[name] for name in ("in_chans", "mean", "std")},
-        **({} if args.amp == "none" else {"amp": args.amp}))
+        train_batch_size=batch_size, seed=args.seed, resize=task.resize, side=task.side,
+        labels=task.images.digest, **task.source.seen_as)
     data = os.path.basename(os.path.normpath(settings["data"]))
     run_args = argparse.Namespace(**vars(args) | dict(
         output=os.path.join(args.output, f"{data}-{task.layer}-{mark}"), batch_size=batch_size,
@@ -454,8 +456,8 @@ def tasks(args, world):
         source.say(protocol)
         layer = "patches" if settings["arch"] in backbones.VITS else args.layer
         layer = "pixels" if checkpoint.name == "pixels" else layer
-        yield source.name, (Task(source, images, backbone, layer, window, stride, resize, side)
-                            for backbone in source.backbones())
+        yield source.name, map(partial(Task, source, images, layer=layer, window=window, side=side,
+                                       stride=stride, resize=resize), source.backbones())
 
 
 def evaluate(task: Task, args) -> dict | None:
@@ -483,11 +485,11 @@ def evaluate(task: Task, args) -> dict | None:
 def main(args):
     world = comm.setup(args.device, deterministic=True)
     comm.print_main(f"k-NN by cosine of patches, k {args.k}, votes softmax(cosine / "
-                    f"{args.temperature:g}), of at most {args.memory:,} patches"
+                    f"{args.temperature:g}), --memory {args.memory:,}"
                     if args.method == "knn" else
                     "linear, DINOv3's protocol: batch norm and 1x1 convolution, AdamW")
     table = []
-    for name, of_backbones in tasks(args, world):
+    for name, of_backbones in list(tasks(args, world)):  # before results of the first can be lost
         runs = []
         for task in of_backbones:
             runs.append(evaluate(task, args))

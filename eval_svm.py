@@ -249,6 +249,10 @@ def evaluate(found: features.Features, source: features.Source, fits: Fits) -> d
     train = [labelled_rows(column[:n], args.vissl_labels) for column in labels.T]
     test = [labelled_rows(np.append([-1] * n, column[n:]), False) for column in labels.T]
     costs, layers = sorted(set(args.costs)), []
+    if not any(len(set(targets.tolist())) == 2 and (tested > 0).any()
+               for (_, targets), (_, tested) in zip(train, test, strict=True)):
+        raise comm.RunError(f"{found.checkpoint}: no class has training images with and without it "
+                            "and test images with it; nothing can be measured")
 
     def run_on(layer):
         """`Fits.run` on the layer's rows divided by their length."""

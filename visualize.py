@@ -94,6 +94,8 @@ def parse_args(argv=None):
         args.given = features.parse(evaluation, others)
         if args.given.features:
             evaluation.error(f"--features {args.given.features[0]} has no images; --checkpoint")
+        if args.given.save_features:
+            evaluation.error(f"--save-features {args.given.save_features} goes with evaluations")
         if args.kind == "neighbours" and len(args.given.checkpoint) > 1:
             evaluation.error(f"--checkpoint {' '.join(args.given.checkpoint)}: give one")
         if len(args.given.layers or ()) > 1:

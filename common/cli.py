@@ -289,8 +289,6 @@ def parse(made: Parser, recipes: dict, argv=None) -> argparse.Namespace:
     check_arch_flags(made, args, argv)
 
     if "init" in args:
-        if args.probe_data and not args.probe_every:
-            made.error(f"--probe-data {args.probe_data} is measured with --probe-every alone")
         args.lr_divided = args.init is not None and args.lr is made.get_default("lr")
         for rate in ("lr", "lr_biases", "start_lr", "final_lr") if args.lr_divided else ():
             if rate in args and getattr(args, rate) is made.get_default(rate):
@@ -306,6 +304,8 @@ def parse(made: Parser, recipes: dict, argv=None) -> argparse.Namespace:
 
 def check(made: Parser, args: argparse.Namespace) -> None:
     """Check what every script has that trains; the sides of `--crop-sizes` are set as well."""
+    if getattr(args, "probe_data", None) and not args.probe_every:
+        made.error(f"--probe-data {args.probe_data} is measured with --probe-every alone")
     if args.batch_size % processes():
         above = math.ceil(args.batch_size / processes()) * processes()
         made.error(f"--batch-size {args.batch_size} does not divide among {processes()} processes; "

@@ -303,6 +303,15 @@ class Source:
             comm.print_main(line)
 
     @property
+    def seen_as(self) -> dict:
+        """The settings that change the features of the same weights, which a head must repeat."""
+        names = ["image_size", "in_chans", "mean", "std", "bits", "exif_orientation"]
+        if self.name != "pixels":
+            names += ["arch", *of_this_kind(self.settings)]
+        seen = {name: self.settings[name] for name in names}
+        return seen if self.args.amp == "none" else seen | {"amp": self.args.amp}
+
+    @property
     def precision(self):
         """`precision` as the command line has it."""
         return precision(self.args.amp, self.world.device)
@@ -348,16 +357,16 @@ class Source:
 
 
 def checkpoints_of(args):
-    """Yield what `--checkpoint` names, a `Checkpoint` each, and the settings to evaluate it with.
+    """List what `--checkpoint` names, a `Checkpoint` each, and the settings to evaluate it with.
 
     Those are `evaluation_settings` and the "trained_size" of images. All are evaluated on the same
     data.
 
     Raises:
-        RunError: something named is not there or does not fit.
+        RunError: something named is not there or does not fit; of several, weights do not load.
     """
     checkpoints = [resolve_checkpoint(name) for name in args.checkpoint or ()]
-    shared = evaluation_settings(args, checkpoints) if checkpoints else {}
+    shared, found = evaluation_settings(args, checkpoints) if checkpoints else {}, []
     for checkpoint in checkpoints:
         settings = dict(shared)
         if checkpoint.weights is not None:
@@ -368,7 +377,12 @@ def checkpoints_of(args):
                 comm.print_main(f"warning: {checkpoint.name} was trained on {before}, and is "
                                 f"evaluated on {now} like the first run; --data chooses")
         settings["trained_size"] = checkpoint.settings.get("image_size", settings["image_size"])
-        yield checkpoint, settings
+        found.append((checkpoint, settings))
+    for checkpoint, settings in found if len(found) > 1 else ():  # before results can be lost
+        with comm.same_error_on_all_ranks(), contextlib.redirect_stdout(None):
+            if checkpoint.weights is not None:
+                weights.load_backbone(build(settings), checkpoint.weights)
+    return found
 
 
 def reading(args, settings: dict) -> dict:
@@ -394,6 +408,7 @@ def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
         RunError: something named is not there, does not fit or has no labels.
     """
     opened, said = {}, set()  # both splits by how they are read; what is printed once
+    found = []  # all, before results of the first can be lost
     for path in args.features or ():
         yield Source(path, args, world, said=said)
     for checkpoint, settings in checkpoints_of(args):
@@ -417,10 +432,11 @@ def sources(args, world: World, *, interpolation: str, crop=augment.CenterCrop,
         elif args.amp != "none":
             protocol += f", features in {args.amp}"
         arch = f" ({settings['arch']})" if checkpoint.name == "random" else ""
-        source = Source(checkpoint.name + arch, args, world, checkpoint, settings, train, test,
-                        also, view, protocol, said)
-        source.say(protocol)
-        for path, images in zip(also_test, also, strict=True):
+        found.append(Source(checkpoint.name + arch, args, world, checkpoint, settings, train, test,
+                            also, view, protocol, said))
+    for source in found:
+        source.say(source.protocol)
+        for path, images in zip(also_test, source.also, strict=True):
             source.say(f"also tested: {len(images)} images of {path}, of {len(images.present)} "
                        "classes; no other is predicted")
         yield source

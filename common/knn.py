@@ -59,8 +59,9 @@ def count_right(bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, se
         part = slice(start, start + chunk)
         left_out = None if self_index is None else self_index[part]
         cosines, rows = nearest(bank, queries[part], most, left_out)
+        below = cosines - cosines[:, :1].clamp(min=-1)  # votes of the nearest: 1, at any T
         for number, (k, temperature) in enumerate(settings):
-            scores = vote(cosines[:, :k], labels[rows[:, :k]], temperature, num_classes)
+            scores = vote(below[:, :k], labels[rows[:, :k]], temperature, num_classes)
             right = share_right(scores, truth[part], 1)
             counts[0, number] += right.sum()
             if by_class is not None:

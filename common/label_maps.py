@@ -252,23 +252,24 @@ def each(source, function, world: World, workers: int | None):
 
 
 def size_and_counts(source, index: int) -> tuple[Tensor, Tensor]:
-    """Width and height, and how many pixels there are of each number (256,)."""
-    planes = source.read_or_name(index)
-    counts = np.bincount(np.asarray(planes[-1]).ravel(), minlength=IGNORED + 1)
-    return torch.tensor(planes[0].size), torch.from_numpy(counts)
+    """Width, height and checksum of a map (3,), and how many pixels have each number (256,)."""
+    classes = np.asarray(source.read_or_name(index)[-1])
+    counts = np.bincount(classes.ravel(), minlength=IGNORED + 1)
+    size = *classes.shape[::-1], zlib.crc32(classes.tobytes())
+    return torch.tensor(size), torch.from_numpy(counts)
 
 
 def survey(source, num_classes: int | None, world: World, workers) -> tuple[Tensor, Tensor]:
     """Read every image and map once, before anything is made of them.
 
     Returns:
-        Widths and heights (N, 2), and how many pixels there are of each number (256,); int64, equal
-        on every process.
+        Widths, heights and checksums (N, 3), and how many pixels there are of each number (256,);
+        int64, equal on every process.
 
     Raises:
         RunError: one cannot be read, does not fit its image, or has a class too many.
     """
-    sizes, counts = torch.zeros(len(source), 2, dtype=torch.int64), torch.zeros(256).long()
+    sizes, counts = torch.zeros(len(source), 3, dtype=torch.int64), torch.zeros(256).long()
     with comm.same_error_on_all_ranks():
         for index, (size, found) in each(source, size_and_counts, world, workers):
             beyond = found[num_classes or IGNORED : IGNORED].nonzero()
@@ -314,9 +315,10 @@ class Splits:
                 raise RunError(f"--data {data}: {what} of the {len(source)} {split} images "
                                f"(--ignore {ignored}); nothing to tell apart")
             num_classes = num_classes or there[-1] + 1
-        self.num_classes, (self.sizes, (counts, tested)) = num_classes, zip(*found, strict=True)
+        self.num_classes, (sizes, (counts, tested)) = num_classes, zip(*found, strict=True)
+        self.sizes = [rows[:, :2] for rows in sizes]
         self.names = [*(names or ()), *map(str, range(len(names or ()), num_classes))][:num_classes]
-        self.digest = f"{zlib.crc32(counts.numpy()):08x}"
+        self.digest = f"{zlib.crc32(sizes[0][:, 2].numpy().tobytes()):08x}"
         self.there = counts[:IGNORED].nonzero()[:, 0].to(world.device)
         self.number = torch.full((256,), IGNORED, device=world.device)
         self.number[self.there] = torch.arange(len(self.there), device=world.device)

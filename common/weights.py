@@ -82,7 +82,8 @@ def load_backbone(backbone: nn.Module, path: str) -> None:
         if layout == "MoCo v3" and small and backbone.blocks[0].attn.num_heads != 12:
             raise RunError(f"{path} (MoCo v3) has 12 attention heads: --arch vit_small_12heads")
         fit_transformer(backbone, found)
-        ours = isinstance(getattr(loaded, "_metadata", {}).get("settings"), dict)
+        said = getattr(loaded, "_metadata", {}).get("settings")
+        ours = isinstance(said, dict) and "mean" in said  # which no converted foreign file says
         backbone.antialias = backbone.reg_token is not None and not ours
     wanted = backbone.state_dict()
     for key in wanted:  # a counter that older files do not have and no forward uses

@@ -1,5 +1,6 @@
 import json
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -95,21 +96,36 @@ def test_what_was_assumed_is_said_and_does_not_become_a_fact(tmp_path, capsys):
 
 
 def test_a_transformer_goes_to_timm_alone(tmp_path):
-    folder, weights = run_folder(tmp_path, arch="vit_micro", image_size=32, patch_size=16)
-    out = converted(folder, "timm", tmp_path / "vit.pth")
-    assert same(torch.load(out, weights_only=True), weights)
+    folder, weights = run_folder(tmp_path, arch="vit_micro", image_size=32, patch_size=16,
+                                 relative_positions=True)
+    out = torch.load(converted(folder, "timm", tmp_path / "vit.pth"), weights_only=True)
+    assert same(out, weights) and out._metadata["settings"]["relative_positions"] is True
     assert {"cls_token", "blocks.0.attn.qkv.weight", "norm.bias"} < weights.keys()
     for to, name in (("torchvision", "a.pth"), ("detectron2", "a.pkl")):
         with pytest.raises(RunError, match="vit_micro goes --to timm only"):
             converted(folder, to, tmp_path / name)
 
 
-def test_timms_transformer_with_relative_positions_is_named(tmp_path, capsys):
-    folder, weights = run_folder(tmp_path, arch="vit_micro", image_size=32, patch_size=16,
-                                 relative_positions=True)
-    out = torch.load(converted(folder, "timm", tmp_path / "vit.pth"), weights_only=True)
-    assert "VisionTransformerRelPos" in capsys.readouterr().out
-    assert same(out, weights) and out._metadata["settings"]["relative_positions"] is True
+@pytest.mark.parametrize("parts", [
+    {}, dict(class_token=False), dict(registers=2, layer_scale=0.1), dict(relative_positions=True),
+    dict(relative_positions=True, layer_scale=0.1), dict(class_token=False, registers=2),
+], ids=" ".join)
+def test_the_options_that_are_printed_make_timms_transformer(parts, tmp_path, capsys):
+    """Of weights that do not say it themselves; strict, and of the same features."""
+    models = pytest.importorskip("timm.models")
+    ours = build("vit_micro", image_size=32, patch_size=8, **parts).eval()
+    ours.load_state_dict(shuffled(ours))
+    torch.save(ours.state_dict(), tmp_path / "foreign.pth")
+    out = converted(tmp_path / "foreign.pth", "timm", tmp_path / "timm.pth", "--arch", "vit_micro",
+                    "--patch-size", 8, "--image-size", 32)
+    printed = re.search(r"timm's (\w+): (.*)", capsys.readouterr().out)
+    name, options = printed.groups() if parts else ("VisionTransformer", "")
+    theirs = getattr(models, name)(img_size=32, patch_size=8, embed_dim=96, depth=4, num_heads=3,
+                                   num_classes=0, **eval(f"dict({options})")).eval()
+    theirs.load_state_dict(torch.load(out, weights_only=True))
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(images), ours(images), rtol=1e-4, atol=1e-4)
 
 
 def test_what_a_model_has_to_change_is_said(tmp_path, capsys):
@@ -265,10 +281,14 @@ def test_the_class_tokens_position_goes_into_the_token_beside_registers(tmp_path
     found = torch.load(out, weights_only=True)
     assert found["pos_embed"].shape == (1, 16, 96)
     assert torch.equal(found["cls_token"], meta.cls_token + meta.pos_embed[:, :1])
-    timms, images = build("vit_micro", patch_size=8), torch.rand(2, 3, 32, 32)
+    timms, read = build("vit_micro", patch_size=8), build("vit_micro", patch_size=8)
     load_backbone(timms, str(out))
+    load_backbone(read, str(tmp_path / "meta.pth"))
+    images = torch.rand(2, 3, 32, 32)
+    small = images[:, :, :16, :16]  # of other positions, with Meta's antialiasing
     with torch.no_grad():
         torch.testing.assert_close(timms(images), meta(images))
+        torch.testing.assert_close(timms(small), read(small))
 
 
 def test_another_librarys_trunk_goes_to_that_library_alone(tmp_path, capsys):

@@ -219,6 +219,16 @@ def test_a_small_temperature_does_not_overflow():
     assert (scores.argmax(1) == expected.argmax(1)).all()
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_at_a_tiny_temperature_the_nearest_neighbour_decides(sign):
+    bank, labels, queries = map(torch.as_tensor, features())
+    bank, queries = (torch.nn.functional.normalize(x, dim=1)
+                     for x in (bank + 10, sign * (queries + 10)))  # cosines near 1 or -1
+    truth = torch.arange(len(queries)) % 4
+    right, _ = knn.count_right(bank, labels, queries, truth, [(1, 0.07), (20, 1e-7)], 4, None, 9)
+    assert right[0] == right[1] == right[0].round()
+
+
 def few_label_bank(labels, *arguments):
     return eval_knn.few_label_bank(eval_knn.class_members(labels), *arguments)
 
@@ -597,9 +607,11 @@ def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
     assert f"--checkpoint {missing}" in refused("--checkpoint", "pixels", missing)
 
 
-def test_weights_of_another_backbone_are_refused(tmp_path):
+def test_weights_of_another_backbone_are_refused(tmp_path, monkeypatch):
     weights = save_backbone(tmp_path / "weights.pth", 1, "resnet18_quarter")
     assert str(weights) in refused("--checkpoint", weights, *FEW)
+    monkeypatch.setattr(eval_knn, "evaluate", None)  # nor is one before it evaluated
+    assert str(weights) in refused("--checkpoint", "pixels", weights, *FEW)
 
 
 def test_a_transformer_is_fed_with_the_patches_and_any_size_that_fits(tmp_path):

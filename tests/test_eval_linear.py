@@ -2,6 +2,7 @@ import contextlib
 import io
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -446,10 +447,25 @@ def test_other_settings_are_refused_and_a_finished_run_is_only_tested(weights, t
     assert evaluate(*flags, "--epochs", 2) == line
     assert (folder / "checkpoint.pt").stat().st_mtime_ns == written
     for name, *value in (("--lr", 9), ("--seed", 1), ("--flip",), ("--image-size", 20),
-                         ("--std", 0.3)):
+                         ("--std", 0.3), ("--stem", "small-pad2"), ("--exif-orientation",)):
         with pytest.raises(RunError, match=f"{name} is .* and was .*--no-resume"):
             evaluate(*flags, "--epochs", 2, name, *value)
     evaluate(*flags, "--epochs", 2, "--lr", 9, "--no-resume")
+
+
+def test_other_labels_of_the_same_files_are_refused(image_folder, tmp_path):
+    files = sorted(Path(image_folder).glob("train/*/*.jpg"))
+
+    def run(first):
+        (tmp_path / "list.txt").write_text("".join(
+            f"{file} {(row + first) % 2}\n" for row, file in enumerate(files)))
+        evaluate("--checkpoint", "pixels", "--protocol", "swav", "--data", tmp_path / "list.txt",
+                 "--test-data", tmp_path / "list.txt", "--image-size", 8, "--epochs", 1,
+                 "--workers", 0, "--output", tmp_path / "out")
+
+    run(0)
+    with pytest.raises(RunError, match="--labels is .* and was"):
+        run(1)
 
 
 def test_stopped_at_any_moment_it_ends_with_the_same_numbers(weights, tmp_path, monkeypatch):

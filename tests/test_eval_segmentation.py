@@ -563,6 +563,19 @@ def test_images_without_maps_and_backbones_without_a_map_are_refused():
         evaluate("--checkpoint", "random", "--arch", "torchvision:alexnet", "--image-size", 64)
 
 
+def test_what_does_not_fit_is_refused_before_the_first_is_measured(tmp_path, monkeypatch):
+    net = backbones.build_backbone("resnet_tiny", in_chans=3, stem="small",
+                                   zero_init_residual=False)
+    files = [tmp_path / f"{bits}.pth" for bits in (8, 16)]
+    for bits, file in zip((8, 16), files, strict=True):
+        torch.save(checkpoint.described(net.state_dict(), {"bits": bits}), file)
+    line, _ = evaluate("--checkpoint", "pixels", files[0], "--limit", 2)
+    assert [row["layer"] for row in line["checkpoints"]] == ["pixels", "res5"]  # each its own
+    monkeypatch.setattr(eval_segmentation, "evaluate", None)
+    with pytest.raises(RunError, match=f"{files[1]}: --bits 16"):
+        evaluate("--checkpoint", *files, "--limit", 2)
+
+
 def test_a_class_that_no_training_pixel_has_is_told_and_never_predicted(pictures):
     Image.fromarray(np.full((24, 32), 3, np.uint8)).save(broken(pictures, "labels", "val"))
     flags = ["--checkpoint", "pixels", "--arch", "vit_micro", "--patch-size", 4, "--image-size", 16,
@@ -784,16 +797,22 @@ def test_the_same_command_again_trains_nothing(weights, tmp_path):
     assert evaluate(*flags)[0] == line
     assert (folder / "checkpoint.pt").stat().st_mtime_ns == written
     for name, *value in (("--lr", 9), ("--seed", 1), ("--flip",), ("--resize", 50),
-                         ("--std", 0.3)):
+                         ("--std", 0.3), ("--stem", "small-pad2"), ("--exif-orientation",)):
         with pytest.raises(RunError, match=f"{name} is .* and was .*--no-resume"):
             evaluate(*flags, name, *value)
+    evaluate("--checkpoint", "pixels", *flags[2:])
+    with pytest.raises(RunError, match="--side is 2 and was 4"):
+        evaluate("--checkpoint", "pixels", *flags[2:], "--layer", "res3")
 
 
 def test_other_label_maps_of_the_same_names_are_another_training(pictures, tmp_path):
     flags = ["--checkpoint", "pixels", "--image-size", 32, "--method", "linear", "--epochs", 1,
              *given(pictures, "--output", tmp_path / "out")]
     evaluate(*flags)
-    Image.fromarray(np.zeros((24, 32), np.uint8)).save(broken(pictures, "labels"))
+    one, other = (broken(pictures, "labels", number=number) for number in (2, 3))
+    whole = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(whole)  # of as many pixels of every class
     with pytest.raises(RunError, match=r"--labels is .* and was "):
         evaluate(*flags)
 

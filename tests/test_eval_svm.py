@@ -636,6 +636,17 @@ def test_the_layer_is_chosen_on_the_training_images(tmp_path):
     assert other["map"] == other["results"][1]["map"] and other["low_shot"] != line["low_shot"]
 
 
+@pytest.mark.parametrize("train, test", [([0, 0], [0, 0]), ([0, 1], [2, 2])])
+def test_classes_that_cannot_be_measured_are_refused(train, test, tmp_path):
+    arrays = {"checkpoint": "x", "protocol": "x"}
+    for split, labels in (("train", train), ("test", test)):
+        arrays |= {f"{split}/labels": np.array(labels), f"{split}/index": np.arange(2),
+                   f"{split}/a": np.eye(2, dtype=np.float32)}
+    np.savez(tmp_path / "f.npz", **arrays)
+    with pytest.raises(RunError, match="no class has training images with and without it and"):
+        evaluate("--features", tmp_path / "f.npz")
+
+
 def test_digits_by_pixels_are_recognised():
     line = evaluate("--checkpoint", "pixels", "--limit", 300, "--costs", 1, 10, "--low-shot", 8,
                     "--draws", 1)

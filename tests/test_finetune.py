@@ -86,6 +86,7 @@ def weights(tmp_path_factory):
         (["--arch", "torchvision:swin_t", "--drop-path", "0.1"], "not for torchvision:swin_t"),
         (["--checkpoint", "pixels"], "pixels has no weights"),
         (["--epochs", "5"], "--warmup-epochs 5 leaves nothing"),
+        (["--probe-data", "digits"], "--probe-data digits is measured with --probe-every alone"),
         (["--mean", "1", "2"], "2 values"),
     ],
 )

@@ -230,6 +230,7 @@ def test_an_embedding_has_a_panel_for_every_checkpoint_and_a_colour_for_every_cl
 @pytest.mark.parametrize("flags, named", [
     (["neighbours", "--checkpoint", "pixels", "random"], "pixels random: give one"),
     (["embedding", "--features", "x.npz"], "x.npz has no images"),
+    (["neighbours", "--checkpoint", "pixels", "--save-features", "x.npz"], "x.npz goes with eval"),
     (["embedding", "--checkpoint", "pixels", "--rows", "3"], "--rows"),
     (["patches", "--checkpoint", "x", "--bits", "3"], "--bits"),
 ])
