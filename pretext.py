@@ -65,7 +65,7 @@ RECIPES = {  # of rotation
     ),
     # Ours, for the built-in digits. Rotation learns from them although some look alike when turned:
     # k-NN with one label a class .59, untrained .49. Jigsaw and location gain nothing there (.48,
-    # .46), but with five labels (.65, .67, untrained .58): a stroke's place tells little of a digit.
+    # .46), but with five labels (.65, .67, untrained .58): a stroke's place says little of it.
     "digits": IMAGENET | dict(
         arch="resnet_tiny", stem="small", image_size=16, mean=[0.5], std=[0.5],
         views="digits", crop_scale=[0.6, 1.0], flip=False, angles="all",
