@@ -393,7 +393,7 @@ def test_untrained_networks_beside_a_run_have_no_class_token_either(tmp_path, ca
         result = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert {row["layer"] for row in result["results"]} == {"patches"}
         (tmp_path / "run.json").unlink(missing_ok=True)  # then the file alone says it
-    assert len(built) == 12 and all(net.cls_token is None for net in built)
+    assert len(built) >= 12 and all(net.cls_token is None for net in built)
 
 
 def test_averages_of_several_blocks_stand_side_by_side():
