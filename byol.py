@@ -161,8 +161,8 @@ def byol_loss(p: Tensor, z: Tensor) -> Tensor:
 def update_ema(target: nn.Module, online: nn.Module, momentum: float) -> None:
     """Move the target's parameters to the online network's of the same names.
 
-    They keep a share `momentum` of their own, equation 1. Buffers stay as they are: the target's
-    batch statistics come from its own forwards.
+    They keep a share `momentum` of their own. Buffers stay as they are: the target's batch
+    statistics come from its own forwards.
     """
     old = dict(target.named_parameters())
     torch._foreach_lerp_([*old.values()], [*map(online.get_parameter, old)], 1 - momentum)
