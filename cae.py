@@ -26,8 +26,8 @@ Differs from the official code (Atten4Vis/CAE): which patches are masked depends
 image alone, and where blocks fail to fill up the number, single patches do; the discrete VAE, in
 float32, sees the view reduced to 8 pixels a patch, there a crop of its own of the same box, in
 float16; keys have a bias, which changes nothing; columns come first in the positions, there rows.
-As there: the regressor's perceptron adds to what
-is normalised, not to what comes before; the second pass drops depth as well.
+As there: the regressor's perceptron adds to what is normalised, not to what comes before; the
+second pass drops depth as well.
 
     python cae.py
     torchrun --nproc_per_node=8 cae.py --data /path/to/imagenet --tokenizer dalle_encoder.pth

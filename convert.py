@@ -95,7 +95,9 @@ def advice(to: str, settings: dict, backbone: nn.Module) -> list[str]:
                      "there is no max-pool: change the model's")
     if settings["arch"] in backbones.VITS:
         relative, scaled = backbone.pos_embed is None, hasattr(backbone.blocks[0].ls1, "gamma")
-        options = ["num_heads=12"] * (settings["arch"] == "vit_small_12heads")
+        height, width = (side * backbone.patch_size for side in backbone.grid)
+        options = [f"img_size=({height}, {width})", f"patch_size={backbone.patch_size}"]
+        options += ["num_heads=12"] * (settings["arch"] == "vit_small_12heads")
         if relative:
             options += ["class_token=True", "shared_rel_pos=True", "rel_pos_type='bias'",
                         "global_pool='token'"]
@@ -105,8 +107,7 @@ def advice(to: str, settings: dict, backbone: nn.Module) -> list[str]:
             options += [f"reg_tokens={backbone.reg_token.shape[1]}", "no_embed_class=True"]
         if relative or scaled:
             options.append(f"init_values={1.0 if scaled else None}")
-        if options:
-            lines.append(f"timm's VisionTransformer{'RelPos' * relative}: {', '.join(options)}")
+        lines.append(f"timm's VisionTransformer{'RelPos' * relative}: {', '.join(options)}")
     if settings["in_chans"] != 3:
         lines.append(f"the first layer takes {settings['in_chans']} channels: change the model's")
     return lines

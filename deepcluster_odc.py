@@ -23,9 +23,9 @@ of a ResNet-50 these are, since there is no AlexNet here): k-means runs on all p
 empty cluster takes half of one of the largest, there of a random one. Rotation comes before the
 crop. An image that an epoch of DeepCluster takes several times has the same view each time, there
 another one. ODC goes through a permutation of the images each epoch, there it draws with
-replacement; clusters are split by the same k-means,
-there by scikit-learn's; loss weights are normalised over all processes; dropout is drawn for (seed,
-step, image). The official runs are float32; here CUDA has bf16 unless `--amp none`.
+replacement; clusters are split by the same k-means, there by scikit-learn's; loss weights are
+normalised over all processes; dropout is drawn for (seed, step, image). The official runs are
+float32; here CUDA has bf16 unless `--amp none`.
 
     python deepcluster_odc.py
     python deepcluster_odc.py --method odc --output runs/odc-digits

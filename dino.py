@@ -131,7 +131,8 @@ def parse_args(argv=None):
                        help="largest gradient norm of each parameter by itself; 0: none; lower it "
                        "if the loss jumps")
     args = cli.parse(parser, RECIPES, argv)
-    if args.init and cli.peek(argv, "--freeze-last-layer-epochs") is None:
+    given = cli.peek(argv, "--freeze-last-layer-epochs") is not None
+    if args.init and args.freeze_backbone_epochs and not given:
         args.freeze_last_layer_epochs = 0  # new heads are to fit while the backbone is frozen
     if args.arch not in backbones.VITS and cli.peek(argv, "--drop-path", float):
         parser.error(f"--drop-path is for transformers, and --arch is {args.arch}")

@@ -169,7 +169,8 @@ def parse_args(argv=None):
     group.add_argument("--clip-norm", type=cli.not_negative,
                        help="largest gradient norm; 0: none; lower it if the loss jumps")
     args = cli.parse(parser, RECIPES, argv)
-    if args.init and cli.peek(argv, "--freeze-last-layer-epochs") is None:
+    given = cli.peek(argv, "--freeze-last-layer-epochs") is not None
+    if args.init and args.freeze_backbone_epochs and not given:
         args.freeze_last_layer_epochs = 0  # new heads are to fit while the backbone is frozen
     cli.check_patches(parser, args)
     if args.mask_ratio[0] > args.mask_ratio[1]:

@@ -14,9 +14,9 @@ weight on rare classes, and in augmented crops; here evenly, as the images are.
 
 `--method linear` trains batch norm and a 1x1 convolution on the map with cross-entropy of pixels,
 by the protocol of DINOv3's linear segmentation (`PROTOCOL`; arXiv 2508.10104). Left out are its
-photometric distortion, and that it draws a crop again which one class fills to three quarters. It
-stops, saves and resumes as the methods do. Nothing is chosen on the test images: the last step
-counts.
+photometric distortion, its clipping of gradients at norm 35, and its rule that a crop of which one
+class fills three quarters is drawn anew. It stops, saves and resumes as the methods do. Nothing is
+chosen on the test images: the last step counts.
 
 Counted are all pixels of the test images together: a class's IoU (intersection over union) is the
 number of pixels that are right / (predicted or true). Pixels of `--ignore` count nowhere. Baselines
@@ -485,7 +485,7 @@ def evaluate(task: Task, args) -> dict | None:
 def main(args):
     world = comm.setup(args.device, deterministic=True)
     comm.print_main(f"k-NN by cosine of patches, k {args.k}, votes softmax(cosine / "
-                    f"{args.temperature:g}), --memory {args.memory:,}"
+                    f"{args.temperature:g}), --memory {args.memory}"
                     if args.method == "knn" else
                     "linear, DINOv3's protocol: batch norm and 1x1 convolution, AdamW")
     table = []

@@ -120,7 +120,7 @@ def main():
     jobs = {given[0]: given}
     if given[0] == "all":
         jobs = {name: [script, *given[1:], *own]
-                for name, (script, *own) in throughput.ALL.items()}
+                for name, (script, *own) in (throughput.PAIRED | throughput.ALONE).items()}
     found = {}
     for name, argv in jobs.items():
         args = throughput.parse_args(argv)

@@ -176,7 +176,7 @@ def repeated(run, steps):
 
 def loaded(run):
     """Batches of a loader of its own, nothing else."""
-    loader = run.load(run.views, epochs=run.args.epochs, start_step=0)
+    loader = run.load(run.views, epochs=run.args.epochs, start_step=0, draw=run.draw)
     return itertools.chain.from_iterable(map(loader.epoch, range(run.args.epochs)))
 
 

@@ -22,7 +22,7 @@ def knn_predict(bank: Tensor, labels: Tensor, queries: Tensor, k: int, temperatu
         labels: int64 (N,), in [0, num_classes).
         queries: features (M, D), normalised here.
         k: neighbours; clipped to N.
-        temperature: a neighbour votes exp(cosine / temperature).
+        temperature: a neighbour votes exp(cosine / temperature), which overflows below .0015.
         self_index: int64 (M,), a bank row for each query that does not vote; -1 for none.
         chunk: queries at a time.
 

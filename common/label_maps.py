@@ -318,7 +318,7 @@ class Splits:
         self.num_classes, (sizes, (counts, tested)) = num_classes, zip(*found, strict=True)
         self.sizes = [rows[:, :2] for rows in sizes]
         self.names = [*(names or ()), *map(str, range(len(names or ()), num_classes))][:num_classes]
-        self.digest = f"{zlib.crc32(sizes[0][:, 2].numpy().tobytes()):08x}"
+        self.digest = f"{zlib.crc32(sizes[0].numpy().tobytes()):08x}"
         self.there = counts[:IGNORED].nonzero()[:, 0].to(world.device)
         self.number = torch.full((256,), IGNORED, device=world.device)
         self.number[self.there] = torch.arange(len(self.there), device=world.device)

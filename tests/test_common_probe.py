@@ -100,6 +100,7 @@ def test_new_heads_learn_while_given_weights_are_frozen(script):
         return args.freeze_last_layer_epochs
 
     assert frozen() > 0 and frozen("--init", "x") == 0
+    assert frozen("--init", "x", "--freeze-backbone-epochs", "0") == frozen()
     assert frozen("--init", "x", "--freeze-last-layer-epochs", "2") == 2
 
 

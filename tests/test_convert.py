@@ -118,10 +118,9 @@ def test_the_options_that_are_printed_make_timms_transformer(parts, tmp_path, ca
     torch.save(ours.state_dict(), tmp_path / "foreign.pth")
     out = converted(tmp_path / "foreign.pth", "timm", tmp_path / "timm.pth", "--arch", "vit_micro",
                     "--patch-size", 8, "--image-size", 32)
-    printed = re.search(r"timm's (\w+): (.*)", capsys.readouterr().out)
-    name, options = printed.groups() if parts else ("VisionTransformer", "")
-    theirs = getattr(models, name)(img_size=32, patch_size=8, embed_dim=96, depth=4, num_heads=3,
-                                   num_classes=0, **eval(f"dict({options})")).eval()
+    name, options = re.search(r"timm's (\w+): (.*)", capsys.readouterr().out).groups()
+    theirs = getattr(models, name)(embed_dim=96, depth=4, num_heads=3, num_classes=0,
+                                   **eval(f"dict({options})")).eval()
     theirs.load_state_dict(torch.load(out, weights_only=True))
     images = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
