@@ -47,6 +47,7 @@ PARTS = ("data", "step", "both")
 HEAD = ["--", "--optimizer", "adamw", "--hidden-dim", "2048", "--bottleneck-dim", "256",
         "--num-outputs", "4096", "--no-bn-in-head"]  # of DINO, as the peer's
 VIT = ["--arch", "vit_tiny"]
+FEW = [*VIT, "--batch-size", "64", "--warmup", "1", "--steps", "3"]  # slow on a CPU
 PAIRED = {  # what `all` measures beside the peer: script, flags
     "SimCLR": ["simclr"],
     "MoCo v2": ["moco", "--", "--bn-groups", "1", "--mlp-head"],
@@ -59,8 +60,7 @@ PAIRED = {  # what `all` measures beside the peer: script, flags
     "SwAV 2x32": ["swav"],
     "SwAV 2x32 + 4x16": ["swav", "--small-crops", "4"],
     "DINO ResNet-18, 2x32 + 4x16": ["dino", "--small-crops", "4", *HEAD],
-    "DINO ViT-tiny/4, 2x32 + 4x16": ["dino", *VIT, "--batch-size", "64", "--small-crops", "4",
-                                     *HEAD],
+    "DINO ViT-tiny/4, 2x32 + 4x16": ["dino", *FEW, "--small-crops", "4", *HEAD],
     "MAE ViT-tiny/4": ["mae", *VIT, "--warmup", "1", "--steps", "4", "--",
                        "--decoder-dim", "192", "--decoder-depth", "4", "--decoder-heads", "3"],
 }
@@ -68,8 +68,8 @@ ALONE = {  # and by itself, once
     "SimMIM ViT-tiny/4": ["simmim", *VIT],
     "CAE ViT-tiny/4": ["cae", *VIT],
     "I-JEPA ViT-tiny/4": ["ijepa", *VIT],
-    "iBOT ViT-tiny/4": ["dinov2", *VIT, "--batch-size", "64", "--", "--method", "ibot"],
-    "DINOv2 ViT-tiny/4": ["dinov2", *VIT, "--batch-size", "64"],
+    "iBOT ViT-tiny/4": ["dinov2", *FEW, "--", "--method", "ibot"],
+    "DINOv2 ViT-tiny/4": ["dinov2", *FEW],
     "DenseCL": ["densecl", "--", "--bn-groups", "1"],
     "DeepCluster v2 2x32": ["deepcluster_v2", "--", "--limit", "12800"],
     "DeepCluster": ["deepcluster_odc", "--", "--limit", "12800", "--num-clusters", "100"],
