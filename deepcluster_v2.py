@@ -159,7 +159,7 @@ def cluster_loss(scores: Tensor, assignment: Tensor, temperature: float) -> Tens
 @torch.no_grad()
 @comm.outside_autocast
 def nearest_centroids(x: Tensor, centroids: Tensor) -> Tensor:
-    """The row (n,) of centroids (K, D) with the largest dot product with each of x (n, D).
+    """For each of x (n, D) the row (n,) of the centroids (K, D) with the largest dot product.
 
     Of equal ones it is the lowest.
     """

@@ -266,8 +266,8 @@ def update_queue(queue: Tensor, pointer: int, keys: Tensor) -> int:
 def update_ema(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """Move the teacher's parameters to the student's, keeping a share `momentum` of their own.
 
-    Reference: MoCo, equation 2. Buffers stay as they are: the teacher's batch statistics come from
-    its own forwards.
+    Buffers stay as they are: the teacher's batch statistics come from its own forwards.
+    Reference: MoCo, equation 2.
     """
     torch._foreach_lerp_([*teacher.parameters()], [*student.parameters()], 1 - momentum)
 

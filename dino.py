@@ -106,7 +106,8 @@ def parse_args(argv=None):
                        help="keep the last layer's rows at norm 1: steadier; without it a small "
                        "transformer may do better, a large one diverges")
     group.add_argument("--freeze-last-layer-epochs", type=cli.nonneg_int,
-                       help="last layer frozen so long; more, if the loss does not fall")
+                       help="last layer frozen so long (0 with --init); more, if the loss does "
+                       "not fall")
     group.add_argument("--student-temperature", type=cli.positive,
                        help="temperature of the predictions")
     group.add_argument("--teacher-temperature", type=cli.positive,

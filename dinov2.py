@@ -140,7 +140,8 @@ def parse_args(argv=None):
     group.add_argument("--norm-last-layer", action=cli.Switch,
                        help="keep the last layers' rows at norm 1: steadier")
     group.add_argument("--freeze-last-layer-epochs", type=cli.nonneg_int,
-                       help="last layers frozen so long; more, if the loss does not fall")
+                       help="last layers frozen so long (0 with --init); more, if the loss does "
+                       "not fall")
     group.add_argument("--student-temperature", type=cli.positive,
                        help="temperature of the predictions")
     for name, what in (("teacher", "class tokens'"), ("patch", "patches'")):

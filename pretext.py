@@ -65,7 +65,8 @@ RECIPES = {  # of rotation
     ),
     # Ours, for the built-in digits. Rotation learns from them although some look alike when turned:
     # k-NN with one label a class .59, untrained .49. Jigsaw and location gain nothing there (.48,
-    # .46), but with five labels (.65, .67, untrained .58): a stroke's place says little of it.
+    # .46), but with five labels (.65, .67, untrained .58): where a stroke is says little about the
+    # digit.
     "digits": IMAGENET | dict(
         arch="resnet_tiny", stem="small", image_size=16, mean=[0.5], std=[0.5],
         views="digits", crop_scale=[0.6, 1.0], flip=False, angles="all",
@@ -239,7 +240,7 @@ def jigsaw_puzzles(images: Tensor, drawn: Tensor, side: int, permutations: Tenso
     """Shuffle nine patches of each image (N, C, S, S): drawn (N, 19) are answer and corners.
 
     Args:
-        permutations: (K, 9), one an answer.
+        permutations: (K, 9), one per answer.
 
     Returns:
         Patches (9N, C, s, s), the j-th of an image from cell permutations[answer, j]; answers (N,).

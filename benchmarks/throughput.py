@@ -92,7 +92,7 @@ def parse_args(argv):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("script", help="simclr, ..., or all: every method in turn")
     parser.add_argument("--data", help="a folder of images with class folders under train/")
-    parser.add_argument("--peer", choices=["lightly"])
+    parser.add_argument("--peer", choices=["lightly", "none"], default="none")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--recipe", default="cifar10")
@@ -116,10 +116,16 @@ def parse_args(argv):
     parser.add_argument("--steps", type=int, default=20, help="steps counted")
     parser.add_argument("--measure", nargs=2, metavar=("SIDE", "PART"), help=argparse.SUPPRESS)
     parser.epilog = "Flags behind a -- go to the script."
-    cut = argv.index("--") if "--" in argv else len(argv)
-    args = parser.parse_args(argv[:cut])
-    args.flags = argv[cut + 1 :]
+    mine, behind = parted(argv)
+    args = parser.parse_args(mine)
+    args.flags, args.peer = behind, None if args.peer == "none" else args.peer
     return args
+
+
+def parted(flags: list[str]) -> tuple[list[str], list[str]]:
+    """The flags before a -- and those behind it."""
+    cut = flags.index("--") if "--" in flags else len(flags)
+    return flags[:cut], flags[cut + 1 :]
 
 
 # -------------------------------------------------------------------------------- inside a process
@@ -434,12 +440,13 @@ def utilisation(args, argv: list[str], steps: list[dict]) -> dict:
 def run_all(args, given: list[str]):
     """Measure every method with the same settings in turn; one table at the end."""
     rows = []
-    shared = [flag for flag in given if flag not in ("all", "--peer", args.peer)]
-    paired = ["--peer", args.peer] if args.peer else []
+    shared, behind = parted([flag for flag in given if flag != "all"])
     for name, (script, *own) in (PAIRED | ALONE).items():
-        beside = paired if name in PAIRED else ["--pairs", "1"]
-        done = subprocess.run([sys.executable, __file__, script, *shared, *beside, *own],
-                              stdout=subprocess.PIPE, text=True)
+        alone = [] if name in PAIRED else ["--peer", "none", "--pairs", "1"]
+        own, theirs = parted(own)
+        flags = [*shared, *alone, *own, "--", *behind, *theirs]
+        done = subprocess.run([sys.executable, __file__, script, *flags], stdout=subprocess.PIPE,
+                              text=True)
         if done.returncode:
             rows.append(f"| {name} | failed |")
             continue

@@ -22,13 +22,18 @@ def knn_predict(bank: Tensor, labels: Tensor, queries: Tensor, k: int, temperatu
         labels: int64 (N,), in [0, num_classes).
         queries: features (M, D), normalised here.
         k: neighbours; clipped to N.
-        temperature: a neighbour votes exp(cosine / temperature), which overflows below .0015.
+        temperature: a neighbour votes exp(cosine / temperature).
         self_index: int64 (M,), a bank row for each query that does not vote; -1 for none.
         chunk: queries at a time.
 
     Returns:
         Float64 class scores (M, num_classes); the highest is the prediction.
+
+    Raises:
+        ValueError: the temperature is so small that a vote could overflow.
     """
+    if temperature < 1 / 700:
+        raise ValueError(f"temperature {temperature:g} is below 1 / 700: exp(1 / it) overflows")
     bank, queries = (torch.nn.functional.normalize(x, dim=1) for x in (bank, queries))
     scores = []
     for start in range(0, len(queries), chunk):

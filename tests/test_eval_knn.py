@@ -217,6 +217,8 @@ def test_a_small_temperature_does_not_overflow():
     assert np.isfinite(scores).all()
     expected = loops(bank, labels, queries, 20, 0.01, 4)
     assert (scores.argmax(1) == expected.argmax(1)).all()
+    with pytest.raises(ValueError, match="overflows"):
+        predict(bank, labels, queries, 20, 0.001, 4, torch.float32)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
