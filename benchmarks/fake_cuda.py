@@ -6,10 +6,10 @@
     python benchmarks/fake_cuda.py --only simclr --detail    # with launches, copies, collectives
     python benchmarks/fake_cuda.py --repo /path/to/another/checkout
 
-Needs gcc and a CUDA build of torch (tried: 2.14.1). Tensors on the CPU are real, tensors on `cuda`
-are FakeTensors of the recipe's sizes: shapes, strides, dtypes and devices are followed through
-augmentation, forward under autocast, loss, backward, optimiser and state, values are not. The
-scripts' own `main` runs; replaced are the DataLoader (no images are decoded), DDP (the bare
+Needs gcc and a CUDA build of torch (tried: 2.11, 2.14). Tensors on the CPU are real, those on
+`cuda` are FakeTensors of the recipe's sizes: shapes, strides, dtypes and devices are followed
+through augmentation, forward under autocast, loss, backward, optimiser and state, values are not.
+The scripts' own `main` runs; replaced are the DataLoader (no images are decoded), DDP (the bare
 module), the collectives (local copies; `x8` cases pretend to be process 3 of 8) and Run's saving.
 
 Reported for a case, in the two steps that write no log line (the first one does):
@@ -265,6 +265,7 @@ def child(repo: str, names: list[str]) -> None:
     with FakeTensorMode():
         pass  # now torch has its stand-in guard for a card
     ctypes.CDLL(None).fake_cuda_cards(64)
+    torch._subclasses.fake_tensor.init_gpu_context = lambda device: None  # 2.11 makes a tensor
     torch.autograd.set_multithreading_enabled(False)
 
     # What a machine with a card would say

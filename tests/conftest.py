@@ -1,3 +1,4 @@
+import gc
 import os
 import sys
 
@@ -11,6 +12,10 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from pool import Pool  # noqa: E402
+
+
+def pytest_collection_finish():
+    gc.freeze()  # torch's and pytest's million objects are not searched for garbage again and again
 
 
 @pytest.fixture(autouse=True)

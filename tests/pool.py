@@ -43,14 +43,15 @@ def _serve(rank, tasks, results):
                     "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size
                 )
                 dist.barrier()  # nobody leaves while others still connect
-            results.put((rank, True, function(*arguments)))
+            answer = function(*arguments)
+            if dist.is_initialized():
+                dist.destroy_process_group()  # before the parent deletes its file: it would wait
+            results.put((rank, True, answer))
         except BaseException:
             results.put((rank, False, traceback.format_exc()))
         finally:
             faulthandler.cancel_dump_traceback_later()
             torch.set_default_dtype(torch.float32)
-            if dist.is_initialized():
-                dist.destroy_process_group()
 
 
 class Pool:
