@@ -12,7 +12,7 @@ import os
 import re
 import sys
 
-from common import backbones, distributed as comm
+from common import backbones, distributed as comm, images
 
 # Settings that do not change what is computed beyond rounding: they may differ when a run resumes.
 RUN_FLAGS = {
@@ -274,12 +274,13 @@ def parse(made: Parser, recipes: dict, argv=None) -> argparse.Namespace:
     """
     made.add_argument_group("recipe").add_argument(
         "--recipe", choices=sorted(recipes), help="named defaults; default: the one named like "
-        "--data, else imagenet")
+        "a built-in --data, else imagenet")
     first = Parser(made.prog, add_help=False)
     first.add_argument("--recipe")
     first.add_argument("--data", default="digits", nargs="+", action=OneOrMore)
     chosen, _ = first.parse_known_args(argv)
-    name = chosen.recipe or (str(chosen.data) if str(chosen.data) in recipes else "imagenet")
+    own = chosen.data in images.BUILT_IN and chosen.data in recipes  # no folder of that name
+    name = chosen.recipe or (chosen.data if own else "imagenet")
     made.set_defaults(**copy.deepcopy(recipes.get(name, {})))
     args = made.parse_args(argv)
     args.recipe = name

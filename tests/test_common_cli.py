@@ -50,6 +50,10 @@ def refused(capsys, *flags):
 # ------------------------------------------------------------------------------------------ recipes
 
 
+def test_a_folder_named_like_a_recipe_chooses_none():
+    assert parse("--data", "half", recipes=RECIPES | {"half": RECIPES["cifar10"]}).lr == 0.3
+
+
 @pytest.mark.parametrize(
     "flags, recipe",
     [

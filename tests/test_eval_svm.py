@@ -493,15 +493,15 @@ def test_a_damaged_result_is_not_taken(damage, voc, tmp_path, monkeypatch, capsy
     assert len(calls) == NUM_FITS // 2  # mended
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe", b"# first line: x"])
-def test_a_damaged_copy_of_the_code_is_one_line_with_the_remedy(content, tmp_path):
+def test_a_damaged_copy_of_the_code_is_one_line_with_the_remedy(tmp_path):
     flags = ["--checkpoint", "pixels", "--limit", 60, *SMALL, "--output", tmp_path / "svm"]
     assert drill.run("eval_svm.py", *flags)[0] == 0
     (path,) = tmp_path.rglob("func_code.py")
-    path.write_bytes(content)
-    status, printed = drill.run("eval_svm.py", *flags)
-    assert status == 2 and f"error: {tmp_path}/svm/fits is damaged; delete that folder" in printed
-    assert "Traceback" not in printed
+    for content in (b"\xff\xfe", b"# first line: x"):
+        path.write_bytes(content)
+        status, printed = drill.run("eval_svm.py", *flags)
+        told = f"error: {tmp_path}/svm/fits is damaged; delete that folder"
+        assert status == 2 and told in printed and "Traceback" not in printed
 
 
 def test_no_bit_of_a_result_can_turn_unseen(tmp_path):
