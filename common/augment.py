@@ -645,8 +645,9 @@ class RandomErasing(Step):
     """Replace a box by Gaussian noise of deviation 1, with probability p; after `Normalize`.
 
     The law is timm's: up to ten tries of an area share in `scale` and a log-uniform aspect (height
-    / width) in `ratio`; a box as high or as wide as the image does not fit, and none may. The noise
-    is a piece of one long row of normal numbers, of which an image draws only the start.
+    / width) in `ratio`; a box as high or as wide as the image does not fit, and if none of the ten
+    fits, nothing is erased. The noise is a piece of one long row of normal numbers, of which an
+    image draws only the start.
 
     Args:
         side: of the view in pixels.

@@ -77,10 +77,8 @@ def build_backbone(
     Args:
         arch: one of `NAMES`.
         in_chans: channels of the images.
-        stem: of a ResNet: "imagenet" (7x7 stride 2, max-pool), "small" (3x3 stride 1, no pool; for
-            images of 64 px and less), or "small-pad2" (the same with a padding of 2 instead of 1,
-            as solo-learn has it; for weights that were trained so); "imagenet-sobel" and
-            "small-sobel" see Sobel maps of the images (`SobelConv2d`).
+        stem: of a ResNet, one of `STEMS`; "small" is for images of 64 px and less, "small-pad2" for
+            weights of solo-learn.
         zero_init_residual: of a ResNet: start every residual block as the identity (last scale 0).
         image_size, patch_size, positions, drop_path, **parts: of a transformer, see
             `VisionTransformer`; of another library's trunk the image size alone.
@@ -176,8 +174,8 @@ class VisionTransformer(nn.Module):
 
     Images may have another size at any time, if its sides are multiples of the patch: the position
     embedding is then interpolated, in training without antialiasing, as all authors do. Loading
-    released weights with registers sets `antialias`, for so their authors use them; timm does it
-    always, which makes other features of DINOv2's weights without registers away from 518 px.
+    released weights with registers sets `antialias`, as their authors do. timm always antialiases,
+    so its features of DINOv2 without registers differ from ours at sizes other than 518 px.
 
     Args:
         dim, depth, num_heads: width of the tokens, number of blocks, attention heads of each.

@@ -48,8 +48,6 @@ class Run:
         folder: the `--output`; made if missing.
         settings: every setting that changes the weights, by name (`cli.settings`).
         images: the training images; their identity is compared instead of their path.
-        resume: go on from the folder's checkpoint, if it has one.
-        save_every_minutes: how long rank 0 waits between saves within an epoch.
         product: file name of what the run makes.
 
     Raises:
@@ -104,7 +102,7 @@ class Run:
             without = "".join(f" without {flag}" for flag, given in left_out.items() if given)
             comm.print_main(f"stopped {where}; the same command{without} goes on")
             if self.interrupted and self.world.size == 1:
-                raise KeyboardInterrupt  # what a shell was to do next, it must not
+                raise KeyboardInterrupt  # so that a shell does not run its next command
         elif kind is None:
             comm.print_main(f"finished: {self.path(self.product)}")
 

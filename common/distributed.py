@@ -267,13 +267,9 @@ def free_bytes(folder: str) -> int:
 
 def _gather(x: Tensor) -> Tensor:
     """Rows (N, ...) of all processes, in rank order, of a contiguous tensor."""
-    if x.is_cuda:  # NCCL fills one tensor at once; torch 2.11 knows it by another name
-        joined = x.new_empty(size() * len(x), *x.shape[1:])
-        getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(joined, x)
-        return joined
-    parts = [torch.empty_like(x) for _ in range(size())]
-    dist.all_gather(parts, x)
-    return torch.cat(parts)
+    joined = x.new_empty(size() * len(x), *x.shape[1:])  # torch 2.11 knows it by another name
+    getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(joined, x)
+    return joined
 
 
 class _AllGather(torch.autograd.Function):
@@ -412,7 +408,7 @@ def outside_autocast(function):
 # -------------------------------------------------------------------------- synchronised batch norm
 
 
-# Three operators of our own, so that a compiled model calls them as they are. Each has kernels for
+# Custom operators, which torch.compile treats as opaque calls. Each of the three has kernels for
 # the GPU, those of torch's SyncBatchNorm (which waits for the GPU three times a layer to ask for
 # numbers of rows that here are equal), and for the CPU, for which torch has none.
 
@@ -425,7 +421,7 @@ def _statistics(x: Tensor, running_mean: Tensor | None, running_var: Tensor | No
     own = torch.stack(torch.batch_norm_stats(x, eps))
     means, inv_stds = _gather(own[None]).unbind(1)
     counts = own.new_full((size(),), x.numel() / x.shape[1])
-    return torch.batch_norm_gather_stats_with_counts(  # of its first argument, the dtype counts
+    return torch.batch_norm_gather_stats_with_counts(  # the first tells the dtype alone
         own, means, inv_stds, running_mean, running_var, momentum, eps, counts)
 
 

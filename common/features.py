@@ -703,8 +703,7 @@ def effective_rank(x: Tensor) -> Tensor:
 
     Reference: RankMe, Garrido et al., arXiv 2210.02885, equation 1 without its epsilon.
     """
-    x = x.detach()
-    x = x if x.dtype == torch.float64 else x.float()
+    x = comm.upcast(x.detach())
     values = torch.linalg.svdvals(x.nan_to_num())
     shares = values / values.sum()
     rank = torch.special.entr(shares).sum().exp()

@@ -332,10 +332,9 @@ class JoinedImages(Images):
 
         Contents of some files tell two sources of the same names apart, such as two cameras'.
         """
-        splits = np.searchsorted(self.items, [0, *self.ends])
-        starts = [0, *self.ends[:-1]]
-        taken = [part.subset(self.items[slice(*bounds)] - start) for part, start, *bounds in zip(
-            self.parts, starts, splits, splits[1:], strict=False)]
+        pieces = np.split(self.items, np.searchsorted(self.items, self.ends[:-1]))
+        taken = [part.subset(rows - end + len(part))
+                 for part, rows, end in zip(self.parts, pieces, self.ends, strict=True)]
         return "; ".join(
             f"{part.identity()}, of contents {part.contents()}" if isinstance(part, EncodedImages)
             else part.identity() for part in taken if len(part))

@@ -24,10 +24,6 @@ from common.workers import end_if_unsent, made_ahead
 IGNORED = 255
 BUILT_IN = ("digits", "voc2012")
 SPLITS = {"train": ("train", "training"), "test": ("val", "validation", "test")}  # folders' names
-VOC_CLASSES = (
-    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
-    "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
-    "train", "tvmonitor")
 
 # ------------------------------------------------------------------------------------------ sources
 
@@ -118,7 +114,8 @@ def voc2012(split: str, channels: int, root: str, download: bool) -> MappedFiles
         raise RunError(f"--data voc2012: not (whole) under --data-root {root}, as VOCdevkit/VOC2012"
                        "; pass --download to fetch it, or name another folder") from error
     found = MappedFiles(loaded.images, as_bytes(loaded.masks), channels, root)
-    found.class_names = VOC_CLASSES
+    known = torchvision.models.segmentation.FCN_ResNet50_Weights.DEFAULT.meta["categories"]
+    found.class_names = ("background", *known[1:])
     return found
 
 

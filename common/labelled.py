@@ -19,7 +19,7 @@ from common.log import Diverged
 
 def open_splits(data: str, channels: int, *, test_data: str | None = None,
                 limit_per_class: int | None = None, several_classes: bool = False,
-                limit: int | None = None, **options) -> list:
+                **options) -> list:
     """Open the labelled images to train and to test on.
 
     Args:
@@ -30,13 +30,12 @@ def open_splits(data: str, channels: int, *, test_data: str | None = None,
             the same numbers.
         limit_per_class: number of evenly spaced training images of every class, if not all.
         several_classes: whether labels (N, C) are taken as well.
-        limit, options: of `open_images`; `limit` is of each split.
+        options: of `open_images`; `limit` is of each split.
 
     Raises:
         NoSplit: there are no labels, or several of an image.
         RunError: a source cannot be opened; a class is unknown, or without a training image.
     """
-    options |= dict(limit=limit)
     train = open_images(data, "train", channels, whole=test_data is not None, **options)
     check_labels(f"--data {data}", train, several_classes and not test_data)
     if test_data is None:

@@ -41,9 +41,8 @@ class RankBatches(torch.utils.data.Dataset):
     """
 
     def __init__(self, images, views: list, batch_size: int, seed: int, rank: int, size: int,
-                 order_epoch: int | None = None, draw=None):
-        self.draw = draw
-        self.images, self.views, self.seed, self.order_epoch = images, views, seed, order_epoch
+                 draw=None):
+        self.images, self.views, self.seed, self.draw = images, views, seed, draw
         self.batch_size, self.share = batch_size, batch_size // size
         self.first = rank * self.share
         self.steps_per_epoch = len(images) // batch_size
@@ -53,8 +52,7 @@ class RankBatches(torch.utils.data.Dataset):
         epoch, step = divmod(item, self.steps_per_epoch)
         order = self.order
         if order is None:
-            ordered_as = epoch if self.order_epoch is None else self.order_epoch
-            order = rng.epoch_order(self.seed, ordered_as, len(self.images))
+            order = rng.epoch_order(self.seed, epoch, len(self.images))
         problems = {}
         decoded = [self.read_or_replace(order, step, slot, problems)
                    for slot in range(self.first, self.first + self.share)]
@@ -122,7 +120,6 @@ class Loader:
         workers: loader processes; 0 loads in this process; None takes this process's share of the
             cores.
         start_step: the first step to load, for a run that goes on.
-        order_epoch: the epoch whose images, in its order, every epoch takes, with crops of its own.
         order: a function of an epoch, called when its batches are asked for: the data-set indices
             (len(images),) that it goes through, repeats allowed, or None for a permutation. Nothing
             is prefetched across epochs then.
@@ -133,8 +130,7 @@ class Loader:
     """
 
     def __init__(self, images, views, *, batch_size, epochs, seed, world: World, workers=None,
-                 start_step=0, order_epoch=None, order=None, draw=None,
-                 multiprocessing_context=None):
+                 start_step=0, order=None, draw=None, multiprocessing_context=None):
         check_batch_size(images, batch_size, world)
         left_out = sorted({what for view in views for what in view.left_out})
         if left_out:
@@ -143,8 +139,7 @@ class Loader:
         self.steps_per_epoch = len(images) // batch_size
         self.step, self.bad_files, self.wait_seconds = start_step, {}, 0.0
         self.noted = False
-        self.shares = RankBatches(images, views, batch_size, seed, world.rank, world.size,
-                                  order_epoch, draw)
+        self.shares = RankBatches(images, views, batch_size, seed, world.rank, world.size, draw)
         self.workers = default_workers() if workers is None else workers
         self.order, self.context = order, multiprocessing_context
         if order is None:

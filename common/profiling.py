@@ -8,7 +8,6 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch.autograd.profiler import record_function
-from torch.profiler import ProfilerActivity
 
 from common import distributed as comm
 from common.distributed import World
@@ -35,10 +34,7 @@ def profiled(steps: int, state: dict, loader, folder: str, world: World):
     It returns True as soon as the steps are recorded, and is not called again: `trace.json` is in
     the folder then, and a table of the costliest operators is printed.
     """
-    activities = [ProfilerActivity.CPU]
-    if world.device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
-    profiler = torch.profiler.profile(activities=activities)
+    profiler = torch.profiler.profile()
     started, done = [], [0]
 
     def after_step() -> bool:

@@ -230,8 +230,9 @@ class Training:
 
     def first_epoch(self, views):
         """Yield the first epoch's images once more before it, in crops that no epoch trains on."""
+        first = rng.epoch_order(self.args.seed, 0, len(self.images))
         loader = self.load(views, epochs=self.args.epochs + 1, start_step=self.total_steps,
-                           order_epoch=0)
+                           order=lambda _: first)
         for batch in loader.epoch(self.args.epochs):
             yield batch
             if self.folder.agree(False)[1]:

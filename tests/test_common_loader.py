@@ -96,8 +96,9 @@ def test_a_start_in_the_middle_of_an_epoch_goes_on_exactly():
 
 def test_an_epoch_can_take_the_images_of_another_one_with_its_own_crops():
     images = ArrayImages(random_images(), None, 3)
-    usual, ordered = (list(loader(images, **how).epoch(0)) for how in ({}, {"order_epoch": 1}))
-    second = loader(images, start_step=5)
+    second, taken = loader(images, start_step=5), rng.epoch_order(0, 1, 20)
+    usual, ordered = (list(loader(images, **how).epoch(0)) for how in (
+        {}, {"order": lambda _: taken}))
     for one, other, later in zip(ordered, usual, second.epoch(1), strict=True):
         assert torch.equal(one.index, later.index) and not torch.equal(one.index, other.index)
         assert not torch.equal(one.views[0], later.views[0])
