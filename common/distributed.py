@@ -267,8 +267,9 @@ def free_bytes(folder: str) -> int:
 
 def _gather(x: Tensor) -> Tensor:
     """Rows (N, ...) of all processes, in rank order, of a contiguous tensor."""
-    joined = x.new_empty(size() * len(x), *x.shape[1:])  # torch 2.11 knows it by another name
-    getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(joined, x)
+    joined = x.new_empty(size() * len(x), *x.shape[1:])
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # by torch's version
+    gather(joined, x)
     return joined
 
 
